@@ -1,0 +1,43 @@
+# Two commands: `make demo` and `make test`. Each sets up .venv by itself.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+WORKERS ?= 2
+RUN := $(VENV)/bin/python
+
+.PHONY: help setup demo test test-lowest lint bench clean
+
+help:
+	@echo "make demo         train a Mamba on real data, cut its state in training, load the result in stock transformers"
+	@echo "make test         all tests"
+	@echo "make test-lowest  all tests with the oldest supported transformers"
+	@echo "make bench        all benchmarks; rewrites the tables in recipes/benchmarks/results"
+	@echo "make lint         style checks"
+	@echo "make clean        remove the virtual environments and what the demo wrote"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py $(CONSTRAINTS)
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[test]"
+	touch $@
+
+demo: setup
+	$(RUN) recipes/digits/demo.py
+
+test: setup lint
+	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadgroup --quiet
+
+test-lowest:
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
+lint: setup
+	$(RUN) -m ruff check hf_compressm recipes tests setup.py
+	$(RUN) -m ruff format --check hf_compressm recipes tests setup.py
+
+bench: setup
+	$(RUN) recipes/benchmarks/run_all.py
+
+clean:
+	rm -rf .venv .venv-lowest demo_output

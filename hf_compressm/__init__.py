@@ -1,0 +1,60 @@
+"""
+hf_compressm: make a state-space model smaller and faster while it trains.
+
+The public names are imported when they are first used, so that `import hf_compressm` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CheckRecord": ".compression",
+    "CompreSSMCallback": ".training",
+    "CompreSSMConfig": ".config",
+    "CompreSSMError": ".errors",
+    "Spectrum": ".compression",
+    "analyze": ".compression",
+    "compress": ".compression",
+    "disable_fast_cpu_scan": ".architectures",
+    "enable_fast_cpu_scan": ".architectures",
+    "fast_cpu_scan": ".architectures",
+    "read_history": ".compression",
+}
+
+__all__ = [
+    "CheckRecord",
+    "CompreSSMCallback",
+    "CompreSSMConfig",
+    "CompreSSMError",
+    "Spectrum",
+    "analyze",
+    "compress",
+    "disable_fast_cpu_scan",
+    "enable_fast_cpu_scan",
+    "fast_cpu_scan",
+    "read_history",
+]
+
+if TYPE_CHECKING:
+    from .architectures import disable_fast_cpu_scan, enable_fast_cpu_scan, fast_cpu_scan
+    from .compression import CheckRecord, Spectrum, analyze, compress, read_history
+    from .config import CompreSSMConfig
+    from .errors import CompreSSMError
+    from .training import CompreSSMCallback
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(home, __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,60 @@
+"""Packaging of hf_compressm."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_compressm" / "__init__.py").read_text(), re.MULTILINE)[1]
+
+RECIPES = ["datasets>=4.0", "rich", "scikit-learn"]
+BENCHMARKS = ["mambapy"]
+TEST = [
+    "control",
+    "hypothesis",
+    "mpmath",
+    "pymor",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+    "scipy",
+    "slycot",
+    "tensorboard",
+]
+
+setup(
+    name="hf_compressm",
+    version=VERSION,
+    description="Make a state-space model smaller and faster while the Hugging Face Trainer trains it.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["hf_compressm", "hf_compressm.*"]),
+    package_data={"hf_compressm": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "accelerate>=1.1",
+        "huggingface-hub>=1.0",
+        "matplotlib",
+        "numba>=0.60",
+        "numpy",
+        "safetensors",
+        "tabulate",
+        "torch>=2.9",
+        "tqdm",
+        "transformers>=5.17",
+    ],
+    extras_require={
+        "mamba": ["mamba-ssm", "causal-conv1d"],
+        "recipes": RECIPES,
+        "benchmarks": RECIPES + BENCHMARKS,
+        "test": RECIPES + BENCHMARKS + TEST,
+    },
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
