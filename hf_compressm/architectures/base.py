@@ -1,0 +1,236 @@
+"""The contract between a model family and the rest of the library: what a layer must tell, and what a reduction is.
+
+A family derives one class from [`StateSpaceLayer`] and registers it (see `registry.py`). The layer object is a thin
+view of a module; it owns no tensors. [`StateSpaceLayer.reduce`] builds everything that a smaller state needs and
+writes nothing; `compression/apply.py` commits the results of all layers together.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DimensionError, UnsupportedModelError
+from ..systems import Truncation
+
+
+@dataclass(frozen=True)
+class AxisMap:
+    r"""
+    How a parameter's gradient, and with it the optimizer's moments, moves when one of its axes is cut.
+
+    If the old gradient is \\( g \\), the gradient of the new parameter is \\( M g \\) along the axis. First moments
+    are averages of gradients and move the same way. Second moments are averages of squares; with independent entries
+    they move with \\( M \circ M \\), which keeps them non-negative.
+
+    Args:
+        axis (`int`): The axis of the parameter that changes its length.
+        matrix (`torch.Tensor` of shape `(new, old)`, float64): The map \\( M \\).
+    """
+
+    axis: int
+    matrix: Tensor
+
+    def first(self, moment: Tensor, axis: int | None = None) -> Tensor:
+        """Map a first moment (any float dtype, `old` entries along the axis); the result has the moment's dtype."""
+        return self._along_axis(self.matrix, moment, axis)
+
+    def second(self, moment: Tensor, axis: int | None = None) -> Tensor:
+        """Map a second moment (any float dtype, `old` entries along the axis); the result has the moment's dtype."""
+        return self._along_axis(self.matrix.square(), moment, axis)
+
+    def _along_axis(self, matrix: Tensor, moment: Tensor, axis: int | None) -> Tensor:
+        axis = self.axis if axis is None else axis
+        if moment.shape[axis] != matrix.shape[1]:
+            raise DimensionError(
+                f"a moment of shape {tuple(moment.shape)} has {moment.shape[axis]} entries along axis {axis}; "
+                f"the map takes {matrix.shape[1]}."
+            )
+        rows = moment.movedim(axis, 0)
+        mapped = torch.tensordot(matrix.to(device=moment.device), rows.to(matrix.dtype), dims=1)
+        return mapped.movedim(0, axis).to(moment.dtype).contiguous()
+
+
+@dataclass(frozen=True)
+class ParameterChange:
+    """
+    One parameter and what takes its place.
+
+    Args:
+        old (`torch.nn.Parameter`): The parameter as it is in the model.
+        new (`torch.nn.Parameter`): Its replacement, with the same dtype, device, `requires_grad` and attributes.
+        moment_map ([`AxisMap`], *optional*): How optimizer moments move; when unset they are reset.
+    """
+
+    old: nn.Parameter
+    new: nn.Parameter
+    moment_map: AxisMap | None = None
+
+
+@dataclass(frozen=True)
+class AttributeChange:
+    """
+    A plain attribute and its new value.
+
+    Args:
+        owner (`object`): A module or a config.
+        name (`str`): The attribute's name, that of a size.
+        value (`object`): The new value, of the type that the owner expects (a Python `int` in a config).
+    """
+
+    owner: Any
+    name: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class LayerReduction:
+    """
+    Everything that a smaller state changes in one layer, built and not yet written.
+
+    Args:
+        layer ([`StateSpaceLayer`]): The layer.
+        parameters (`Sequence[ParameterChange]`): Its parameters that are replaced.
+        attributes (`Sequence[AttributeChange]`): Sizes in modules and configs that follow.
+    """
+
+    layer: StateSpaceLayer
+    parameters: Sequence[ParameterChange]
+    attributes: Sequence[AttributeChange]
+
+
+@dataclass(frozen=True)
+class ScanInputs:
+    r"""
+    What a selective layer hands to its scan, \\( h_t = e^{\Delta_t A} h_{t-1} + \Delta_t u_t B_t \\).
+
+    Args:
+        u (`torch.Tensor` of shape `(batch, length, channels)`): Input of the recurrence.
+        delta (`torch.Tensor` of shape `(batch, length, channels)`): Positive time steps, after the softplus.
+        A (`torch.Tensor` of shape `(channels, N)`): Negative state matrix, one diagonal a channel.
+        B (`torch.Tensor` of shape `(batch, length, N)`): Input matrix.
+        C (`torch.Tensor` of shape `(batch, length, N)`): Readout.
+    """
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+
+
+class ScanObserver(Protocol):
+    """Something that watches the scans of one layer during a calibration pass."""
+
+    def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
+        """Look at a scan and its raw output `(batch, length, channels)`; what is returned goes on in its place."""
+        ...
+
+
+class StateSpaceLayer(ABC):
+    """
+    A layer of a model, seen as a state-space system whose state can be cut.
+
+    Args:
+        name (`str`): The module's qualified name in the model.
+        module (`torch.nn.Module`): The module that holds the state's parameters.
+    """
+
+    family: ClassVar[str]
+    """Name of the family, as used in messages and records."""
+
+    reductors: ClassVar[frozenset[str]]
+    """Names of the reductors whose truncations the layer's parameters can hold."""
+
+    sizes_may_differ: ClassVar[bool] = False
+    """Whether a checkpoint of the family can hold another state size in each layer."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name = name
+        self.module = module
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether this class can handle the module."""
+
+    @property
+    @abstractmethod
+    def state_size(self) -> int:
+        """The present number of states per channel, N."""
+
+    @abstractmethod
+    def state_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters whose shape depends on the state size, by their names inside the module."""
+
+    @abstractmethod
+    def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:
+        """While the context is open, each forward pass of the layer shows its scan to the observer."""
+
+    @abstractmethod
+    def reduce(self, truncation: Truncation) -> LayerReduction:
+        """
+        Build the tensors and sizes of the layer with a smaller state. Nothing is written.
+
+        Raises:
+            [`~errors.DimensionError`]: the truncation is for another state size.
+            [`~errors.TruncationError`]: the layer's parameters cannot hold it.
+        """
+
+    def check_reducible(self) -> None:
+        """
+        Raise when the layer's parameters are in a form that cannot be cut.
+
+        Raises:
+            [`~errors.UnsupportedModelError`]: a parameter is sharded, quantised, empty, on the meta device,
+                parametrised, or wrapped by an adapter.
+        """
+        for name, parameter in self.state_parameters().items():
+            problem = _unreducible(parameter)
+            if problem:
+                raise UnsupportedModelError(
+                    f"{self.name}.{name} {problem}. Load the model in a plain floating-point form on one device, "
+                    "compress it, and apply that treatment afterwards."
+                )
+
+
+def _unreducible(parameter: Any) -> str | None:
+    """Why a parameter cannot be cut, as the second half of a sentence, or None."""
+    if not isinstance(parameter, nn.Parameter):
+        return f"is a {type(parameter).__name__} and not a parameter (a parametrisation or an adapter holds it)"
+    if hasattr(parameter, "ds_id"):
+        return "is partitioned by DeepSpeed"
+    # Sharded and quantised tensors are subclasses whose shape or values are not those that the layer computes with.
+    if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
+        return f"holds a {type(parameter.data).__name__}, a sharded or quantised form"
+    if not parameter.is_floating_point():
+        return f"has dtype {parameter.dtype}, a quantised form"
+    if parameter.is_meta:
+        return "is on the meta device and has no values (it may be offloaded)"
+    return None
+
+
+def successor(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """
+    A parameter that takes the place of another: new values, the same dtype, device, `requires_grad` and attributes.
+
+    Args:
+        old (`torch.nn.Parameter`): The parameter that is replaced.
+        values (`torch.Tensor`): The new values, any float dtype and shape.
+    """
+    new = nn.Parameter(
+        values.detach().to(dtype=old.dtype, device=old.device).contiguous().clone(), requires_grad=old.requires_grad
+    )
+    # Optimizer hints such as `_no_weight_decay` and `_optim` live in the instance's dictionary.
+    new.__dict__.update(old.__dict__)
+    return new
+
+
+SumOverProcesses = Callable[[Tensor], Tensor]
+"""Adds a float64 tensor over all processes and returns the sum; the identity in a single process."""

@@ -1,0 +1,74 @@
+"""Which families there are, and which layers of a model belong to one of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+from ..errors import ConfigurationError, UnsupportedModelError
+from .base import StateSpaceLayer
+
+_FAMILIES: dict[str, type[StateSpaceLayer]] = {}
+
+
+def register(layer_class: type[StateSpaceLayer]) -> type[StateSpaceLayer]:
+    """
+    Make a family known; usable as a class decorator.
+
+    Raises:
+        [`~errors.ConfigurationError`]: another class has already taken the family's name.
+    """
+    known = _FAMILIES.get(layer_class.family)
+    if known is not None and known is not layer_class:
+        raise ConfigurationError(
+            f"the family {layer_class.family!r} is already registered by {known.__module__}.{known.__qualname__}; "
+            f"give {layer_class.__qualname__} another name."
+        )
+    _FAMILIES[layer_class.family] = layer_class
+    return layer_class
+
+
+def registered_families() -> dict[str, type[StateSpaceLayer]]:
+    """The known families by name."""
+    return dict(_FAMILIES)
+
+
+def find_layers(model: nn.Module) -> list[StateSpaceLayer]:
+    """
+    All layers of a model whose state can be cut, in the order of `model.named_modules()`.
+
+    Raises:
+        [`~errors.UnsupportedModelError`]: there is none (the message lists what was found and what is supported), a
+            layer's parameters are in a form that cannot be cut, or two layers share a parameter.
+    """
+    layers = [
+        layer_class(name, module)
+        for name, module in model.named_modules()
+        for layer_class in _FAMILIES.values()
+        if layer_class.matches(module)
+    ]
+    if not layers:
+        raise UnsupportedModelError(_nothing_found(model))
+    owners: dict[int, str] = {}
+    for layer in layers:
+        layer.check_reducible()
+        for name, parameter in layer.state_parameters().items():
+            qualified = f"{layer.name}.{name}"
+            owner = owners.setdefault(id(parameter), qualified)
+            if owner != qualified:
+                raise UnsupportedModelError(
+                    f"{owner} and {qualified} are one shared parameter; layers that share state parameters cannot be "
+                    "cut. Give each layer parameters of its own."
+                )
+    return layers
+
+
+def _nothing_found(model: nn.Module) -> str:
+    found = Counter(type(module).__name__ for module in model.modules())
+    listed = ", ".join(f"{name} x{count}" if count > 1 else name for name, count in found.most_common(12))
+    more = f" and {len(found) - 12} other kinds" if len(found) > 12 else ""
+    return (
+        f"{type(model).__name__} has no layer whose state can be cut. Supported families: "
+        f"{', '.join(sorted(_FAMILIES)) or 'none'}. Found: {listed}{more}."
+    )

@@ -1,0 +1,39 @@
+"""Calibrate, decide, cut and record: the compression of a model, without a Trainer."""
+
+from .api import analyze, compress
+from .apply import Change, ModelChange, commit_together, roll_back_together
+from .calibration import Calibration, LossFunction, calibrate, evaluate_loss, model_loss
+from .compressor import Compressor
+from .gramians import LayerGramians
+from .optimizer import OptimizerChange, unwrap_optimizer
+from .plan import LayerPlan, plan_reduction
+from .record import HISTORY_NAME, CheckRecord, LayerRecord, read_history, write_history
+from .report import Spectrum
+from .truncate import truncate
+
+__all__ = [
+    "HISTORY_NAME",
+    "Calibration",
+    "Change",
+    "CheckRecord",
+    "Compressor",
+    "LayerGramians",
+    "LayerPlan",
+    "LayerRecord",
+    "LossFunction",
+    "ModelChange",
+    "OptimizerChange",
+    "Spectrum",
+    "analyze",
+    "calibrate",
+    "commit_together",
+    "compress",
+    "evaluate_loss",
+    "model_loss",
+    "plan_reduction",
+    "read_history",
+    "roll_back_together",
+    "truncate",
+    "unwrap_optimizer",
+    "write_history",
+]

@@ -1,0 +1,124 @@
+"""`analyze` and `compress`: the library without a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..architectures import fast_cpu_scan, find_layers
+from ..config import CompreSSMConfig
+from .calibration import LossFunction, calibrate
+from .compressor import Compressor
+from .optimizer import OptimizerChange
+from .record import CheckRecord
+from .report import Spectrum
+
+
+def analyze(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: CompreSSMConfig | None = None,
+    loss_function: LossFunction | None = None,
+    progress: bool | None = None,
+) -> Spectrum:
+    """
+    Measure the Hankel singular values of every state-space layer of a model. Nothing is changed.
+
+    Args:
+        model (`torch.nn.Module`): A model with supported layers anywhere inside.
+        batches (`Iterable`): Calibration inputs; mappings are passed to the model as keyword arguments. All of them are
+            used, so cut a long data loader short with `itertools.islice`.
+        config ([`CompreSSMConfig`], *optional*): Its `gramians`, `seed` and `fast_cpu_scan` are used.
+        loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
+            loss when unset.
+        progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
+
+    Raises:
+        [`~errors.UnsupportedModelError`]: the model has no layer that can be cut.
+        [`~errors.CalibrationError`]: the batches give no finite loss or Gramians.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import MambaConfig, MambaForCausalLM
+    >>> from hf_compressm import analyze
+
+    >>> model = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=2, state_size=8))
+    >>> tokens = torch.randint(0, 16, (4, 32))
+    >>> spectrum = analyze(model, [{"input_ids": tokens, "labels": tokens}])
+    >>> sorted(spectrum.ranks(0.01))
+    ['backbone.layers.0.mixer', 'backbone.layers.1.mixer']
+
+    ```
+    """
+    config = config or CompreSSMConfig()
+    layers = find_layers(model)
+    with fast_cpu_scan(config.fast_cpu_scan):
+        calibration = calibrate(
+            model,
+            layers,
+            batches,
+            gramians=config.gramians,
+            loss_function=loss_function,
+            seed=config.seed,
+            progress=progress,
+        )
+    sigma = {name: gramians.hankel_singular_values() for name, gramians in calibration.gramians.items()}
+    return Spectrum(sigma, calibration.loss)
+
+
+def compress(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: CompreSSMConfig | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss_function: LossFunction | None = None,
+    progress: bool | None = None,
+) -> CheckRecord:
+    """
+    Cut the state of a model's layers in place: after training, or between the steps of a training loop of your own.
+
+    Args:
+        model (`torch.nn.Module`): A model with supported layers anywhere inside. `save_pretrained` afterwards writes an
+            ordinary checkpoint of the new size.
+        batches (`Iterable`): Calibration inputs; mappings are passed to the model as keyword arguments. All of them are
+            used, so cut a long data loader short with `itertools.islice`.
+        config ([`CompreSSMConfig`], *optional*): What to cut and how; its schedule (`window`, `interval`) is not used.
+        optimizer (`torch.optim.Optimizer`, *optional*): Keeps training the model: its groups get the new parameters,
+            its moments are carried over.
+        loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
+            loss when unset.
+        progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
+
+    Returns:
+        [`CheckRecord`]: What was seen in each layer and done to it.
+
+    Raises:
+        [`~errors.UnsupportedModelError`]: the model has no layer that can be cut, or the optimizer does not train it.
+        [`~errors.CalibrationError`]: the batches give no finite loss or Gramians.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import MambaConfig, MambaForCausalLM
+    >>> from hf_compressm import CompreSSMConfig, compress
+
+    >>> model = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=2, state_size=8))
+    >>> tokens = torch.randint(0, 16, (4, 32))
+    >>> batch = {"input_ids": tokens, "labels": tokens}
+    >>> record = compress(model, [batch], CompreSSMConfig(strategy="fixed", keep_ratio=0.5))
+    >>> record.outcome, model.config.state_size
+    ('cut', 4)
+
+    ```
+    """
+    followers = [] if optimizer is None else [lambda changes: OptimizerChange(optimizer, changes)]
+    compressor = Compressor(
+        model, config or CompreSSMConfig(), loss_function=loss_function, followers=followers, progress=progress
+    )
+    return compressor.check(list(batches))

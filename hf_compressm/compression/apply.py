@@ -1,0 +1,106 @@
+"""All or nothing: write the reductions of several layers into a model together, or take them all back."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from ..architectures import LayerReduction, ParameterChange
+from ..errors import UnsupportedModelError
+
+
+class Change(Protocol):
+    """A prepared change of some state: everything that could fail has been done before it exists."""
+
+    def commit(self) -> None:
+        """Write the change."""
+        ...
+
+    def rollback(self) -> None:
+        """Put back what was there before [`commit`]; harmless where nothing or only a part was written."""
+        ...
+
+
+class ModelChange:
+    """
+    New parameters and sizes for several layers of one model.
+
+    Parameters are replaced by identity in every module that holds them, so ties survive.
+
+    Args:
+        model (`torch.nn.Module`): The model that holds the layers.
+        reductions (`Sequence[LayerReduction]`): What the layers built.
+
+    Raises:
+        [`~errors.UnsupportedModelError`]: a parameter that would be replaced is not registered in any module of the
+            model, so that its replacement would never be used.
+    """
+
+    def __init__(self, model: nn.Module, reductions: Sequence[LayerReduction]) -> None:
+        self.parameters: list[ParameterChange] = [change for reduction in reductions for change in reduction.parameters]
+        self._slots = _slots_of(model, self.parameters)
+        self._attributes = [
+            (change.owner, change.name, getattr(change.owner, change.name), change.value)
+            for reduction in reductions
+            for change in reduction.attributes
+        ]
+
+    def commit(self) -> None:
+        """Put the new parameters and sizes in place."""
+        for module, name, _, new in self._slots:
+            setattr(module, name, new)
+        for owner, name, _, value in self._attributes:
+            setattr(owner, name, value)
+
+    def rollback(self) -> None:
+        """Put the old parameters and sizes back."""
+        for module, name, old, _ in self._slots:
+            setattr(module, name, old)
+        # Backwards, so that an attribute that several layers share ends at its first value.
+        for owner, name, old_value, _ in reversed(self._attributes):
+            setattr(owner, name, old_value)
+
+
+def commit_together(changes: Sequence[Change]) -> None:
+    """
+    Commit several changes; where one fails, roll all of them back and raise what it raised.
+
+    Args:
+        changes (`Sequence[Change]`): Prepared changes, for example of a model and of its optimizer.
+    """
+    try:
+        for change in changes:
+            change.commit()
+    except BaseException:
+        roll_back_together(changes)
+        raise
+
+
+def roll_back_together(changes: Sequence[Change]) -> None:
+    """Take several committed changes back, the last one first."""
+    for change in reversed(changes):
+        change.rollback()
+
+
+def _slots_of(
+    model: nn.Module, changes: Sequence[ParameterChange]
+) -> list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]]:
+    """Every (module, name) that holds a parameter which changes, with its old and its new value."""
+    by_identity = {id(change.old): change for change in changes}
+    slots: dict[int, list[tuple[nn.Module, str, Any, Any]]] = defaultdict(list)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            change = by_identity.get(id(parameter))
+            if change is not None:
+                slots[id(change.old)].append((module, name, change.old, change.new))
+    missing = [change for change in changes if id(change.old) not in slots]
+    if missing:
+        shapes = ", ".join(str(tuple(change.old.shape)) for change in missing)
+        raise UnsupportedModelError(
+            f"{len(missing)} parameter(s) of shape {shapes} belong to a layer but are registered in no module of "
+            f"{type(model).__name__}; give the whole model that holds the layers."
+        )
+    return [slot for parameter_slots in slots.values() for slot in parameter_slots]

@@ -1,0 +1,141 @@
+"""Where a check gets its batches from, without disturbing the order or the randomness of the training data."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+
+class SampledBatches:
+    """
+    Draws batches from the training set by indices of its own.
+
+    Args:
+        dataloader (`torch.utils.data.DataLoader`): Its `dataset` (with a length and random access) and `collate_fn` are
+            used; it is never iterated.
+        batch_size (`int`): Examples in a batch.
+        count (`int`): Batches that one check looks at.
+        seed (`int`): Combined with the step, so that a resumed run draws what the uninterrupted one draws.
+    """
+
+    def __init__(self, dataloader: DataLoader, batch_size: int, count: int, seed: int) -> None:
+        self._dataset = dataloader.dataset
+        self._collate = dataloader.collate_fn
+        self._batch_size, self._count, self._seed = batch_size, count, seed
+
+    def arm(self, due: bool) -> None:
+        """Nothing to do: the examples are there at any time."""
+
+    def draw(self, step: int) -> list[Any]:
+        """The batches for the check after a training step."""
+        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + step) % 2**63)
+        size = min(self._batch_size, len(self._dataset))
+        batches = []
+        with unchanged_random_state():
+            for _ in range(self._count):
+                indices = torch.randint(len(self._dataset), (size,), generator=generator).tolist()
+                batches.append(self._collate([self._dataset[index] for index in indices]))
+        return batches
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class CapturedBatches:
+    """
+    Keeps the inputs of the latest training forward passes, for data that can only be read once (a stream).
+
+    Args:
+        model (`torch.nn.Module`): The model whose inputs are kept.
+        count (`int`): Batches to keep.
+    """
+
+    def __init__(self, model: nn.Module, count: int) -> None:
+        self._kept: deque[dict[str, Any]] = deque(maxlen=count)
+        self._armed = False
+        self._names = list(inspect.signature(model.forward).parameters)
+        self._handle = model.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._armed and module.training:
+            self._kept.append({**dict(zip(self._names, args)), **kwargs})
+
+    def arm(self, due: bool) -> None:
+        """Start keeping inputs when a check is due at the end of this step."""
+        self._armed = due
+
+    def draw(self, step: int) -> list[Any]:
+        """The kept inputs, which are given up."""
+        batches = list(self._kept)
+        self._kept.clear()
+        self._armed = False
+        return batches
+
+    def close(self) -> None:
+        """Stop watching the model."""
+        self._handle.remove()
+        self._kept.clear()
+
+
+class GivenBatches:
+    """
+    Batches that the user gave.
+
+    Args:
+        batches (`Iterable`): Can be gone through more than once, as a list or a data loader can.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+
+    def arm(self, due: bool) -> None:
+        """Nothing to do: the batches are there at any time."""
+
+    def draw(self, step: int) -> list[Any]:
+        """All batches."""
+        with unchanged_random_state():
+            return list(self._batches)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def training_batches(
+    model: nn.Module, dataloader: DataLoader, batch_size: int, count: int, seed: int
+) -> SampledBatches | CapturedBatches:
+    """
+    The source of batches that fits a training data loader: sampled where possible, captured otherwise.
+
+    Args:
+        model (`torch.nn.Module`): The model in training.
+        dataloader (`torch.utils.data.DataLoader`): The loader of its training data.
+        batch_size (`int`): Examples in a sampled batch.
+        count (`int`): Batches that one check looks at.
+        seed (`int`): Seed of sampled batches.
+    """
+    dataset = getattr(dataloader, "dataset", None)
+    readable = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if readable and not isinstance(dataset, IterableDataset):
+        return SampledBatches(dataloader, batch_size, count, seed)
+    return CapturedBatches(model, count)
+
+
+@contextmanager
+def unchanged_random_state() -> Iterator[None]:
+    """Put the random states of Python, NumPy and torch (CPU) back at the end; data transforms may use any of them."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -1,0 +1,104 @@
+"""The one table of families: a tiny model of each, and a batch for it. A new family adds a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import MambaConfig, MambaForCausalLM, MambaModel, PreTrainedModel
+
+VOCABULARY = 24
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family's tiny model."""
+
+    name: str
+    family: str
+    build: Callable[..., nn.Module]
+    batch: Callable[..., dict[str, Tensor]]
+    layers: int = 2
+    state_size: int = 8
+    is_pretrained_model: bool = True
+
+
+def token_batch(batch: int = 4, length: int = 20, seed: int = 0) -> dict[str, Tensor]:
+    """Random tokens with themselves as labels."""
+    tokens = torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+def tiny_mamba_config(state_size: int = 8, **overrides) -> MambaConfig:
+    """A Mamba of a few thousand parameters."""
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "state_size": state_size,
+        "time_step_rank": 3,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return MambaConfig(**{**settings, **overrides})
+
+
+def tiny_mamba(state_size: int = 8, seed: int = 0, **overrides) -> MambaForCausalLM:
+    """A stock Mamba with time steps large enough for its states to differ."""
+    torch.manual_seed(seed)
+    return MambaForCausalLM(tiny_mamba_config(state_size, time_step_min=0.05, time_step_max=0.5, **overrides))
+
+
+class ModelWithMambaInside(nn.Module):
+    """A user's own module around a `MambaModel`; it is no `PreTrainedModel` and returns a tuple."""
+
+    def __init__(self, state_size: int = 8) -> None:
+        super().__init__()
+        self.encode = nn.Linear(1, 16)
+        self.body = MambaModel(tiny_mamba_config(state_size))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, input_values: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+        logits = self.head(self.body(inputs_embeds=self.encode(input_values)).last_hidden_state.mean(1))
+        if labels is None:
+            return (logits,)
+        return nn.functional.cross_entropy(logits, labels), logits
+
+
+def _module_with_mamba_inside(state_size: int = 8, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return ModelWithMambaInside(state_size)
+
+
+def real_valued_batch(batch: int = 4, length: int = 20, seed: int = 0) -> dict[str, Tensor]:
+    """Random real sequences with one class each."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "input_values": torch.randn(batch, length, 1, generator=generator),
+        "labels": torch.randint(0, 3, (batch,), generator=generator),
+    }
+
+
+CASES = [
+    Case("mamba-causal-lm", "mamba", tiny_mamba, token_batch),
+    Case("mamba-inside-a-module", "mamba", _module_with_mamba_inside, real_valued_batch, is_pretrained_model=False),
+]
+
+PRETRAINED_CASES = [case for case in CASES if case.is_pretrained_model]
+
+
+def case_id(case: Case) -> str:
+    """The name that pytest shows."""
+    return case.name
+
+
+def logits_of(model: PreTrainedModel | nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The model's logits in evaluation mode."""
+    model.eval()
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        outputs = model(**inputs)
+    return outputs.logits if hasattr(outputs, "logits") else outputs[0]

@@ -1,0 +1,228 @@
+"""The calibration pass against a plain loop and against autograd, and what it leaves untouched."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hf_compressm import CompreSSMConfig, analyze, fast_cpu_scan
+from hf_compressm.architectures import find_layers
+from hf_compressm.compression import calibrate, evaluate_loss
+from hf_compressm.errors import CalibrationError
+from hf_compressm.systems import DiagonalLTI
+from tests.cases import CASES, case_id, tiny_mamba, token_batch
+
+GRAMIANS = ["loss_gradient", "white_noise", "averaged"]
+
+
+class KeepInputs:
+    """Records a layer's scans."""
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def observe(self, inputs, output):
+        output.retain_grad()
+        self.seen.append((inputs, output))
+        return output
+
+
+def loop_gramians(model: nn.Module, batch: dict) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Mean Gramians of every layer from plain loops over time, all states kept, in float64."""
+    layers, keepers = find_layers(model), {}
+    model.eval()
+    contexts = []
+    for layer in layers:
+        keepers[layer.name] = KeepInputs()
+        contexts.append(layer.observed(keepers[layer.name]))
+    for context in contexts:
+        context.__enter__()
+    model(**batch, **({"use_cache": False} if hasattr(model, "config") else {}))
+    output = model(**batch)
+    loss = output.loss if hasattr(output, "loss") else output[0]
+    for keeper in keepers.values():
+        keeper.seen = keeper.seen[-1:]
+    loss.backward()
+    for context in contexts:
+        context.__exit__(None, None, None)
+    model.zero_grad()
+    return {name: _loop(*keeper.seen[0]) for name, keeper in keepers.items()}
+
+
+def _loop(inputs, output):
+    u, delta, A, B, C = (getattr(inputs, name).detach().double() for name in ("u", "delta", "A", "B", "C"))
+    decay = torch.exp(delta[..., None] * A)
+    h, states = torch.zeros_like(decay[:, 0]), []
+    for t in range(u.shape[1]):
+        h = decay[:, t] * h + (delta[:, t] * u[:, t])[..., None] * B[:, t, None]
+        states.append(h)
+    g, adjoints = torch.zeros_like(h), []
+    for t in reversed(range(u.shape[1])):
+        g = output.grad[:, t, :, None].double() * C[:, t, None] + g
+        adjoints.append(g)
+        g = g * decay[:, t]
+    H, G = (torch.stack(rows, 1).reshape(-1, A.shape[1]) for rows in (states, adjoints))
+    energy = (torch.stack(states, 1) * C[:, :, None]).square().reshape(-1, A.shape[1]).mean(0)
+    return H.T @ H / len(H), G.T @ G / len(G), energy
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("fast", [True, False])
+def test_loss_gradient_gramians_equal_those_of_a_loop(case, fast: bool) -> None:
+    model, batch = case.build(), case.batch()
+    if case.is_pretrained_model:
+        model.config.use_cache = False
+    expected = loop_gramians(model, batch)
+    with fast_cpu_scan(fast):
+        found = calibrate(model, find_layers(model), [batch]).gramians
+    for name, (P, Q, energy) in expected.items():
+        # N = 8 is small enough that every step is sampled.
+        torch.testing.assert_close(found[name].P, P, rtol=1e-4, atol=1e-6 * float(P.max()))
+        torch.testing.assert_close(found[name].Q, Q, rtol=1e-3, atol=1e-5 * float(Q.max()))
+        torch.testing.assert_close(found[name].readout_energy, energy, rtol=1e-4, atol=1e-6 * float(energy.max()))
+
+
+@pytest.mark.parametrize("gramians", GRAMIANS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_pass_leaves_no_trace(gramians: str, training: bool) -> None:
+    model, batch = tiny_mamba(), token_batch()
+    model.train(training)
+    model.backbone.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    random_state = torch.get_rng_state()
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    scan = vars(__import__("transformers.models.mamba.modeling_mamba", fromlist=["x"]))["mamba_selective_scan"]
+    calibrate(model, find_layers(model), [batch], gramians=gramians)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert model.config.use_cache is True
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert vars(__import__("transformers.models.mamba.modeling_mamba", fromlist=["x"]))["mamba_selective_scan"] is scan
+
+
+def test_existing_gradients_are_not_touched() -> None:
+    model, batch = tiny_mamba(), token_batch()
+    model(**batch).loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    calibrate(model, find_layers(model), [batch])
+    assert all(torch.equal(gradients[name], parameter.grad) for name, parameter in model.named_parameters())
+
+
+def test_frozen_weights_do_not_hide_the_gradient() -> None:
+    model, batch = tiny_mamba(), token_batch()
+    expected = calibrate(model, find_layers(model), [batch]).gramians
+    model.requires_grad_(False)
+    found = calibrate(model, find_layers(model), [batch]).gramians
+    for name in expected:
+        torch.testing.assert_close(found[name].Q, expected[name].Q)
+
+
+def test_batches_and_processes_add_up() -> None:
+    """Two batches, or two processes with one batch each, see what one pass over both sees."""
+    model, batches = tiny_mamba(), [token_batch(seed=1), token_batch(seed=2)]
+    layers = find_layers(model)
+    both = calibrate(model, layers, batches)
+    parts = []
+    for batch in batches:
+        sent = []
+        calibrate(model, layers, [batch], sum_over_processes=lambda t, sent=sent: sent.append(t.clone()) or t)
+        parts.append(sent)
+    assert all(t.dtype == torch.float64 for sent in parts for t in sent)
+    totals = [a + b for a, b in zip(*parts)]
+    replies = iter(totals)
+    joined = calibrate(model, layers, batches[:1], sum_over_processes=lambda t: next(replies))
+    for name in both.gramians:
+        torch.testing.assert_close(joined.gramians[name].P, both.gramians[name].P)
+        torch.testing.assert_close(joined.gramians[name].Q, both.gramians[name].Q)
+    assert math.isclose(joined.loss, both.loss, rel_tol=1e-6)
+
+
+def test_the_averaged_form_is_that_of_the_averaged_system() -> None:
+    """With inputs that do not vary the averaged Gramians are those of each channel's own system."""
+    model, batch = tiny_mamba(), token_batch()
+    layer = find_layers(model)[0]
+    found = calibrate(model, [layer], [batch], gramians="averaged").gramians[layer.name]
+    keeper = KeepInputs()
+    with layer.observed(keeper):
+        model.eval()(batch["input_ids"], use_cache=False)
+    inputs = keeper.seen[0][0]
+    delta = inputs.delta.double().mean((0, 1))
+    P = torch.zeros(8, 8, dtype=torch.float64)
+    for channel in range(32):
+        lam = torch.exp(delta[channel] * inputs.A[channel].double()).to(torch.complex128)
+        b = (delta[channel] * inputs.B.double().mean((0, 1)))[:, None]
+        c = inputs.C.double().mean((0, 1))[None]
+        P += DiagonalLTI(lam=lam, B=b, C=c).controllability_gramian().real
+    torch.testing.assert_close(found.P, P)
+
+
+def test_white_noise_needs_no_labels() -> None:
+    model, batch = tiny_mamba(), token_batch()
+    spectrum = analyze(model, [{"input_ids": batch["input_ids"]}], CompreSSMConfig(gramians="white_noise"))
+    assert spectrum.loss is None and all((sigma > 0).all() for sigma in spectrum.sigma.values())
+
+
+def test_a_batch_without_labels_is_refused_with_the_remedy() -> None:
+    model = tiny_mamba()
+    with pytest.raises(CalibrationError, match="no scalar loss.*input_ids.*labels.*loss_function.*white_noise"):
+        calibrate(model, find_layers(model), [{"input_ids": token_batch()["input_ids"]}])
+
+
+def test_a_loss_function_of_the_user_is_used() -> None:
+    model, batch = tiny_mamba(), token_batch()
+    labels = batch.pop("labels")
+
+    def loss(model, batch):
+        return 3 * model(**batch, labels=labels).loss
+
+    plain = calibrate(model, find_layers(model), [{**batch, "labels": labels}])
+    scaled = calibrate(model, find_layers(model), [batch], loss_function=loss)
+    assert math.isclose(scaled.loss, 3 * plain.loss, rel_tol=1e-6)
+    for name in plain.gramians:
+        torch.testing.assert_close(scaled.gramians[name].Q, 9 * plain.gramians[name].Q)
+    assert math.isclose(evaluate_loss(model, [batch], loss), scaled.loss, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("gramians", GRAMIANS)
+def test_a_loss_that_is_not_finite_is_refused(gramians: str) -> None:
+    model = tiny_mamba()
+    with torch.no_grad():
+        model.backbone.norm_f.weight.fill_(float("nan"))
+    with pytest.raises(CalibrationError, match="calibration loss is nan"):
+        calibrate(model, find_layers(model), [token_batch()], gramians=gramians)
+
+
+def test_no_batch_is_refused() -> None:
+    model = tiny_mamba()
+    with pytest.raises(CalibrationError, match="no calibration batch"):
+        calibrate(model, find_layers(model), [])
+
+
+@pytest.mark.parametrize("gramians", GRAMIANS)
+def test_a_layer_that_is_never_run_is_named(gramians: str) -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = tiny_mamba(), tiny_mamba()
+
+        def forward(self, **batch):
+            return self.used(**batch)
+
+    model = Idle()
+    with pytest.raises(CalibrationError, match="idle.backbone.layers.0.mixer was not run"):
+        calibrate(model, find_layers(model), [token_batch()], gramians=gramians)
+
+
+def test_equal_seeds_give_equal_gramians() -> None:
+    model, batch = tiny_mamba(state_size=40), token_batch(length=60)
+    layers = find_layers(model)
+    first, again, other = (calibrate(model, layers, [batch], seed=seed).gramians for seed in (1, 1, 2))
+    name = layers[0].name
+    assert torch.equal(first[name].P, again[name].P) and torch.equal(first[name].Q, again[name].Q)
+    assert not torch.equal(first[name].P, other[name].P), "only sampled steps enter, so the seed matters"

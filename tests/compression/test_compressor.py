@@ -1,0 +1,219 @@
+"""A whole check: what it decides, what it writes, and that it never writes a half."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hf_compressm import CompreSSMConfig, analyze, compress
+from hf_compressm.compression import Compressor, commit_together
+from hf_compressm.compression import compressor as compressor_module
+from hf_compressm.errors import CalibrationError, TruncationError, UnsupportedModelError
+from tests.cases import CASES, PRETRAINED_CASES, case_id, logits_of, tiny_mamba, token_batch
+
+HALF = CompreSSMConfig(strategy="fixed", keep_ratio=0.5)
+
+
+def snapshot(model: nn.Module) -> dict:
+    return {
+        "tensors": {name: tensor.detach().clone() for name, tensor in model.state_dict().items()},
+        "identities": {name: id(parameter) for name, parameter in model.named_parameters()},
+        "sizes": {
+            name: (getattr(m, "ssm_state_size", None), getattr(m, "out_features", None))
+            for name, m in model.named_modules()
+        },
+        "config": model.config.to_dict() if hasattr(model, "config") else None,
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict) -> None:
+    after = snapshot(model)
+    assert after["identities"] == before["identities"]
+    assert after["sizes"] == before["sizes"] and after["config"] == before["config"]
+    assert all(torch.equal(before["tensors"][name], tensor) for name, tensor in after["tensors"].items())
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("reductor", ["interpolative", "selection"])
+@pytest.mark.parametrize("gramians", ["loss_gradient", "white_noise", "averaged"])
+def test_every_family_is_cut_by_every_reductor(case, reductor: str, gramians: str) -> None:
+    model, batch = case.build(), case.batch()
+    config = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, reductor=reductor, gramians=gramians)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    record = compress(model, [batch], config)
+    assert record.outcome == "cut"
+    assert [(layer.size_before, layer.size_after) for layer in record.layers] == [(8, 4)] * case.layers
+    assert record.parameters_before == parameters
+    assert record.parameters_after == sum(parameter.numel() for parameter in model.parameters()) < parameters
+    assert math.isfinite(record.loss_before) and math.isfinite(record.loss_after)
+    assert torch.isfinite(logits_of(model, batch)).all()
+
+
+def test_the_interpolative_cut_beats_selection_and_random_states() -> None:
+    """The logits' error, the mean over a few models: folding what is known of the dropped states must help."""
+    errors = {}
+    for name, settings in {
+        "interpolative": {},
+        "selection": {"reductor": "selection"},
+        "random": {"reductor": "selection", "selection_rule": "random"},
+    }.items():
+        total = 0.0
+        for seed in range(3):
+            model, batch = tiny_mamba(state_size=12, seed=seed), token_batch(batch=8, length=30)
+            with torch.no_grad():
+                for layer in model.backbone.layers:
+                    layer.mixer.x_proj.weight.mul_(3)
+            before = logits_of(model, batch)
+            compress(model, [batch], CompreSSMConfig(strategy="fixed", keep_ratio=0.34, **settings))
+            total += float((logits_of(model, batch) - before).norm() / before.norm())
+        errors[name] = total
+    assert errors["interpolative"] < errors["selection"] < errors["random"]
+
+
+@pytest.mark.parametrize("case", PRETRAINED_CASES, ids=case_id)
+def test_saved_and_loaded_by_the_stock_class(case, tmp_path) -> None:
+    model, batch = case.build(), case.batch()
+    compress(model, [batch], HALF)
+    model.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert loaded.config.state_size == 4
+    assert torch.equal(logits_of(loaded, batch), logits_of(model, batch))
+
+
+def test_the_tolerance_bounds_the_dropped_energy_and_repeated_checks_go_on() -> None:
+    model, batch = tiny_mamba(state_size=16), token_batch(batch=8)
+    compressor = Compressor(model, CompreSSMConfig(tolerance=0.05), progress=False)
+    first = compressor.check([batch], step=1)
+    assert first.outcome == "cut" and all(layer.tail_share <= 0.05 for layer in first.layers)
+    assert all(layer.rank_correlation is None for layer in first.layers)
+    second = compressor.check([batch], step=2)
+    assert all(-1 <= layer.rank_correlation <= 1 for layer in second.layers)
+    assert [record.step for record in compressor.records] == [1, 2]
+    assert max(layer.size_before for layer in second.layers) == model.config.state_size or second.outcome == "cut"
+
+
+def test_the_order_of_an_unchanged_model_is_perfectly_correlated() -> None:
+    compressor = Compressor(tiny_mamba(), CompreSSMConfig(tolerance=1e-9), progress=False)
+    for step in (1, 2):
+        record = compressor.check([token_batch()], step=step)
+    assert record.outcome == "kept"
+    assert [layer.rank_correlation for layer in record.layers] == pytest.approx([1, 1])
+
+
+def test_a_loss_that_breaks_after_the_cut_takes_the_cut_back(monkeypatch) -> None:
+    model = tiny_mamba()
+    before = snapshot(model)
+    monkeypatch.setattr(compressor_module, "evaluate_loss", lambda *args, **kwargs: float("nan"))
+    record = compress(model, [token_batch()], HALF)
+    assert record.outcome == "skipped" and "loss after the cut was nan" in record.reason
+    assert record.parameters_before == record.parameters_after
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_an_interruption_after_the_cut_takes_it_back(monkeypatch, failure: BaseException) -> None:
+    model = tiny_mamba()
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = snapshot(model)
+
+    def fail(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(compressor_module, "evaluate_loss", fail)
+    with pytest.raises(type(failure)):
+        compress(model, [token_batch()], HALF, optimizer)
+    assert_unchanged(model, before)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == set(before["identities"].values())
+
+
+@pytest.mark.parametrize("failing_layer", [0, 1])
+def test_a_truncation_that_fails_leaves_all_layers_whole(monkeypatch, failing_layer: int) -> None:
+    model, calls = tiny_mamba(), []
+    before = snapshot(model)
+    real = compressor_module.truncate
+
+    def sometimes(*args, **kwargs):
+        calls.append(1)
+        if len(calls) - 1 == failing_layer:
+            raise TruncationError("condition number 1e20")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(compressor_module, "truncate", sometimes)
+    record = compress(model, [token_batch()], HALF)
+    assert record.outcome == "skipped" and "condition number 1e20" in record.reason
+    assert [layer.size_after for layer in record.layers] == [8, 8]
+    assert_unchanged(model, before)
+
+
+def test_a_follower_that_fails_leaves_the_model_whole() -> None:
+    model = tiny_mamba()
+    before = snapshot(model)
+
+    class Fails:
+        def commit(self) -> None:
+            raise RuntimeError("the wrapper refused")
+
+        def rollback(self) -> None:
+            pass
+
+    compressor = Compressor(model, HALF, followers=[lambda changes: Fails()], progress=False)
+    with pytest.raises(RuntimeError, match="the wrapper refused"):
+        compressor.check([token_batch()])
+    assert_unchanged(model, before)
+    assert compressor.records == []
+
+
+def test_changes_are_rolled_back_in_reverse_order() -> None:
+    log = []
+
+    class Logged:
+        def __init__(self, name: str, fails: bool = False) -> None:
+            self.name, self.fails = name, fails
+
+        def commit(self) -> None:
+            log.append(f"commit {self.name}")
+            if self.fails:
+                raise ValueError
+
+        def rollback(self) -> None:
+            log.append(f"rollback {self.name}")
+
+    with pytest.raises(ValueError):
+        commit_together([Logged("a"), Logged("b", fails=True), Logged("c")])
+    assert log == ["commit a", "commit b", "rollback c", "rollback b", "rollback a"]
+
+
+def test_a_calibration_error_changes_nothing() -> None:
+    model = tiny_mamba()
+    before = snapshot(model)
+    with pytest.raises(CalibrationError):
+        compress(model, [{"input_ids": token_batch()["input_ids"]}], HALF)
+    assert_unchanged(model, before)
+
+
+def test_sizes_that_differ_are_refused_where_the_checkpoint_cannot_hold_them() -> None:
+    with pytest.raises(UnsupportedModelError, match="uniform=False.*mamba.*Leave uniform=True"):
+        compress(tiny_mamba(), [token_batch()], CompreSSMConfig(uniform=False))
+
+
+def test_tied_embeddings_stay_tied() -> None:
+    model = tiny_mamba()
+    compress(model, [token_batch()], HALF)
+    assert model.lm_head.weight is model.backbone.embeddings.weight
+
+
+def test_analyze_changes_nothing_and_agrees_with_compress() -> None:
+    model, batch = tiny_mamba(), token_batch()
+    before = snapshot(model)
+    spectrum = analyze(model, [batch])
+    assert_unchanged(model, before)
+    record = compress(model, [batch], CompreSSMConfig(tolerance=0.05))
+    wanted = {layer.name: layer.wanted_size for layer in record.layers}
+    assert spectrum.ranks(0.05) == wanted
+    for layer in record.layers:
+        assert layer.hankel_singular_values == pytest.approx(spectrum.sigma[layer.name].tolist())

@@ -1,0 +1,79 @@
+"""Spectra to sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_compressm import CompreSSMConfig
+from hf_compressm.compression import plan_reduction
+
+
+def spectrum(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+STEEP = spectrum(100, 10, 1, 0.1, 0.01, 0.001, 0.0001, 0.00001)
+FLAT = torch.ones(8, dtype=torch.float64)
+
+
+def new_sizes(spectra: dict, config: CompreSSMConfig) -> dict[str, int]:
+    plan = plan_reduction(spectra, {name: len(sigma) for name, sigma in spectra.items()}, config)
+    return {name: layer.new_size for name, layer in plan.items()}
+
+
+def test_uniform_takes_the_size_of_the_most_demanding_layer() -> None:
+    config = CompreSSMConfig(tolerance=0.005)
+    assert new_sizes({"a": STEEP, "b": spectrum(100, 10, 1, 0.9, 0.8, 0.01, 0.001, 0)}, config) == {"a": 5, "b": 5}
+    plan = plan_reduction({"a": STEEP}, {"a": 8}, config)
+    assert plan["a"].wanted == plan["a"].new_size == 3 and plan["a"].is_cut
+
+
+def test_one_flat_layer_keeps_all_layers_whole() -> None:
+    assert new_sizes({"a": STEEP, "b": FLAT}, CompreSSMConfig(tolerance=0.01)) == {"a": 8, "b": 8}
+
+
+def test_without_uniform_each_layer_follows_its_own_spectrum() -> None:
+    assert new_sizes({"a": STEEP, "b": FLAT}, CompreSSMConfig(tolerance=0.005, uniform=False)) == {"a": 3, "b": 8}
+
+
+@pytest.mark.parametrize("gate, expected", [(0.0, 19), (0.05, 19), (0.051, 20), (0.5, 20)])
+def test_the_gate_needs_a_share_of_reduction(gate: float, expected: int) -> None:
+    sigma = torch.ones(20, dtype=torch.float64)
+    sigma[-1] = 1e-9
+    assert new_sizes({"a": sigma}, CompreSSMConfig(tolerance=0.01, minimum_reduction=gate)) == {"a": expected}
+
+
+def test_fixed_keeps_a_share_whatever_the_spectrum_says() -> None:
+    assert new_sizes({"a": FLAT}, CompreSSMConfig(strategy="fixed", keep_ratio=0.3)) == {"a": 3}
+
+
+@pytest.mark.parametrize(
+    "settings, expected", [({"multiple_of": 4}, 4), ({"min_state_size": 6}, 6), ({"multiple_of": 5}, 5)]
+)
+def test_sizes_are_rounded_up_and_bounded(settings: dict, expected: int) -> None:
+    assert new_sizes({"a": STEEP}, CompreSSMConfig(tolerance=0.005, **settings)) == {"a": expected}
+
+
+def test_a_multiple_beyond_the_size_keeps_the_layer() -> None:
+    assert new_sizes({"a": STEEP}, CompreSSMConfig(tolerance=0.005, multiple_of=16)) == {"a": 8}
+
+
+@given(
+    values=st.lists(st.lists(st.floats(0, 1e6), min_size=6, max_size=6), min_size=1, max_size=4),
+    tolerance=st.floats(1e-6, 0.999),
+    multiple=st.integers(1, 4),
+    uniform=st.booleans(),
+)
+def test_no_layer_drops_more_energy_than_the_tolerance(values, tolerance, multiple, uniform) -> None:
+    spectra = {str(i): torch.tensor(sorted(v, reverse=True), dtype=torch.float64) for i, v in enumerate(values)}
+    config = CompreSSMConfig(tolerance=tolerance, multiple_of=multiple, uniform=uniform)
+    sizes = new_sizes(spectra, config)
+    for name, sigma in spectra.items():
+        assert 1 <= sizes[name] <= 6
+        assert sigma[sizes[name] :].sum() <= tolerance * sigma.sum() * (1 + 1e-9)
+        assert sizes[name] == 6 or sizes[name] % multiple == 0
+    if uniform:
+        assert len(set(sizes.values())) == 1
