@@ -1,0 +1,14 @@
+"""All benchmarks, one after the other; each writes its table to `results/`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = ("cpu_scan.py", "step_time.py", "reduction_cost.py", "cut_accuracy.py")
+
+if __name__ == "__main__":
+    for script in BENCHMARKS:
+        print(f"--- {script}", flush=True)
+        subprocess.run([sys.executable, str(Path(__file__).parent / script)], check=True)
