@@ -8,7 +8,7 @@ writes nothing; `compression/apply.py` commits the results of all layers togethe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -168,6 +168,20 @@ class StateSpaceLayer(ABC):
     @abstractmethod
     def state_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters whose shape depends on the state size, by their names inside the module."""
+
+    @abstractmethod
+    def saved_state_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
+        """
+        The state size of this layer in a state dict, or None where the state dict does not tell.
+
+        Args:
+            state_dict (`Mapping[str, torch.Tensor]`): All or a part (a shard) of a model's tensors.
+            prefix (`str`): The layer's name in it, with a dot at the end.
+        """
+
+    @abstractmethod
+    def resize(self, size: int) -> None:
+        """Give the state parameters the shapes of another state size, in place and without values, before a load."""
 
     @abstractmethod
     def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:

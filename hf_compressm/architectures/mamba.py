@@ -13,7 +13,7 @@ Source of the layer: Gu and Dao, 2023, "Mamba: Linear-Time Sequence Modeling wit
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -97,18 +97,32 @@ class MambaLayer(StateSpaceLayer):
                 "would be cut. Leave x_proj out of the adapter's target modules, or merge the adapter first."
             )
         super().check_reducible()
-        n_states, rows = self.state_size, self.time_step_rank + 2 * self.state_size
-        expected = {
-            "A_log": (self.module.D.shape[0], n_states),
-            "x_proj.weight": (rows, self.module.x_proj.in_features),
-            "x_proj.bias": (rows,),
-        }
+        n_states, expected = self.state_size, self._parameter_shapes(self.state_size)
         for name, parameter in self.state_parameters().items():
             if tuple(parameter.shape) != expected[name]:
                 raise UnsupportedModelError(
                     f"{self.name}.{name} has shape {tuple(parameter.shape)}; a state size of {n_states} needs "
                     f"{expected[name]}. The parameter may be sharded or flattened by a wrapper."
                 )
+
+    def saved_state_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
+        """The state size that the rows of `x_proj` or the columns of `A_log` in a state dict tell."""
+        if prefix + "A_log" in state_dict:
+            return state_dict[prefix + "A_log"].shape[1]
+        if prefix + "x_proj.weight" in state_dict:
+            return (state_dict[prefix + "x_proj.weight"].shape[0] - self.time_step_rank) // 2
+        return None
+
+    def resize(self, size: int) -> None:
+        """Give `A_log` and `x_proj` the shapes of another state size, in place and without values, before a load."""
+        shapes = self._parameter_shapes(size)
+        with torch.no_grad():
+            for name, parameter in self.state_parameters().items():
+                # The parameter's identity stays, so that an optimizer that the user has made keeps it.
+                parameter.data = parameter.data.new_empty(shapes[name])
+                parameter.grad = None
+        for change in self._size_changes(size):
+            setattr(change.owner, change.name, change.value)
 
     @contextmanager
     def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:
@@ -165,6 +179,14 @@ class MambaLayer(StateSpaceLayer):
                     f"reconstruction: {T.abs().max().item():.3g}). Use the selection reductor for this model."
                 )
         return LayerReduction(self, parameters, self._size_changes(size))
+
+    def _parameter_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
+        rows = self.time_step_rank + 2 * size
+        return {
+            "A_log": (self.module.D.shape[0], size),
+            "x_proj.weight": (rows, self.module.x_proj.in_features),
+            "x_proj.bias": (rows,),
+        }
 
     def _size_changes(self, size: int) -> list[AttributeChange]:
         module = self.module

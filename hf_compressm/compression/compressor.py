@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..architectures import ParameterChange, SumOverProcesses, fast_cpu_scan, find_layers
@@ -127,6 +128,18 @@ class Compressor:
         self.records.append(record)
         return record
 
+    def restore(self, records: Sequence[CheckRecord]) -> None:
+        """
+        Go on from the records of an interrupted run.
+
+        Args:
+            records (`Sequence[CheckRecord]`): The records up to the checkpoint that the model was loaded from.
+        """
+        self.records = list(records)
+        known = [record for record in records if record.layers]
+        for layer in known[-1].layers if known else []:
+            self._scores[layer.name] = torch.tensor(layer.state_scores, dtype=torch.float64)
+
     def skip(self, reason: str, step: int | None = None) -> CheckRecord:
         """Record that a check could not be completed and that nothing was changed."""
         parameters = self._count_parameters()
@@ -177,7 +190,10 @@ class Compressor:
             size_after = plan[layer.name].new_size if truncation is not None else plan[layer.name].size
             tail, total = float(sigma[size_after:].sum()), float(sigma.sum())
             scores = diagonal_hankel_scores(calibration.gramians[layer.name].P, calibration.gramians[layer.name].Q)
+            # Only the states that stay can be compared with those of the next check.
+            stay = scores if truncation is None else scores[truncation.indices]
             previous = self._scores.get(layer.name)
+            self._scores[layer.name] = stay.cpu()
             records.append(
                 LayerRecord(
                     name=layer.name,
@@ -188,11 +204,10 @@ class Compressor:
                     hankel_singular_values=sigma.tolist(),
                     tail=tail,
                     tail_share=tail / total if total else 0.0,
-                    rank_correlation=None if previous is None else _correlation(previous, scores),
+                    rank_correlation=None if previous is None else _correlation(previous, scores.cpu()),
+                    state_scores=stay.tolist(),
                 )
             )
-            # Only the states that stay can be compared with those of the next check.
-            self._scores[layer.name] = scores if truncation is None else scores[truncation.indices]
         return records
 
     def _count_parameters(self) -> int:

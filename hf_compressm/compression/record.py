@@ -29,6 +29,8 @@ class LayerRecord:
         tail_share (`float`): `tail` as a share of the whole sum, between 0 and 1.
         rank_correlation (`float`, *optional*): Spearman correlation of the states' scores with those of the previous
             check; unset where there is no comparable one.
+        state_scores (`list[float]`): Score of each state that stays, in the layer's own order, for the comparison with
+            the next check.
     """
 
     name: str
@@ -40,6 +42,7 @@ class LayerRecord:
     tail: float
     tail_share: float
     rank_correlation: float | None = None
+    state_scores: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from ..architectures import enable_fast_cpu_scan
 from ..compression import CheckRecord, Compressor, LossFunction, OptimizerChange, write_history
@@ -16,13 +17,14 @@ from ..config import CompreSSMConfig
 from ..errors import CalibrationError, ConfigurationError, NotFiniteError, TruncationError
 from .batches import GivenBatches, training_batches
 from .requirements import require_plain_run
+from .resume import follow_checkpoints
 from .schedule import check_steps
 from .trackers import find_trackers, report
 
 logger = logging.getLogger(__name__)
 
 
-class CompreSSMCallback(TrainerCallback):
+class CompreSSMCallback(TrainerCallback, ExportableState):
     """
     Cuts the state of a model's layers while the Trainer trains it.
 
@@ -31,15 +33,18 @@ class CompreSSMCallback(TrainerCallback):
     `args.output_dir`, to the Trainer's log history and to its trackers. On a CPU the fused scan is switched on and
     stays on after training, for the evaluation (see [`disable_fast_cpu_scan`]).
 
+    A run resumes from its checkpoints, at whatever size they are, with a model that was built at the original size;
+    for that the callback must be among the Trainer's `callbacks` when the Trainer is made.
+
     Args:
-        config ([`CompreSSMConfig`], *optional*): What to cut, how and when.
+        config ([`CompreSSMConfig`] or its `dict`, *optional*): What to cut, how and when.
         loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
             loss when unset.
         calibration_batches (`Iterable`, *optional*): Batches to calibrate on. When unset, they are drawn from the
             training set, or, where that is a stream, kept from the training steps.
 
     Raises:
-        [`~errors.ConfigurationError`]: `config` is not a [`CompreSSMConfig`].
+        [`~errors.ConfigurationError`]: `config` is of another type, or a setting in it is not allowed.
 
     Example:
 
@@ -56,14 +61,14 @@ class CompreSSMCallback(TrainerCallback):
 
     def __init__(
         self,
-        config: CompreSSMConfig | None = None,
+        config: CompreSSMConfig | dict[str, Any] | None = None,
         loss_function: LossFunction | None = None,
         calibration_batches: Iterable[Any] | None = None,
     ) -> None:
+        if isinstance(config, dict):
+            config = CompreSSMConfig.from_dict(config)
         if config is not None and not isinstance(config, CompreSSMConfig):
-            raise ConfigurationError(
-                f"config is a {type(config).__name__}; give a CompreSSMConfig, or CompreSSMConfig.from_dict(...)."
-            )
+            raise ConfigurationError(f"config is a {type(config).__name__}; give a CompreSSMConfig.")
         self.config = config or CompreSSMConfig()
         self._loss_function = loss_function
         self._given_batches = calibration_batches
@@ -74,6 +79,17 @@ class CompreSSMCallback(TrainerCallback):
     def records(self) -> list[CheckRecord]:
         """What every check of the latest training saw and did."""
         return [] if self._compressor is None else list(self._compressor.records)
+
+    def state(self) -> dict[str, Any]:
+        """The settings and the records so far, as the Trainer writes them into every checkpoint."""
+        records = [record.to_dict() for record in self.records]
+        return {"args": {"config": self.config.to_dict()}, "attributes": {"saved_records": records}}
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Let the model take the state size of a checkpoint that is loaded later."""
+        follow_checkpoints(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -89,6 +105,9 @@ class CompreSSMCallback(TrainerCallback):
             followers=[lambda changes: OptimizerChange(optimizer, changes)],
             progress=False,
         )
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step > 0:
+            self._compressor.restore([CheckRecord.from_dict(check) for check in _saved_records(saved)])
         self._batches = (
             training_batches(
                 model,
@@ -145,3 +164,9 @@ class CompreSSMCallback(TrainerCallback):
         logger.info(line)
         if state.is_world_process_zero and not args.disable_tqdm:
             tqdm.write(f"[compressm] {line}")
+
+
+def _saved_records(saved: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records in what a checkpoint holds of this callback; of several callbacks of one class, the first one's."""
+    first = saved[0] if isinstance(saved, list) else saved
+    return first.get("attributes", {}).get("saved_records", [])
