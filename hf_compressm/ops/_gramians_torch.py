@@ -1,0 +1,88 @@
+"""Sums of outer products of sampled states on any device, with a parallel scan along time in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_CHUNK = 64
+_CHUNK_ELEMENTS = 2**23
+
+
+def sampled_outer_products(
+    delta: Tensor,
+    drive: Tensor,
+    A: Tensor,
+    B: Tensor,
+    times: Tensor,
+    initial_state: Tensor | None = None,
+    readout: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """
+    The sums of [`_gramians_cpu.sampled_outer_products`], without a Python loop over single time steps.
+
+    The arguments `delta`, `drive`, `A`, `B`, `times`, `initial_state` and `readout` are the same. Time is cut into
+    chunks of 64 steps, sequences and channels into groups, so that a chunk holds 8 million states at most; about six
+    such arrays exist at once, 200 MB in float32.
+    """
+    delta, drive, A, B = (tensor.detach() for tensor in (delta, drive, A, B))
+    times = times.to(delta.device)
+    batch, _, channels = delta.shape
+    n_states = A.shape[1]
+    double = {"dtype": torch.float64, "device": _double_device(delta.device)}
+    total = torch.zeros(n_states, n_states, **double)
+    readout_energy = torch.zeros(n_states, **double)
+    n_channels = max(1, min(channels, _CHUNK_ELEMENTS // (_CHUNK * n_states)))
+    n_sequences = max(1, _CHUNK_ELEMENTS // (_CHUNK * n_states * max(1, n_channels)))
+    for first in range(0, batch, n_sequences):
+        sequences = slice(first, first + n_sequences)
+        for first_channel in range(0, channels, n_channels):
+            group = slice(first_channel, first_channel + n_channels)
+            state = None if initial_state is None else initial_state.detach()[sequences, group].to(delta.dtype)
+            inputs = (delta[sequences, :, group], drive[sequences, :, group], A[group], B[sequences])
+            for samples, sequence, time in _sampled_states(*inputs, times[sequences], state):
+                # To double precision before any product: a float32 product would drown small directions.
+                rows = samples.to(total.device).double()
+                total.addmm_(rows.flatten(0, 1).T, rows.flatten(0, 1))
+                if readout is not None:
+                    readouts = readout[first + sequence, time].to(total.device).double()
+                    readout_energy += (rows.square().sum(1) * readouts.square()).sum(0)
+    return total, readout_energy
+
+
+def _sampled_states(delta, drive, A, B, times, state) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Chunk by chunk: the sampled states, (samples, channels, N), and which sequence and step each of them is of."""
+    if state is None:
+        state = delta.new_zeros(delta.shape[0], delta.shape[2], A.shape[1])
+    for start in range(0, delta.shape[1], _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        decays = torch.exp(delta[:, chunk, :, None] * A)
+        inputs = drive[:, chunk, :, None] * B[:, chunk, None]
+        inputs[:, 0] += decays[:, 0] * state
+        states = _parallel_scan(decays, inputs)
+        state = states[:, -1].clone()
+        sequence, sample = ((times >= start) & (times < start + _CHUNK)).nonzero(as_tuple=True)
+        time = times[sequence, sample]
+        yield states[sequence, time - start], sequence, time
+
+
+def _parallel_scan(decays: Tensor, inputs: Tensor) -> Tensor:
+    r"""
+    \\( h_t = a_t h_{t-1} + x_t \\) along axis 1 in \\( \log_2 \\) of its length passes; both arguments are overwritten.
+
+    After the pass with shift s, `inputs` holds what the last 2s steps contribute and `decays` their product. Source:
+    Hillis and Steele, 1986, "Data parallel algorithms". Products of decays only shrink, so nothing overflows.
+    """
+    shift = 1
+    while shift < inputs.shape[1]:
+        inputs[:, shift:] += decays[:, shift:] * inputs[:, :-shift]
+        decays[:, shift:] = decays[:, shift:] * decays[:, :-shift]
+        shift *= 2
+    return inputs
+
+
+def _double_device(device: torch.device) -> torch.device:
+    # Apple's GPUs have no double precision.
+    return torch.device("cpu") if device.type == "mps" else device

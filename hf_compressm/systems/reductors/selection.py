@@ -1,0 +1,84 @@
+"""Selection: keep some states as they are and count the others as zero.
+
+Error bound: none. It is what a stock checkpoint can hold where nothing can be folded, and the baseline of every
+comparison.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+
+from hf_compressm.errors import ConfigurationError, DimensionError
+from hf_compressm.systems._checks import checked_gramian, checked_rank, require_finite, require_same_shape
+from hf_compressm.systems.truncation import Truncation
+
+SelectionRule = Literal["largest", "smallest", "random"]
+
+
+def selection_truncation(
+    scores: torch.Tensor, r: int, rule: SelectionRule = "largest", generator: torch.Generator | None = None
+) -> Truncation:
+    """Keeps the `r` states with the largest (or smallest) scores, or random ones.
+
+    Args:
+        scores (`torch.Tensor` of shape `(..., N)`): One real score per state; with `rule="random"` only its shape
+            counts.
+        r (`int`): Number of states to keep, from 1 to N.
+        rule (`str`, *optional*, defaults to `"largest"`): `"largest"`, `"smallest"` or `"random"`. Of tied scores the
+            lowest index is kept first.
+        generator (`torch.Generator`, *optional*): For `rule="random"`, on the device of `scores`; it makes all
+            processes of a run choose the same states. Without it, the global generator is used.
+
+    Returns:
+        [`Truncation`]: A selection in float64, with indices in ascending order and `T = W`.
+
+    Raises:
+        ConfigurationError: The rule is unknown.
+        DimensionError: `scores` is a scalar or complex, or `r` is not an integer from 1 to N.
+        NotFiniteError: A score is NaN or infinite.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> selection_truncation(torch.tensor([0.1, 3.0, 2.0]), r=2).indices
+    tensor([1, 2])
+
+    ```
+    """
+    if rule not in get_args(SelectionRule):
+        raise ConfigurationError(f"rule is {rule!r}; allowed are {list(get_args(SelectionRule))}.")
+    if scores.ndim < 1 or scores.is_complex():
+        raise DimensionError(
+            f"scores have dtype {scores.dtype} and shape {tuple(scores.shape)}; they must be real, of shape (..., N)."
+        )
+    r = checked_rank(r, scores.shape[-1])
+    require_finite("scores", scores)
+    if rule == "random":
+        scores = torch.rand(scores.shape, generator=generator, dtype=torch.float64, device=scores.device)
+    order = scores.argsort(dim=-1, descending=rule != "smallest", stable=True)
+    return Truncation.from_indices(order[..., :r].sort(dim=-1).values, full_size=scores.shape[-1])
+
+
+def diagonal_hankel_scores(P: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
+    """`sqrt(P_ii Q_ii)`: the Hankel singular value that each state would have if it were alone.
+
+    Args:
+        P (`torch.Tensor` of shape `(..., N, N)`): Controllability Gramian or state covariance.
+        Q (`torch.Tensor` of shape `(..., N, N)`): Observability Gramian.
+
+    Returns:
+        `torch.Tensor` of shape `(..., N)`, float64: scores for [`selection_truncation`].
+
+    Raises:
+        DimensionError: The shapes are not `(..., N, N)`, or differ.
+        NotFiniteError: An entry is NaN or infinite.
+        ConfigurationError: A matrix is not Hermitian.
+    """
+    require_same_shape(P, Q)
+    P, Q = checked_gramian("P", P), checked_gramian("Q", Q)
+    variances = (M.diagonal(dim1=-2, dim2=-1).real.clamp_min(0) for M in (P, Q))
+    # The root before the product: the product of two small variances would underflow.
+    return torch.stack([variance.sqrt() for variance in variances]).prod(dim=0)
