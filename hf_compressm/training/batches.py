@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,10 +110,15 @@ class GivenBatches:
 
 
 def training_batches(
-    model: nn.Module, dataloader: DataLoader, batch_size: int, count: int, seed: int
-) -> SampledBatches | CapturedBatches:
+    model: nn.Module,
+    dataloader: DataLoader,
+    batch_size: int,
+    count: int,
+    seed: int,
+    given: Iterable[Any] | None = None,
+) -> SampledBatches | CapturedBatches | GivenBatches:
     """
-    The source of batches that fits a training data loader: sampled where possible, captured otherwise.
+    The source of a run's calibration batches: what the user gave, else sampled where possible, else captured.
 
     Args:
         model (`torch.nn.Module`): The model in training.
@@ -121,7 +126,10 @@ def training_batches(
         batch_size (`int`): Examples in a sampled batch.
         count (`int`): Batches that one check looks at.
         seed (`int`): Seed of sampled batches.
+        given (`Iterable`, *optional*): Batches that the user gave.
     """
+    if given is not None:
+        return GivenBatches(given)
     dataset = getattr(dataloader, "dataset", None)
     readable = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     if readable and not isinstance(dataset, IterableDataset):

@@ -15,9 +15,9 @@ from ..architectures import enable_fast_cpu_scan
 from ..compression import CheckRecord, Compressor, LossFunction, OptimizerChange, write_history
 from ..config import CompreSSMConfig
 from ..errors import CalibrationError, ConfigurationError, NotFiniteError, TruncationError
-from .batches import GivenBatches, training_batches
+from .batches import training_batches
 from .requirements import require_plain_run
-from .resume import follow_checkpoints
+from .resume import follow_checkpoints, saved_records
 from .schedule import check_steps
 from .trackers import find_trackers, report
 
@@ -105,19 +105,14 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             followers=[lambda changes: OptimizerChange(optimizer, changes)],
             progress=False,
         )
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        if state.global_step > 0:
-            self._compressor.restore([CheckRecord.from_dict(check) for check in _saved_records(saved)])
-        self._batches = (
-            training_batches(
-                model,
-                kwargs["train_dataloader"],
-                args.train_batch_size,
-                self.config.calibration_batches,
-                args.seed + self.config.seed,
-            )
-            if self._given_batches is None
-            else GivenBatches(self._given_batches)
+        self._compressor.restore(saved_records(state, self))
+        self._batches = training_batches(
+            model,
+            kwargs["train_dataloader"],
+            args.train_batch_size,
+            self.config.calibration_batches,
+            args.seed + self.config.seed,
+            given=self._given_batches,
         )
         self._due = frozenset(steps)
         self._trackers = find_trackers(self)
@@ -164,9 +159,3 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         logger.info(line)
         if state.is_world_process_zero and not args.disable_tqdm:
             tqdm.write(f"[compressm] {line}")
-
-
-def _saved_records(saved: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records in what a checkpoint holds of this callback; of several callbacks of one class, the first one's."""
-    first = saved[0] if isinstance(saved, list) else saved
-    return first.get("attributes", {}).get("saved_records", [])

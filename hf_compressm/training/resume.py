@@ -6,8 +6,11 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from transformers import TrainerState
+from transformers.trainer_callback import ExportableState
 
 from ..architectures import StateSpaceLayer, find_layers
+from ..compression import CheckRecord
 
 _FOLLOWS = "_hf_compressm_follows_checkpoints"
 
@@ -37,3 +40,20 @@ def _take_saved_size(
     saved = layer.saved_state_size(state_dict, prefix)
     if saved is not None and saved != layer.state_size:
         layer.resize(saved)
+
+
+def saved_records(state: TrainerState, callback: ExportableState) -> list[CheckRecord]:
+    """
+    The records that the checkpoint of a resumed run holds; none for a run that starts at its first step.
+
+    Args:
+        state (`transformers.TrainerState`): The run's state. It gets an entry for the callback where it has none, as
+            after a checkpoint that was written without it; the Trainer could not write its next checkpoint otherwise.
+        callback (`transformers.trainer_callback.ExportableState`): The callback whose `state()` holds the records.
+    """
+    saved = state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+    if state.global_step == 0:
+        return []
+    # Of several callbacks of one class the Trainer keeps a list.
+    first = saved[0] if isinstance(saved, list) else saved
+    return [CheckRecord.from_dict(record) for record in first.get("attributes", {}).get("saved_records", [])]

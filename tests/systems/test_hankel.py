@@ -141,6 +141,17 @@ def test_rank_deficiency_gives_zeros_not_noise(kind: str) -> None:
     assert (sigma[rank:] < 1e-15 * sigma[0]).all()
 
 
+@pytest.mark.parametrize("kind", ["badly_scaled", "badly_scaled_siso", "real_poles"])
+def test_small_is_not_rounding(kind: str) -> None:
+    """Singular values down to N eps of the largest count as directions, and they are right to many digits."""
+    for seed in range(3):
+        system = random_system(kind, seed)
+        exact = exact_hankel_singular_values(system)
+        floor = system.order * np.finfo(float).eps * exact[0]
+        assert (np.abs(exact / floor - 1) > 0.1).all()
+        assert system.hankel_decomposition().usable_rank == (exact > floor).sum() >= 4
+
+
 def test_no_input_or_no_output() -> None:
     silent = DiagonalLTI(torch.tensor([0.5, 0.9]), torch.zeros(2, 1), torch.ones(1, 2))
     assert silent.hankel_singular_values().tolist() == [0, 0]

@@ -169,6 +169,18 @@ def test_places_left_over_go_to_the_highest_scores() -> None:
     assert interpolative_truncation(P, Q, 3).indices.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_is_no_reason_to_keep_a_state(seed: int) -> None:
+    """Two directions in ten states: after two choices, what is left of the others is rounding, and scores decide."""
+    P, _ = gramians(10, seed, rank=2)
+    _, Q = gramians(10, seed)
+    first = interpolative_truncation(P, Q, 2).indices.tolist()
+    scores = diagonal_hankel_scores(P, Q)
+    scores[first] = -1
+    expected = first + scores.argsort(descending=True)[:4].tolist()
+    assert interpolative_truncation(P, Q, 6).indices.tolist() == sorted(expected)
+
+
 def test_dead_states_are_kept_last() -> None:
     P, Q = gramians(8, seed=0)
     alive = torch.ones(8, dtype=torch.float64)
@@ -180,7 +192,8 @@ def test_dead_states_are_kept_last() -> None:
 
 def test_the_ridge_bounds_T() -> None:
     lam = (1 - torch.logspace(-3, -0.1, 48, dtype=torch.float64)).to(torch.complex128)
-    system = DiagonalLTI(lam, torch.ones(48, 1), torch.randn(2, 48, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    system = DiagonalLTI(lam, torch.ones(48, 1), torch.randn(2, 48, generator=generator, dtype=torch.float64))
     P, Q = system.controllability_gramian().real, system.observability_gramian().real
     size = P.diagonal().sqrt()
 
