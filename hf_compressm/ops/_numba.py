@@ -29,7 +29,12 @@ _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": _FAST_MATH}
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function on its first call, without the GIL, and keep the machine code on disk where possible."""
+    """
+    Compile a function on its first call, without the GIL, and keep the machine code on disk where possible.
+
+    What is kept is compiled anew when the kernel's own file changes, not when a file changes that it takes parts from:
+    after such an edit, delete `__pycache__`. An installation always writes all files anew.
+    """
     try:
         return numba.njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:
@@ -47,7 +52,7 @@ def exp2(exponent):
     \\( 2^x \\) inside a kernel, for any x below the largest exponent of its type; 0 below the smallest.
 
     With \\( x = i + f, |f| \le 1/2 \\): \\( 2^f \\) is a polynomial, and i is added to the exponent bits. The largest
-    relative error is 8e-8 in float32 (minimax polynomial of degree 6) and 2e-16 in float64 (Taylor, degree 13).
+    relative error is 8e-8 in float32 (minimax polynomial of degree 6) and 3e-16 in float64 (Taylor, degree 13).
     """
     raise NotImplementedError("exp2 is only for compiled kernels.")
 

@@ -23,8 +23,9 @@ from ._numba import CHANNEL_BLOCK, LN_2, TIME_CHUNK, exp2, kernel, part
 def load_lanes(source, b, t, first_channel, target, plane):
     """Copy up to W neighbouring channels of a step into a row of W lanes, and fill up with zeros."""
     width = source.shape[2] - first_channel
+    # A loop of constant length is a few vector instructions. The index is unsigned because a test for negative ones,
+    # which numba adds to signed ones, would turn vector loads into gathers.
     if width >= CHANNEL_BLOCK:
-        # A loop of constant length is a few vector instructions.
         for lane in range(CHANNEL_BLOCK):
             target[plane, lane] = source[b, t, np.uintp(first_channel + lane)]
     else:

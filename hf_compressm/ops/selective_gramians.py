@@ -35,8 +35,8 @@ def state_gramian(
 
     The recurrence runs over every step in float32 (float64 for float64 arguments), on the CPU in a compiled kernel and
     elsewhere as a parallel scan; sampled states are widened to float64 before they are multiplied. Beyond copies of
-    `u` and `delta`, memory is bounded: 16 MB and one state a sequence on the CPU (more than 500 states: 16 MB times
-    N / 500), about 250 MB elsewhere.
+    the arguments, peak memory is a few N x N matrices a thread and one state a sequence on the CPU, and about 250 MB
+    elsewhere, whatever the length.
 
     Args:
         u (`torch.Tensor` of shape `(batch, length, channels)`): Input, any floating-point dtype and device.

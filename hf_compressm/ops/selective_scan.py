@@ -37,7 +37,7 @@ def selective_scan_reference(
     dtype = compute_dtype(u, delta, A, B, C)
     y_dtype = u.dtype
     u, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
-    state = _zero_state(u, A) if initial_state is None else initial_state.to(dtype)
+    state = zero_state(u, A) if initial_state is None else initial_state.to(dtype)
     outputs = []
     for t in range(u.shape[1]):
         decay = torch.exp(delta[:, t, :, None] * A)
@@ -83,7 +83,7 @@ def selective_scan(
         )
     dtype = compute_dtype(u, delta, A, B, C)
     y_dtype = u.dtype
-    initial_state = _zero_state(u, A) if initial_state is None else initial_state
+    initial_state = zero_state(u, A) if initial_state is None else initial_state
     # Conversions happen outside of the function below, so that autograd undoes them.
     arguments = [tensor.to(dtype).contiguous() for tensor in (u, delta, A, B, C, initial_state)]
     y, final_state = _SelectiveScan.apply(torch.is_grad_enabled(), *arguments)
@@ -113,7 +113,7 @@ class _SelectiveScan(Function):
     def backward(ctx, grad_y, grad_final_state):
         u, delta, A, B, C, boundaries = ctx.saved_tensors
         grad_y = torch.zeros_like(u) if grad_y is None else grad_y.contiguous()
-        grad_final_state = _zero_state(u, A) if grad_final_state is None else grad_final_state.contiguous()
+        grad_final_state = zero_state(u, A) if grad_final_state is None else grad_final_state.contiguous()
         A_blocks = channels_to_blocks(A * LOG2_E)
         sequence_ranges, block_ranges = divide_work(u.shape[0], A_blocks.shape[0])
         grad_u, grad_delta = torch.empty_like(u), torch.empty_like(u)
@@ -157,7 +157,8 @@ def _arrays(*tensors: Tensor) -> list:
     return [tensor.detach().numpy() for tensor in tensors]
 
 
-def _zero_state(u: Tensor, A: Tensor) -> Tensor:
+def zero_state(u: Tensor, A: Tensor) -> Tensor:
+    """(batch, channels, N) zeros in the dtype that a scan of `u` with `A` computes in."""
     return torch.zeros(u.shape[0], *A.shape, dtype=compute_dtype(u, A), device=u.device)
 
 

@@ -76,7 +76,7 @@ def test_gramians_match_loop_and_autograd(scan_arguments, shape, sampled, dtype)
     assert_close(readout_energy, read.diagonal(), TOLERANCES[dtype])
 
 
-def test_small_buffers_change_nothing(scan_arguments, monkeypatch) -> None:
+def test_the_size_of_groups_changes_nothing(scan_arguments, monkeypatch) -> None:
     arguments = scan_arguments(3, 150, 130, 6)
     times = sample_times(3, 150, 40, torch.Generator().manual_seed(3))
     grad_y = torch.randn(3, 150, 130)
@@ -86,15 +86,11 @@ def test_small_buffers_change_nothing(scan_arguments, monkeypatch) -> None:
         return [*state_gramian(**arguments, times=times), Q]
 
     expected = gramians()
-    # Some samples of some blocks at a time, and some channels of one sequence.
-    monkeypatch.setattr(_gramians_cpu, "_BUFFER_BYTES", 8 * 6 * 64 * 7)
-    monkeypatch.setattr(_gramians_torch, "_CHUNK_ELEMENTS", 64 * 6 * 50)
-    for actual, wanted in zip(gramians(), expected):
-        assert_close(actual, wanted, 1e-12)
-    monkeypatch.setattr(_gramians_cpu, "_BUFFER_BYTES", 0)
-    monkeypatch.setattr(_gramians_torch, "_CHUNK_ELEMENTS", 0)
-    for actual, wanted in zip(gramians(), expected):
-        assert_close(actual, wanted, 1e-12)
+    # Some channels of one sequence, some sequences, one channel.
+    for elements in (64 * 6 * 50, 64 * 6 * 300, 0):
+        monkeypatch.setattr(_gramians_torch, "_CHUNK_ELEMENTS", elements)
+        for actual, wanted in zip(gramians(), expected):
+            assert_close(actual, wanted, 1e-12)
 
 
 def test_initial_state_defaults_to_zero_and_gradients_to_none(scan_arguments) -> None:

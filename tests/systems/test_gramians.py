@@ -77,6 +77,18 @@ def test_factors_reproduce_the_gramians_row_by_row(kind: str, time_domain: str) 
         assert largest_rowwise_error(L_Q @ L_Q.mH, system.observability_gramian()) < 1e-13
 
 
+def test_elimination_takes_the_largest_remaining_variance_first() -> None:
+    """Column by column the same as a pivoted Cholesky factorisation of the Gramian, up to the phase of a column."""
+    for time_domain in TIME_DOMAINS:
+        system = random_system("mimo", 2, time_domain)
+        remaining = system.controllability_gramian()
+        for column in controllability_factor(system.lam, system.B, time_domain).unbind(-1)[:8]:
+            pivot = remaining.diagonal().real.argmax()
+            expected = remaining[:, pivot] / remaining[pivot, pivot].sqrt()
+            assert torch.allclose(column.abs(), expected.abs(), rtol=1e-6, atol=1e-8)
+            remaining = remaining - torch.outer(expected, expected.conj())
+
+
 def test_a_factor_is_zero_past_the_rank() -> None:
     lam = torch.tensor([0.5, 0.5, 0.9, 0.1])
     B = torch.tensor([[1.0], [2.0], [0.0], [1.0]])

@@ -141,6 +141,14 @@ def test_rank_deficiency_gives_zeros_not_noise(kind: str) -> None:
     assert (sigma[rank:] < 1e-15 * sigma[0]).all()
 
 
+@pytest.mark.parametrize("kind", ["badly_scaled", "badly_scaled_siso"])
+def test_bad_scaling_costs_no_digits(kind: str) -> None:
+    for seed in range(4):
+        system = random_system(kind, seed)
+        exact = exact_hankel_singular_values(system)
+        assert relative_error(system.hankel_singular_values(), exact, above=1e-12) < 1e-13
+
+
 @pytest.mark.parametrize("kind", ["badly_scaled", "badly_scaled_siso", "real_poles"])
 def test_small_is_not_rounding(kind: str) -> None:
     """Singular values down to N eps of the largest count as directions, and they are right to many digits."""

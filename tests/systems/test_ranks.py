@@ -59,6 +59,8 @@ class TestEnergyRank:
         sigma = torch.tensor([1.0, 1e-18, 1e-22], dtype=torch.float64)
         assert energy_rank(sigma, 1e-20) == 2
         assert energy_rank(sigma, 1e-17) == 1
+        together = torch.tensor([1.0, 6e-19, 6e-19], dtype=torch.float64)
+        assert energy_rank(together, 1e-18) == 2
 
     def test_a_zero_spectrum_keeps_the_full_order(self) -> None:
         assert energy_rank(torch.zeros(6), 0.01) == 6

@@ -32,8 +32,10 @@ def interpolative_truncation(P: torch.Tensor, Q: torch.Tensor, r: int, ridge: fl
     largest `P_ii Q_ii` fill the remaining places. All of it is done on states scaled to unit variance, so the units of
     a state decide nothing.
 
-    The theory of a greedy choice by Schur complements is that of pivoted Cholesky and column-subset methods; this
-    criterion, weighted with the observability Gramian, is this library's.
+    Greedy choices by Schur complements are known from pivoted Cholesky factorisations and column subset selection; the
+    criterion here weighs them with the observability Gramian. A greedy choice can miss a pair of states of which only
+    the difference matters. On Gramians of a small selective layer, exchanging states afterwards until nothing improved
+    lowered the loss by a factor of at most 2.
 
     Args:
         P (`torch.Tensor` of shape `(N, N)`): State covariance (controllability Gramian): real symmetric or Hermitian,

@@ -181,6 +181,14 @@ def test_rounding_is_no_reason_to_keep_a_state(seed: int) -> None:
     assert interpolative_truncation(P, Q, 6).indices.tolist() == sorted(expected)
 
 
+def test_a_small_difference_that_the_output_sees_is_kept() -> None:
+    """States 0 and 1 agree to 1e-4, and the output reads their difference much more strongly than anything else."""
+    mixing = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1e-4, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    readout = torch.tensor([[1e5, -1e5, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.1]], dtype=torch.float64)
+    truncation = interpolative_truncation(mixing @ mixing.T, readout.T @ readout, 2)
+    assert truncation.indices.tolist() == [0, 1]
+
+
 def test_dead_states_are_kept_last() -> None:
     P, Q = gramians(8, seed=0)
     alive = torch.ones(8, dtype=torch.float64)
