@@ -77,8 +77,7 @@ def controllability_factor(lam: torch.Tensor, B: torch.Tensor, time_domain: Time
 
     (in continuous time, `b(z) = (z - lam_k) / (z + conj(lam_k))`). Nothing is subtracted that could cancel, so errors
     are small relative to each row of `L`, where the factor of a Gramian that was formed first has lost half of the
-    digits. Measured against 80-digit arithmetic, `|lam|` up to 0.9999: Hankel singular values of 1e-12 times the
-    largest are right to 1e-9 with nearly equal poles and to 1e-12 otherwise; from formed Gramians, to a few percent.
+    digits (see `tests/systems/test_hankel.py`, against 80-digit arithmetic).
 
     Source: elimination on the generators of a structured matrix, Gohberg, Kailath and Olshevsky (1995); accurate
     decompositions of Cauchy matrices, Demmel (1999), used for the related con-eigenvalues by Haut and Beylkin (2012).
@@ -118,10 +117,10 @@ def gramian_factor(gramian: torch.Tensor, name: str = "gramian") -> torch.Tensor
     """A rank-revealing factor `L` of a positive semidefinite matrix, `gramian = L L^H`.
 
     It comes from a Hermitian eigendecomposition, since measured Gramians are numerically low-rank, which breaks a plain
-    Cholesky factorisation. States are first scaled to a
-    unit diagonal, which makes the error small relative to every state's own variance: on systems whose states differ by
-    twelve orders of magnitude, the leading Hankel singular values are then right to 1e-11 instead of wrong in the first
-    digit. Eigenvalues of the scaled matrix below `N * eps` times the largest are rounding, and become zero.
+    Cholesky factorisation. States are first scaled to a unit diagonal, which makes the error small relative to every
+    state's own variance; without it the leading Hankel singular values of states that differ by many orders of
+    magnitude can be wrong in the first digit. Eigenvalues of the scaled matrix below `N * eps` times the largest are
+    rounding, and become zero.
 
     Args:
         gramian (`torch.Tensor` of shape `(..., N, N)`): Real symmetric or Hermitian, positive semidefinite; promoted to

@@ -43,10 +43,8 @@ def interpolative_truncation(P: torch.Tensor, Q: torch.Tensor, r: int, ridge: fl
         Q (`torch.Tensor` of shape `(N, N)`): Observability Gramian, in the same form.
         r (`int`): Number of states to keep, from 1 to N.
         ridge (`float`, *optional*, defaults to 1e-8): Regularises the inverse of `P[S, S]`, in units of each state's
-            variance, so that `T` stays bounded where the kept states are nearly dependent. Measured on 64 states with
-            real poles, 16 kept: 8e-9 of the energy is lost and `max|T| = 13`; with a ridge of 1e-12 it is 9e-10 and
-            149; after rounding `T` to bf16, 5e-6 against 5e-5. On measured Gramians of a selective layer it makes no
-            difference.
+            variance, so that `T` stays bounded where the kept states are nearly dependent: a smaller one loses less
+            energy in exact arithmetic and more after `T` is rounded to a short float type.
 
     Returns:
         [`Truncation`]: With `indices` in ascending order, `T` in float64 (complex128 if a Gramian is complex), on the
