@@ -15,6 +15,7 @@ from ..architectures import enable_fast_cpu_scan
 from ..compression import CheckRecord, Compressor, LossFunction, OptimizerChange, write_history
 from ..config import CompreSSMConfig
 from ..errors import CalibrationError, ConfigurationError, NotFiniteError, TruncationError
+from ..ops import compile_kernels
 from .batches import training_batches
 from .requirements import require_plain_run
 from .resume import follow_checkpoints, saved_records
@@ -118,6 +119,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._trackers = find_trackers(self)
         if self.config.fast_cpu_scan:
             enable_fast_cpu_scan()
+            if next(model.parameters()).device.type == "cpu":
+                compile_kernels()
         sizes = sorted(set(self._compressor.sizes.values()))
         self._tell(
             f"{len(self._compressor.layers)} layers with state size {', '.join(map(str, sizes))}; "

@@ -17,7 +17,7 @@ from hf_compressm.systems.truncation import Truncation
 from hf_compressm.systems.verification import require_error_bound
 
 # A layer stores its reduced system in float32, whose rounding a change of basis amplifies by its condition number: 1e5
-# times 6e-8 is an error of half a percent. Ordinary layers have condition numbers of 1 to 50.
+# times 6e-8 is an error of half a percent.
 DEFAULT_CONDITION_LIMIT = 1e5
 
 

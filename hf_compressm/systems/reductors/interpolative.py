@@ -34,8 +34,7 @@ def interpolative_truncation(P: torch.Tensor, Q: torch.Tensor, r: int, ridge: fl
 
     Greedy choices by Schur complements are known from pivoted Cholesky factorisations and column subset selection; the
     criterion here weighs them with the observability Gramian. A greedy choice can miss a pair of states of which only
-    the difference matters. On Gramians of a small selective layer, exchanging states afterwards until nothing improved
-    lowered the loss by a factor of at most 2.
+    the difference matters.
 
     Args:
         P (`torch.Tensor` of shape `(N, N)`): State covariance (controllability Gramian): real symmetric or Hermitian,

@@ -1,0 +1,24 @@
+"""Compile the CPU kernels before they are needed."""
+
+from __future__ import annotations
+
+import torch
+
+from .selective_gramians import adjoint_gramian, state_gramian
+from .selective_scan import selective_scan
+
+
+def compile_kernels() -> None:
+    """
+    Compile the float32 CPU kernels of the scan and of its Gramians, or load them where they were compiled before.
+
+    The first use of a kernel on a machine takes seconds; calling this at the start of a run keeps them out of the
+    run's first steps and out of its first reduction.
+    """
+    u, B = torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)
+    A = torch.full((1, 1), -1.0)
+    with torch.enable_grad():
+        y, _ = selective_scan(u.clone().requires_grad_(), u, A, B, B)
+        y.sum().backward()
+    state_gramian(u, u, A, B, B)
+    adjoint_gramian(u, A, B, u)
