@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
@@ -127,7 +128,8 @@ def test_torch_compile_and_export_keep_the_stock_path(fused_calls) -> None:
 def test_packed_sequences_are_left_to_the_stock_path(extra: dict, fused_calls) -> None:
     u = torch.rand(2, 4, 6)
     A, B = -torch.rand(4, 3), torch.rand(2, 3, 6)
-    with hf_compressm.fast_cpu_scan(), pytest.raises(ValueError, match="packed sequences"):
+    # Newer transformers refuse packed sequences without mamba-ssm, 5.17 runs its reference on them.
+    with hf_compressm.fast_cpu_scan(), contextlib.suppress(ValueError):
         modeling_mamba.mamba_selective_scan(u, u, A, B, B, **extra)
     assert not fused_calls
 

@@ -8,12 +8,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hf_compressm.ops import _threads, selective_scan
+from hf_compressm.ops._selective_scan_numba import scan_backward
 
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="fork is the default on Linux only")
 
@@ -118,6 +120,27 @@ def test_results_repeat_exactly_and_outputs_do_not_depend_on_the_threads(scan_ar
     assert all(torch.equal(a, b) for a, b in zip(first[:3], other[:3]))
     for a, b in zip(first, other):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("batch", "channels"), [(8, 64), (1, 300), (2, 300)])
+def test_units_that_add_to_the_same_numbers_have_copies_of_their_own(
+    scan_arguments, monkeypatch, batch, channels
+) -> None:
+    calls = []
+    scan = sys.modules[selective_scan.__module__]
+    monkeypatch.setattr(scan, "run_units", lambda kernel, units: calls.append((kernel, units)))
+    gradients(scan_arguments(batch, 10, channels, 3))
+    ((_, units),) = [call for call in calls if call[0] is scan_backward]
+    assert len(units) == 4
+    for i, unit in enumerate(units):
+        for other in units[:i]:
+            (*_, grad_A, grad_B, grad_C, _, sequences, blocks) = unit
+            (*_, other_A, other_B, other_C, _, other_sequences, other_blocks) = other
+            assert (sequences, blocks) != (other_sequences, other_blocks)
+            assert not (blocks == other_blocks and np.shares_memory(grad_A, other_A))
+            assert not (sequences == other_sequences and np.shares_memory(grad_B, other_B))
+            assert not (sequences == other_sequences and np.shares_memory(grad_C, other_C))
 
 
 @needs_fork
