@@ -151,7 +151,7 @@ def _run_adjoint(B, C, b, n, start, steps, step, state, history, grad_B, grad_C)
     """
     for t in range(steps - 1, -1, -1):
         b_n, c_n = B[b, start + t, n], C[b, start + t, n]
-        grad_b = grad_c = b_n * 0
+        grad_b = grad_c = step.dtype.type(0)
         for lane in range(CHANNEL_BLOCK):
             grad_y = step[t, _GRAD_Y, lane]
             adjoint = state[_ADJOINT, lane] + c_n * grad_y
