@@ -1,0 +1,144 @@
+"""One training run with the plain Trainer, and what it cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from hf_compressm.training.parameter_groups import state_space_parameter_groups
+
+from .data import SequenceData
+from .metrics import classification_metrics
+from .settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class Cost:
+    """
+    What a piece of work took.
+
+    Args:
+        seconds (`float`, *optional*, defaults to 0.0): By the clock on the wall.
+        cpu_seconds (`float`, *optional*, defaults to 0.0): Of this process on all its cores; where other programs share
+            the machine it is the fairer figure for work that is done on the CPU.
+    """
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, self.cpu_seconds + other.cpu_seconds)
+
+
+class Stopwatch:
+    """Measures the body of a `with` statement; repeated use adds up in `cost`."""
+
+    def __init__(self) -> None:
+        self.cost = Cost()
+
+    def __enter__(self) -> Stopwatch:
+        self._start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        wall, cpu = self._start
+        self.cost += Cost(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def train(
+    model: PreTrainedModel,
+    data: SequenceData,
+    settings: TrainingSettings,
+    seed: int,
+    output_dir: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+    trainer_class: type[Trainer] = Trainer,
+    **trainer_arguments: Any,
+) -> Cost:
+    """
+    Train a model in place.
+
+    Args:
+        model (`PreTrainedModel`): A classifier.
+        data ([`SequenceData`]): The task.
+        settings ([`TrainingSettings`]): Steps, batch, learning rates.
+        seed (`int`): Of the order of the data and of dropout.
+        output_dir (`Path`): For what callbacks write.
+        callbacks (`Sequence`, *optional*): For the Trainer.
+        trainer_class (`type`, *optional*): The Trainer, or a method's subclass of it.
+        trainer_arguments: Further arguments of that class.
+
+    Returns:
+        [`Cost`]: Of the training alone, without the test.
+    """
+    groups = state_space_parameter_groups(
+        model, settings.learning_rate, settings.weight_decay, settings.state_space_lr_factor
+    )
+    trainer = trainer_class(
+        model=model,
+        args=_arguments(settings, seed, output_dir),
+        train_dataset=data.train,
+        data_collator=data.collator,
+        optimizers=(torch.optim.AdamW(groups, lr=settings.learning_rate), None),
+        callbacks=list(callbacks),
+        **trainer_arguments,
+    )
+    stopwatch = Stopwatch()
+    with stopwatch:
+        trainer.train()
+    return stopwatch.cost
+
+
+def test_accuracy(model: PreTrainedModel, data: SequenceData, settings: TrainingSettings, output_dir: Path) -> float:
+    """
+    Accuracy on the test set.
+
+    Args:
+        model (`PreTrainedModel`): A classifier.
+        data ([`SequenceData`]): The task.
+        settings ([`TrainingSettings`]): Its `eval_batch_size` is used.
+        output_dir (`Path`): The Trainer wants one.
+    """
+    trainer = Trainer(
+        model=model,
+        args=_arguments(settings, 0, output_dir),
+        eval_dataset=data.test,
+        data_collator=data.collator,
+        compute_metrics=classification_metrics(),
+    )
+    return float(trainer.evaluate()["eval_accuracy"])
+
+
+# pytest collects what begins with "test_".
+test_accuracy.__test__ = False
+
+
+def seeded(seed: int) -> None:
+    """Set every random state, so that a model that is built next is the same in every method."""
+    set_seed(seed)
+
+
+def _arguments(settings: TrainingSettings, seed: int, output_dir: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.eval_batch_size,
+        learning_rate=settings.learning_rate,
+        warmup_steps=round(settings.warmup * settings.max_steps),
+        lr_scheduler_type=settings.schedule,
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=max(1, settings.max_steps // 10),
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,  # the collator reads columns that no model knows
+        disable_tqdm=True,
+        seed=seed,
+        data_seed=seed,
+    )
