@@ -1,5 +1,6 @@
 """Fast recurrences, each with its slow reference beside it."""
 
+from .diagonal_convolution import channel_systems, channel_systems_reference, convolution_kernel
 from .diagonal_scan import (
     diagonal_recurrence,
     diagonal_recurrence_reference,
@@ -12,7 +13,10 @@ from .warm_up import compile_kernels
 
 __all__ = [
     "adjoint_gramian",
+    "channel_systems",
+    "channel_systems_reference",
     "compile_kernels",
+    "convolution_kernel",
     "default_sample_count",
     "diagonal_recurrence",
     "diagonal_recurrence_reference",
