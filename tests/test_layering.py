@@ -19,6 +19,7 @@ ALLOWED_OUTSIDE = {
     "config": set(),
     "systems": {"torch"},
     "ops": {"torch", "numpy", "numba"},
+    "models": {"torch", "transformers", "huggingface_hub"},
     "architectures": {"torch"},
     "compression": {"torch", "tqdm", "matplotlib", "tabulate"},
     "training": {"torch", "tqdm", "numpy", "transformers", "accelerate"},
