@@ -90,7 +90,7 @@ class EmpiricalGramians(LayerGramians):
         return self.state_scores()[truncation.indices]
 
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
-        """Cut to `rank` states; `reductor` is `"interpolative"` or `"selection"`, `config` and `seed` as in the base."""
+        """Cut to `rank` states; `reductor` is `"interpolative"` or `"selection"`, `config` and `seed` as above."""
         if reductor == "interpolative":
             return interpolative_truncation(self.P, self.Q, rank)
         scores = self.state_scores() if config.selection_score == "hankel" else self.readout_energy
@@ -129,7 +129,7 @@ class ClosedFormGramians(LayerGramians):
         return _modal_scores(project(self.system, truncation))
 
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
-        """Cut to `rank` states; `reductor` is `"balanced"` or `"selection"`, `config` and `seed` as in the base."""
+        """Cut to `rank` states; `reductor` is `"balanced"` or `"selection"`, `config` and `seed` as above."""
         if reductor == "balanced":
             return balanced_truncation(self.system, rank)[1]
         return self._select(self.state_scores(), rank, config, seed)
