@@ -14,18 +14,6 @@ PACKAGE = Path(hf_compressm.__file__).parent
 # From the ground up; a module may import from its own floor's package and from lower floors.
 FLOORS = ["errors", "validation", "config", "systems", "ops", "models", "architectures", "compression", "training"]
 FLOORS += ["hub", "cli"]
-    "errors",
-    "validation",
-    "config",
-    "systems",
-    "ops",
-    "models",
-    "architectures",
-    "compression",
-    "training",
-    "hub",
-    "cli",
-]
 
 ALLOWED_OUTSIDE = {
     "errors": set(),
