@@ -4,19 +4,20 @@ from .api import analyze, compress
 from .apply import Change, ModelChange, commit_together, roll_back_together
 from .calibration import Calibration, LossFunction, calibrate, evaluate_loss, model_loss
 from .compressor import Compressor
-from .gramians import LayerGramians
+from .gramians import ClosedFormGramians, EmpiricalGramians, LayerGramians
 from .optimizer import OptimizerChange, unwrap_optimizer
 from .plan import LayerPlan, plan_reduction
 from .record import HISTORY_NAME, CheckRecord, LayerRecord, read_history, write_history
 from .report import Spectrum
-from .truncate import truncate
 
 __all__ = [
     "HISTORY_NAME",
     "Calibration",
     "Change",
     "CheckRecord",
+    "ClosedFormGramians",
     "Compressor",
+    "EmpiricalGramians",
     "LayerGramians",
     "LayerPlan",
     "LayerRecord",
@@ -33,7 +34,6 @@ __all__ = [
     "plan_reduction",
     "read_history",
     "roll_back_together",
-    "truncate",
     "unwrap_optimizer",
     "write_history",
 ]

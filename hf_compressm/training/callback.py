@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..architectures import enable_fast_cpu_scan
-from ..compression import CheckRecord, Compressor, LossFunction, OptimizerChange, write_history
+from ..compression import CheckRecord, Compressor, LossFunction, write_history
 from ..config import CompreSSMConfig
 from ..errors import CalibrationError, ConfigurationError, NotFiniteError, TruncationError
 from ..ops import compile_kernels
@@ -98,12 +98,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Find the layers and the steps to check; everything that cannot work is refused here."""
         require_plain_run(args)
         steps = check_steps(self.config, state.max_steps)
-        optimizer = kwargs["optimizer"]
         self._compressor = Compressor(
             model,
             self.config,
             loss_function=self._loss_function,
-            followers=[lambda changes: OptimizerChange(optimizer, changes)],
+            optimizer=kwargs["optimizer"],
             progress=False,
         )
         self._compressor.restore(saved_records(state, self))

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 
-from ..architectures import StateSpaceLayer, find_layers
+from ..architectures import StateSpaceLayer, config_changes, find_layers
 from ..compression import CheckRecord
 
 _FOLLOWS = "_hf_compressm_follows_checkpoints"
@@ -28,18 +28,26 @@ def follow_checkpoints(model: nn.Module) -> None:
     Raises:
         [`~errors.UnsupportedModelError`]: the model has no layer that can be cut.
     """
-    for layer in find_layers(model):
+    layers = find_layers(model)
+    for layer in layers:
         if not getattr(layer.module, _FOLLOWS, False):
-            layer.module.register_load_state_dict_pre_hook(partial(_take_saved_size, layer))
+            layer.module.register_load_state_dict_pre_hook(partial(_take_saved_size, layer, layers))
             setattr(layer.module, _FOLLOWS, True)
 
 
 def _take_saved_size(
-    layer: StateSpaceLayer, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+    layer: StateSpaceLayer,
+    layers: list[StateSpaceLayer],
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_: Any,
 ) -> None:
     saved = layer.saved_state_size(state_dict, prefix)
     if saved is not None and saved != layer.state_size:
         layer.resize(saved)
+        for change in config_changes(layers, {}):
+            setattr(change.owner, change.name, change.value)
 
 
 def saved_records(state: TrainerState, callback: ExportableState) -> list[CheckRecord]:
