@@ -1,7 +1,7 @@
 """
 IMDB film reviews read byte by byte, as in the Long Range Arena.
 
-    accelerate launch recipes/imdb.py --config recipes/configs/imdb.yaml [--scale small] [--method compressm ...]
+    accelerate launch recipes/imdb.py --config recipes/configs/imdb.yaml [--scale small] [--method full ...]
 """
 
 from experiments.command_line import run_recipe

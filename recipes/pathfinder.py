@@ -1,7 +1,7 @@
 """
 Pathfinder of the Long Range Arena, 32 x 32 pixels read one by one.
 
-    accelerate launch recipes/pathfinder.py --config recipes/configs/pathfinder.yaml [--scale small] [--method compressm ...]
+    accelerate launch recipes/pathfinder.py --config recipes/configs/pathfinder.yaml [--scale small] [--method full ...]
 """
 
 from experiments.command_line import run_recipe

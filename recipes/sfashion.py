@@ -1,7 +1,7 @@
 """
 Fashion-MNIST pictures read pixel by pixel.
 
-    accelerate launch recipes/sfashion.py --config recipes/configs/sfashion.yaml [--scale small] [--method compressm ...]
+    accelerate launch recipes/sfashion.py --config recipes/configs/sfashion.yaml [--scale small] [--method full ...]
 """
 
 from experiments.command_line import run_recipe

@@ -1,7 +1,7 @@
 """
 MNIST digits read pixel by pixel (sMNIST).
 
-    accelerate launch recipes/smnist.py --config recipes/configs/smnist.yaml [--scale small] [--method compressm ...]
+    accelerate launch recipes/smnist.py --config recipes/configs/smnist.yaml [--scale small] [--method full ...]
 """
 
 from experiments.command_line import run_recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from hf_compressm.systems import DiagonalLTI
@@ -24,10 +25,11 @@ def layer_systems(model: nn.Module) -> dict[str, DiagonalLTI]:
     for name, module in model.named_modules():
         if not callable(getattr(module, "system", None)):
             continue
-        lam, B, C = module.system()
-        if B.ndim == lam.ndim:  # single-input systems carry no axis for their one input and one output
-            B, C = B.unsqueeze(-1), C.unsqueeze(-2)
-        systems[name] = DiagonalLTI(lam, B, C)
+        lam, *B, C = module.system()
+        if B:
+            systems[name] = DiagonalLTI(lam, B[0], C)
+        else:  # one input and one output a channel, with input weight 1
+            systems[name] = DiagonalLTI(lam, torch.ones_like(lam).unsqueeze(-1), C.unsqueeze(-2))
     if not systems:
         raise ValueError(
             f"{type(model).__name__} has no layer with a time-invariant system, so its Hankel operator is not defined; "

@@ -148,44 +148,40 @@ def compression_config(settings: ExperimentSettings, final_state_size: int | Non
     The callback's configuration from the `compression` settings.
 
     `checks` in them, a setting of the recipes alone, spreads so many checks evenly over the window and stands in for
-    `interval`. A final state size asks for the strategy `"fixed"`, with the ratio that reaches that size in the last of
-    the checks.
+    `interval`. A final state size asks for the strategy `"target"`, which reaches it in the last of the checks.
 
     Args:
         settings ([`ExperimentSettings`]): The experiment.
         final_state_size (`int`, *optional*): What the cuts lead to.
     """
     values = dict(settings.compression)
-    steps, checks = settings.training.max_steps, values.pop("checks", None)
-    start, end = (round(share * steps, 6) for share in values.get("window", CompreSSMConfig().window))
+    checks = values.pop("checks", None)
     if checks is not None:
+        start, end = values.get("window", CompreSSMConfig().window)
+        steps = round((end - start) * settings.training.max_steps, 6)
         # One check stands at the window's end.
-        values["interval"] = None if checks == 1 else max(1, int((end - start) // checks))
-    if final_state_size is not None:
-        interval = values.get("interval")
-        count = 1 if interval is None else max(1, int((end - start) // interval))
-        values.update(_fixed(settings.state_size, final_state_size, count))
-    return CompreSSMConfig(**values)
+        values["interval"] = None if checks == 1 else max(1, int(steps // checks))
+    target = _target(settings.state_size, final_state_size)
+    return CompreSSMConfig(**{**values, **target})
 
 
-def _fixed(state_size: int, final_state_size: int, checks: int) -> dict[str, Any]:
-    """The settings that lead from one size to another in a number of checks."""
+def _target(state_size: int, final_state_size: int | None) -> dict[str, Any]:
+    if final_state_size is None:
+        return {}
     if not 0 < final_state_size < state_size:
         raise ValueError(f"the final state size is {final_state_size}; give one between 1 and {state_size - 1}.")
-    # A ratio a hair too small, because a check rounds up and 0.07 * 100 is 7.000000000000001.
-    ratio = (final_state_size / state_size) ** (1 / checks) * (1 - 1e-12)
-    return {"strategy": "fixed", "keep_ratio": ratio, "min_state_size": final_state_size}
+    return {"strategy": "target", "target_state_size": final_state_size}
 
 
 def _cut_after_training(run: Run, model: PreTrainedModel) -> tuple[CheckRecord, Cost]:
-    # A cut that is asked for is made in one go, whatever the schedule of a cut in training is.
-    values = {name: value for name, value in run.settings.compression.items() if name not in ("checks", "interval")}
-    if run.final_state_size is not None:
-        values.update(_fixed(run.settings.state_size, run.final_state_size, checks=1))
+    # The cut is made in one go, whatever the schedule of a cut in training is.
+    schedule = ("checks", "interval", "window", "when_stable")
+    values = {name: value for name, value in run.settings.compression.items() if name not in schedule}
+    config = CompreSSMConfig(**{**values, **_target(run.settings.state_size, run.final_state_size)})
     batch = {name: tensor.to(model.device) for name, tensor in run.calibration_batch().items()}
     stopwatch = Stopwatch()
     with stopwatch:
-        record = compress(model, [batch], CompreSSMConfig(**values), progress=False)
+        record = compress(model, [batch], config, progress=False)
     return record, stopwatch.cost
 
 

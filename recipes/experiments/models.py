@@ -15,8 +15,8 @@ from .data import SequenceData
 FAMILIES = {
     "lru": ("LRUConfig", "LRUForSequenceClassification"),
     "s4d": ("S4DConfig", "S4DForSequenceClassification"),
-    "mamba": ("MambaForSequenceClassificationConfig", "MambaForSequenceClassification"),
-    "mamba2": ("Mamba2ForSequenceClassificationConfig", "Mamba2ForSequenceClassification"),
+    "mamba": ("MambaClassifierConfig", "MambaForSequenceClassification"),
+    "mamba2": ("Mamba2ClassifierConfig", "Mamba2ForSequenceClassification"),
 }
 
 
@@ -40,9 +40,9 @@ def build_model(model_settings: dict[str, Any], data: SequenceData, state_size: 
     if name not in FAMILIES:
         raise ValueError(f"model.name is {name!r}; choose one of {', '.join(FAMILIES)}.")
     config_class, model_class = (getattr(models, class_name) for class_name in FAMILIES[name])
-    settings = {**settings, **data.model_settings(), "state_size": state_size}
     known = _fields_of(config_class)
-    config = config_class(**{key: value for key, value in settings.items() if key in known})
+    settings = {key: value for key, value in settings.items() if key in known}
+    config = config_class(**{**settings, **data.model_settings(), "state_size": state_size})
     return model_class(config)
 
 
