@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 INCOMPLETE_PREFIX = "incomplete-"
 REPLACED_PREFIX = "replaced-"
 
+# One file, shards of the Hub's form, of FSDP's and of DeepSpeed's.
+_WEIGHTS = ("*.safetensors", "*.bin", "**/*.distcp", "**/*.pt")
+
 # Where the Trainer, FSDP and DeepSpeed keep the optimizer's state.
 _OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 
@@ -58,13 +61,8 @@ def _missing_part(folder: Path) -> str | None:
         missing = sorted(shard for shard in shards if not (folder / shard).is_file())
         if missing:
             return f"it lacks {missing[0]}"
-    weights = [
-        *folder.glob("*.safetensors"),
-        *folder.glob("**/*.distcp"),
-        *folder.glob("*.bin"),
-        *folder.glob("**/*.pt"),
-    ]
-    if not any(file.name not in ("training_args.bin", "optimizer.pt", "scheduler.pt") for file in weights):
+    found = [file.name for pattern in _WEIGHTS for file in folder.glob(pattern)]
+    if set(found) <= {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"}:
         return "it has no weights"
     # With save_only_model none of the three is there; one without the others was lost.
     training_state = {

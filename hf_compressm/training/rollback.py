@@ -30,7 +30,8 @@ class EvaluationWatch:
         if str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
             raise ConfigurationError(
                 f"rollback_metric is {config.rollback_metric!r}, a metric of the evaluation, but eval_strategy is "
-                "'no'. Give the Trainer an eval_dataset and an eval_strategy, or set rollback_metric='calibration_loss'."
+                "'no'. Give the Trainer an eval_dataset and an eval_strategy, or set "
+                "rollback_metric='calibration_loss'."
             )
         name = config.rollback_metric
         self.name = name if name.startswith(_PREFIX) else _PREFIX + name
