@@ -5,13 +5,15 @@ from .apply import Change, ModelChange, commit_together, roll_back_together
 from .calibration import Calibration, LossFunction, calibrate, evaluate_loss, model_loss
 from .compressor import Compressor
 from .gramians import ClosedFormGramians, EmpiricalGramians, LayerGramians
-from .optimizer import OptimizerChange, unwrap_optimizer
+from .optimizer import OptimizerChange, drop_stale_states, unwrap_optimizer
 from .plan import LayerPlan, plan_reduction
 from .record import HISTORY_NAME, CheckRecord, LayerRecord, read_history, write_history
 from .report import Spectrum
+from .snapshot import SNAPSHOT_NAME, Snapshot
 
 __all__ = [
     "HISTORY_NAME",
+    "SNAPSHOT_NAME",
     "Calibration",
     "Change",
     "CheckRecord",
@@ -24,11 +26,13 @@ __all__ = [
     "LossFunction",
     "ModelChange",
     "OptimizerChange",
+    "Snapshot",
     "Spectrum",
     "analyze",
     "calibrate",
     "commit_together",
     "compress",
+    "drop_stale_states",
     "evaluate_loss",
     "model_loss",
     "plan_reduction",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..architectures import (
     LayerReduction,
@@ -264,9 +265,9 @@ class Compressor:
     ) -> tuple[dict[str, Truncation], list[LayerReduction], list[str]]:
         """The truncations and reductions of the layers that are to be cut, and why the others failed."""
         truncations, reductions, failures = {}, [], []
-        for number, layer in enumerate(self.layers):
-            if not plan[layer.name].is_cut:
-                continue
+        cut = [layer for layer in self.layers if plan[layer.name].is_cut]
+        disable = None if self._progress is None else not self._progress
+        for number, layer in enumerate(tqdm(cut, desc="cutting", unit="layer", leave=False, disable=disable)):
             gramians, reductor = calibration.gramians[layer.name], self._reductors[layer.name]
             try:
                 truncation = gramians.truncate(plan[layer.name].new_size, reductor, self.config, seed=seed + number)

@@ -160,6 +160,41 @@ def _mover(name: str, value: Tensor, change: ParameterChange) -> Callable[[Tenso
     return lambda moment: axis_map.second(moment, axis=moved)
 
 
+def drop_stale_states(optimizer: Any) -> int:
+    """
+    Forget the state of parameters whose size has changed behind the optimizer's back, as a loaded checkpoint does.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer, or a wrapper of it.
+
+    Returns:
+        `int`: Parameters whose state was dropped.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    stale = [
+        parameter
+        for parameter, state in optimizer.state.items()
+        if isinstance(parameter, Tensor) and not all(_fits(name, state[name], parameter) for name in state)
+    ]
+    for parameter in stale:
+        del optimizer.state[parameter]
+    return len(stale)
+
+
+def _fits(name: str, value: Any, parameter: Tensor) -> bool:
+    """Whether a state of a known name has the shape that the parameter needs."""
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        return True
+    shape = tuple(parameter.shape)
+    if name in _FIRST_MOMENTS | _SECOND_MOMENTS:
+        return tuple(value.shape) == shape
+    missing = -1 if name in _ROW_FACTORS else -2 if name in _COLUMN_FACTORS else None
+    if missing is None or len(shape) < 2:
+        return True
+    factor = torch.empty(shape, device="meta").sum(missing)
+    return tuple(value.squeeze(missing).shape if value.ndim == len(shape) else value.shape) == tuple(factor.shape)
+
+
 def require_matching_states(optimizer: torch.optim.Optimizer) -> None:
     """
     Check that every moment fits its parameter.

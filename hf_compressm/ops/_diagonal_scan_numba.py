@@ -47,7 +47,7 @@ def scan_states(poles, initial, states, sequences, columns):
 @kernel
 def scan_adjoints(poles, initial, states, final, adjoints, grad_poles, grad_initial, sequences, columns):
     """
-    `g[t] = x[t] + conj(lam) g[t+1]` from the last step to the first, written over x, and what it tells of the gradients.
+    `g[t] = x[t] + conj(lam) g[t+1]` from the last step to the first, written over x, and the gradients that g gives.
 
     Args:
         poles (array of shape `(2, N)`): Real and imaginary part of lam.

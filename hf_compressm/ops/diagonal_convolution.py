@@ -2,8 +2,8 @@ r"""
 Single-input, single-output systems with diagonal state matrix, one for each channel, as in S4D.
 
 \\( h_t = \lambda \odot h_{t-1} + 1 u_t, y_t = \mathrm{Re}(c^\top h_t) \\) is the convolution of u with
-\\( k_l = \mathrm{Re} \sum_n c_n \lambda_n^l \\) (Gu et al. 2022, arXiv 2206.11893). Only the product of input and readout
-weight matters in such a system; it is all in c.
+\\( k_l = \mathrm{Re} \sum_n c_n \lambda_n^l \\) (Gu et al. 2022, arXiv 2206.11893). Only the product of input and
+readout weight matters in such a system; it is all in c.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def channel_systems_reference(
     The arguments `u`, `lam`, `C` and `initial_state`, the results and the errors are those of [`channel_systems`].
     """
     _check(u, lam, C, initial_state)
-    dtype = _complex_dtype(u, lam, C)
+    dtype = _complex_dtype(u)
     lam, C, drive = lam.to(dtype), C.to(dtype), u.to(dtype)
     state = lam.new_zeros(u.shape[0], *lam.shape) if initial_state is None else initial_state.to(dtype)
     outputs = []
@@ -42,8 +42,8 @@ def channel_systems(
     One single-input, single-output system for each channel, applied to a batch of real sequences by convolution.
 
     `h[t] = lam h[t-1] + u[t]`, `y[t] = Re(sum_n C_n h_n[t])`. Time grows with `length log(length)` and hardly with the
-    number of states; no state is computed but the last. float64 arguments are computed in float64, everything else in
-    float32, powers of the poles always in float64.
+    number of states; no state is computed but the last. A float64 input is computed in float64, everything else in
+    float32, and the powers of the poles always in float64.
 
     Args:
         u (`torch.Tensor` of shape `(batch, length, channels)`): Input, any floating-point dtype.
@@ -62,7 +62,7 @@ def channel_systems(
         [`~errors.ConfigurationError`]: arguments are on different devices, or `u` is not real and floating-point.
     """
     _check(u, lam, C, initial_state)
-    dtype = _complex_dtype(u, lam, C)
+    dtype = _complex_dtype(u)
     y_dtype, length = u.dtype, u.shape[1]
     u = u.to(dtype.to_real())
     if length == 0:
@@ -91,7 +91,7 @@ def convolution_kernel(lam: Tensor, C: Tensor, length: int) -> Tensor:
     r"""
     The impulse responses \\( k_l = \mathrm{Re} \sum_n c_n \lambda_n^l \\) of all channels.
 
-    With \\( l = T i + j \\), powers are needed for i and for j only, about \\( 2 \sqrt{length} \\) of each pole, and one
+    With \\( l = T i + j \\), powers are needed for i and for j only, about \\( 2 \sqrt{length} \\) of each pole; one
     matrix product for each channel puts them together.
 
     Args:
@@ -158,9 +158,8 @@ def _powers(lam: Tensor, count: int) -> Tensor:
     return powers[..., :count, :]
 
 
-def _complex_dtype(*tensors: Tensor) -> torch.dtype:
-    wide = (torch.float64, torch.complex128)
-    return torch.complex128 if any(tensor.dtype in wide for tensor in tensors) else torch.complex64
+def _complex_dtype(u: Tensor) -> torch.dtype:
+    return torch.complex128 if u.dtype == torch.float64 else torch.complex64
 
 
 def _check(u: Tensor, lam: Tensor, C: Tensor, initial_state: Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -50,18 +51,33 @@ def _take_saved_size(
             setattr(change.owner, change.name, change.value)
 
 
-def saved_records(state: TrainerState, callback: ExportableState) -> list[CheckRecord]:
+@dataclass(frozen=True)
+class SavedRun:
     """
-    The records that the checkpoint of a resumed run holds; none for a run that starts at its first step.
+    What a checkpoint holds of the compression of its run.
+
+    Args:
+        records (`list[CheckRecord]`): What every check up to the checkpoint saw and did.
+        pending (`dict`, *optional*): What a cut that was still to be judged is compared with, and when.
+    """
+
+    records: list[CheckRecord] = field(default_factory=list)
+    pending: dict[str, Any] | None = None
+
+
+def saved_run(state: TrainerState, callback: ExportableState) -> SavedRun:
+    """
+    What the checkpoint of a resumed run holds; nothing for a run that starts at its first step.
 
     Args:
         state (`transformers.TrainerState`): The run's state. It gets an entry for the callback where it has none, as
             after a checkpoint that was written without it; the Trainer could not write its next checkpoint otherwise.
-        callback (`transformers.trainer_callback.ExportableState`): The callback whose `state()` holds the records.
+        callback (`transformers.trainer_callback.ExportableState`): The callback whose `state()` was saved.
     """
     saved = state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
     if state.global_step == 0:
-        return []
+        return SavedRun()
     # Of several callbacks of one class the Trainer keeps a list.
-    first = saved[0] if isinstance(saved, list) else saved
-    return [CheckRecord.from_dict(record) for record in first.get("attributes", {}).get("saved_records", [])]
+    attributes = (saved[0] if isinstance(saved, list) else saved).get("attributes", {})
+    records = [CheckRecord.from_dict(record) for record in attributes.get("saved_records", [])]
+    return SavedRun(records, attributes.get("saved_judgement"))

@@ -11,7 +11,8 @@ LARGEST_STATE_SIZE = 65536
 @strict
 class LRUConfig(PreTrainedConfig):
     r"""
-    Configuration of an LRU model: blocks of normalisation, linear recurrent unit, GELU, dropout, GLU, dropout, residual.
+    Configuration of an LRU model, with blocks of normalisation, linear recurrent unit, GELU, dropout, GLU, dropout and
+    residual.
 
     Source: Orvieto et al., 2023, "Resurrecting Recurrent Neural Networks for Long Sequences" (arXiv 2303.06349).
 

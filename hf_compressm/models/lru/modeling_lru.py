@@ -29,9 +29,10 @@ except ImportError:
 
 class LRU(nn.Module):
     r"""
-    Linear recurrent unit: \\( h_t = \lambda \odot h_{t-1} + e^\gamma \odot B u_t, y_t = \mathrm{Re}(C h_t) + D \odot u_t \\)
+    Linear recurrent unit.
 
-    with \\( \lambda = e^{-e^\nu + i e^\theta} \\). Complex parameters are real tensors with real and imaginary part on a
+    \\( h_t = \lambda \odot h_{t-1} + e^\gamma \odot B u_t, y_t = \mathrm{Re}(C h_t) + D \odot u_t \\) with
+    \\( \lambda = e^{-e^\nu + i e^\theta} \\). Complex parameters are real tensors with real and imaginary part on a
     last axis of length 2.
 
     Args:
@@ -54,7 +55,7 @@ class LRU(nn.Module):
 
     def reset_parameters(self, r_min: float, r_max: float, max_phase: float) -> None:
         """
-        Draw the published initial values: poles uniform on a ring, gamma such that every state has the power of its input.
+        Draw the published initial values: poles uniform on a ring, and gamma such that states have their input's power.
 
         Args:
             r_min (`float`): Smallest absolute value of a pole.

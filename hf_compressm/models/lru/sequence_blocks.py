@@ -91,10 +91,7 @@ class SequenceInput(nn.Module):
         Returns:
             `torch.Tensor` of shape `(..., length, hidden_size)`.
         """
-        given = {"input_ids": input_ids, "input_values": input_values, "inputs_embeds": inputs_embeds}
-        named = [name for name, value in given.items() if value is not None]
-        if len(named) != 1:
-            raise ValueError(f"Give exactly one of {', '.join(given)}; given are {', '.join(named) or 'none'}.")
+        require_one_input(input_ids=input_ids, input_values=input_values, inputs_embeds=inputs_embeds)
         if inputs_embeds is not None:
             return inputs_embeds
         if input_ids is not None:
@@ -109,6 +106,13 @@ class SequenceInput(nn.Module):
                 f"`input_size`, {self.projection.in_features}."
             )
         return self.projection(input_values.to(self.projection.weight.dtype))
+
+
+def require_one_input(**inputs: Tensor | None) -> None:
+    """Raises `ValueError` unless exactly one of the inputs, given by their names, is not None."""
+    given = [name for name, value in inputs.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"Give exactly one of {', '.join(inputs)}; given are {', '.join(given) or 'none'}.")
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):

@@ -11,7 +11,7 @@ LARGEST_STATE_SIZE = 65536
 @strict
 class S4DConfig(PreTrainedConfig):
     r"""
-    Configuration of an S4D model: blocks of normalisation, S4D layer, GELU, dropout, GLU, dropout, residual.
+    Configuration of an S4D model, with blocks of normalisation, S4D layer, GELU, dropout, GLU, dropout and residual.
 
     Source: Gu et al., 2022, "On the Parameterization and Initialization of Diagonal State Space Models" (arXiv
     2206.11893).

@@ -77,17 +77,13 @@ class S4D(nn.Module):
         init.normal_(self.D)
 
     def system(self) -> tuple[Tensor, Tensor]:
-        """Discrete poles and readouts, with input weight 1 and the conjugate states in the readout: (H, N), complex."""
-        log_dt, A_real_log, A_imag, C = (
-            parameter.float() if parameter.dtype in (torch.float16, torch.bfloat16) else parameter
-            for parameter in (self.log_dt, self.A_real_log, self.A_imag, self.C)
-        )
-        A = torch.complex(-torch.exp(A_real_log), A_imag)
-        dt = torch.exp(log_dt).unsqueeze(-1)
-        C = 2 * torch.view_as_complex(C)
+        """Discrete poles, and readouts for input weight 1 with the conjugate states in them: (H, N), complex128."""
+        # In float32, lam - 1 would lose most digits of a slow pole.
+        A = torch.complex(-torch.exp(self.A_real_log.double()), self.A_imag.double())
+        dt = torch.exp(self.log_dt.double()).unsqueeze(-1)
+        C = 2 * torch.view_as_complex(self.C.double())
         if self.discretization == "bilinear":
             return (2 + dt * A) / (2 - dt * A), C * (2 * dt / (2 - dt * A))
-        # torch.expm1 has no complex gradient on all devices; |A| is at least the decay, far from zero.
         lam = torch.exp(dt * A)
         return lam, C * ((lam - 1) / A)
 
@@ -116,10 +112,10 @@ def _systems_by_convolution(
     u: Tensor, lam: Tensor, C: Tensor, state: Tensor | None = None, return_state: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """What `hf_compressm.ops.channel_systems` computes, with more memory: all powers of the poles, (H, N, length)."""
-    length = u.shape[1]
-    signal = u.to(lam.real.dtype).transpose(1, 2)
-    powers = lam.to(torch.complex128).unsqueeze(-1) ** torch.arange(length + 1, device=u.device)
-    powers = powers.to(lam.dtype)
+    length, dtype = u.shape[1], torch.complex128 if u.dtype == torch.float64 else torch.complex64
+    signal = u.to(dtype.to_real()).transpose(1, 2)
+    powers = (lam.unsqueeze(-1) ** torch.arange(length + 1, device=u.device)).to(dtype)
+    C = C.to(dtype)
     kernel = torch.einsum("hn,hnl->hl", C, powers[..., :length]).real
     spectrum = torch.fft.rfft(signal, n=2 * length) * torch.fft.rfft(kernel, n=2 * length)
     y = torch.fft.irfft(spectrum, n=2 * length)[..., :length]
@@ -128,7 +124,7 @@ def _systems_by_convolution(
     y = y.transpose(1, 2).to(u.dtype)
     if not return_state:
         return y, None
-    last = torch.einsum("bhl,hnl->bhn", signal.to(lam.dtype), powers[..., :length].flip(-1))
+    last = torch.einsum("bhl,hnl->bhn", signal.to(dtype), powers[..., :length].flip(-1))
     return y, last if state is None else last + powers[..., -1] * state
 
 
