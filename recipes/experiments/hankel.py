@@ -18,8 +18,8 @@ from transformers import Trainer
 
 from hf_compressm.systems import DiagonalLTI
 
+from .cost import Stopwatch
 from .layer_systems import layer_systems
-from .training import Stopwatch
 
 
 def hankel_nuclear_norm(system: DiagonalLTI) -> Tensor:

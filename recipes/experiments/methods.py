@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from hf_compressm import CheckRecord, CompreSSMCallback, CompreSSMConfig, compress
 
+from .cost import Cost, Stopwatch
 from .data import SequenceData
 from .distillation import DistillationLoss, DistillationTrainer
 from .hankel import HankelPenalty, HankelTrainer
 from .models import build_model
 from .settings import ExperimentSettings
-from .training import Cost, Stopwatch, seeded, train
+from .training import seeded, train
 
 CALIBRATION_SEQUENCES = 64
 
