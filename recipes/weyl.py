@@ -93,7 +93,7 @@ def drift(snapshots: list[tuple[int, dict[str, DiagonalLTI]]], tolerance: float)
                 "step": step,
                 "distance": float((sigma - final_sigma).norm() / final_sigma.norm()),
                 "correlation": float(rank_correlation(state_scores(system), final_scores)),
-                "rank": float(energy_rank(sigma, tolerance).double().mean()),
+                "rank": float(torch.as_tensor(energy_rank(sigma, tolerance)).double().mean()),
             }
             if previous is not None:
                 before = previous.hankel_singular_values()

@@ -61,6 +61,9 @@ class Grid:
 
         Args:
             overrides (`dict`, *optional*): Dotted settings that win over the grid's, such as where the data are.
+
+        Raises:
+            `ValueError`: the runs are not all on the same data.
         """
         combinations = [combination for entry in self.runs for combination in _product(entry)]
         expanded = []
@@ -70,6 +73,8 @@ class Grid:
             experiment = self.experiment({**changes, **(overrides or {})})
             size = varied.get("final_state_size")
             expanded.append(RunSettings(experiment, entry["method"], seed, size, varied))
+        if len({run.experiment.fingerprint("data") for run in expanded}) > 1:
+            raise ValueError(f"the runs of the grid {self.name} differ in their data; make a grid of each.")
         return expanded
 
 

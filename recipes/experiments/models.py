@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -42,6 +43,8 @@ def build_model(model_settings: dict[str, Any], data: SequenceData, state_size: 
     config_class, model_class = (getattr(models, class_name) for class_name in FAMILIES[name])
     known = _fields_of(config_class)
     settings = {key: value for key, value in settings.items() if key in known}
+    if name == "mamba2":
+        settings = {**_mamba2_heads(settings["hidden_size"]), **settings}
     config = config_class(**{**settings, **data.model_settings(), "state_size": state_size})
     return model_class(config)
 
@@ -50,6 +53,12 @@ def state_sizes(model: PreTrainedModel) -> list[int]:
     """The state size of every layer."""
     size = model.config.state_size
     return list(size) if isinstance(size, (list, tuple)) else [int(size)] * model.config.num_hidden_layers
+
+
+def _mamba2_heads(hidden_size: int, expand: int = 2, largest_head: int = 64) -> dict[str, int]:
+    """Heads that fill the inner width, whose published number belongs to a width of 4,096."""
+    head = math.gcd(expand * hidden_size, largest_head)
+    return {"expand": expand, "head_dim": head, "num_heads": expand * hidden_size // head, "n_groups": 1}
 
 
 def _fields_of(config_class: type) -> set[str]:

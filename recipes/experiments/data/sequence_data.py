@@ -54,7 +54,7 @@ def _padded(sequences: list[list[Any]]) -> tuple[Tensor, Tensor]:
     mask = torch.zeros_like(input_ids)
     for index, row in enumerate(sequences):
         for place, tokens in enumerate(row):
-            input_ids[index, place, : len(tokens)] = torch.as_tensor(np.asarray(tokens, dtype=np.int64))
+            input_ids[index, place, : len(tokens)] = torch.from_numpy(np.array(tokens, dtype=np.int64))
             mask[index, place, : len(tokens)] = 1
     return input_ids, mask
 
