@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_compressm.training.parameter_groups import state_space_parameter_groups
 
@@ -56,6 +57,7 @@ def train(
         callbacks=list(callbacks),
         **trainer_arguments,
     )
+    _quiet(trainer)
     _warm_up(trainer)
     stopwatch = Stopwatch()
     with stopwatch:
@@ -80,7 +82,14 @@ def test_accuracy(model: PreTrainedModel, data: SequenceData, settings: Training
         data_collator=data.collator,
         compute_metrics=classification_metrics(),
     )
+    _quiet(trainer)
     return float(trainer.evaluate()["eval_accuracy"])
+
+
+def _quiet(trainer: Trainer) -> None:
+    """Off a terminal, where there are no progress bars, a grid's lines are not buried under every run's losses."""
+    if trainer.args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
 
 
 def _warm_up(trainer: Trainer) -> None:
@@ -116,7 +125,7 @@ def _arguments(settings: TrainingSettings, seed: int, output_dir: Path) -> Train
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,  # the collator reads columns that no model knows
-        disable_tqdm=True,
+        disable_tqdm=not sys.stderr.isatty(),
         seed=seed,
         data_seed=seed,
     )
