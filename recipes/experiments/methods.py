@@ -143,6 +143,17 @@ METHODS: dict[str, Callable[[Run], Outcome]] = {
     "hankel_regularization": hankel_regularization,
 }
 
+_TRAINING = ("recipe", "data", "model", "training")
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "full": _TRAINING,
+    "compressm": (*_TRAINING, "compression"),
+    "scratch": _TRAINING,
+    "post_training": (*_TRAINING, "compression"),
+    "distillation": (*_TRAINING, "distillation"),
+    "hankel_regularization": (*_TRAINING, "hankel_regularization", "compression"),
+}
+"""The settings that each method's result depends on."""
+
 
 def compression_config(settings: ExperimentSettings, final_state_size: int | None = None) -> CompreSSMConfig:
     """

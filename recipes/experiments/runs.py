@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from .data import SequenceData
-from .methods import METHODS, Run
+from .methods import METHODS, SECTIONS, Run
 from .models import state_sizes
 from .settings import ExperimentSettings, fingerprint
 from .training import test_accuracy
@@ -49,7 +49,8 @@ class RunSettings:
     @property
     def key(self) -> str:
         """Changes with anything that decides the result."""
-        return fingerprint([self.experiment.fingerprint(), self.method, self.seed, self.final_state_size])
+        experiment = self.experiment.fingerprint(*SECTIONS[self.method])
+        return fingerprint([experiment, self.method, self.seed, self.final_state_size])
 
 
 @dataclass(frozen=True)

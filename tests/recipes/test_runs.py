@@ -80,6 +80,8 @@ def test_other_settings_are_another_run(tiny) -> None:
         RunSettings(tiny(**{"compression.window": [0.0, 0.9]}), "compressm", 0, 4),
     ]
     assert len({run.key for run in [base, *others]}) == 5
+    other_cut = tiny(**{"compression.tolerance": 0.9})
+    assert RunSettings(other_cut, "scratch", 0, 4).key == others[0].key, "a model that is never cut is the same"
     with pytest.raises(ValueError, match="the method is 'prune'"):
         RunSettings(tiny(), "prune", 0)
 
