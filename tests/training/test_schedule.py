@@ -69,7 +69,7 @@ def test_a_run_that_must_arrive_is_checked_at_the_end_of_its_window() -> None:
 def test_a_cut_that_could_not_be_judged_in_time_is_refused(settings: dict, message: str) -> None:
     config = CompreSSMConfig(rollback_tolerance=0.1, rollback_metric="eval_loss", **settings)
     with pytest.raises(ConfigurationError, match=message):
-        check_steps(config, 50)
+        check_steps(config, 100)
 
 
 def test_a_window_beyond_the_run_is_refused() -> None:
