@@ -126,7 +126,12 @@ def _recurrence_by_products(
 
 
 class LRUPreTrainedModel(PreTrainedModel):
-    """What all LRU models share: initial values, and how they are saved and loaded."""
+    """
+    What all LRU models share: initial values, and how they are saved and loaded.
+
+    Args:
+        config ([`LRUConfig`]): Sizes and settings.
+    """
 
     config: LRUConfig
     config_class = LRUConfig

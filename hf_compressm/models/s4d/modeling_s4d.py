@@ -129,7 +129,12 @@ def _systems_by_convolution(
 
 
 class S4DPreTrainedModel(PreTrainedModel):
-    """What all S4D models share: initial values, and how they are saved and loaded."""
+    """
+    What all S4D models share: initial values, and how they are saved and loaded.
+
+    Args:
+        config ([`S4DConfig`]): Sizes and settings.
+    """
 
     config: S4DConfig
     config_class = S4DConfig
