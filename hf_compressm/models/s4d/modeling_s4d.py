@@ -42,6 +42,9 @@ class S4D(nn.Module):
         discretization (`str`): `"zoh"` or `"bilinear"`.
     """
 
+    # Trained with a learning rate of their own and without weight decay.
+    state_space_parameters = ("log_dt", "A_real_log", "A_imag")
+
     def __init__(self, hidden_size: int, state_size: int, layer_idx: int, discretization: str) -> None:
         super().__init__()
         self.layer_idx = layer_idx
