@@ -10,7 +10,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._numba import kernel
+from ._numba import TIME_CHUNK, kernel, part
+
+
+@part
+def flush_subnormals(work, first_plane):
+    """Set what has decayed below the normal numbers to 0: many processors are slow with subnormal numbers."""
+    smallest = np.finfo(work.dtype).tiny
+    for plane in range(first_plane, first_plane + 2):
+        for n in range(work.shape[1]):
+            if abs(work[plane, n]) < smallest:
+                work[plane, n] = 0.0
 
 
 @kernel
@@ -42,6 +52,8 @@ def scan_states(poles, initial, states, sequences, columns):
                 work[3, n] = imag
                 step[0, first + n] = real
                 step[1, first + n] = imag
+            if t % TIME_CHUNK == 0:
+                flush_subnormals(work, 2)
 
 
 @kernel
@@ -82,6 +94,8 @@ def scan_adjoints(poles, initial, states, final, adjoints, grad_poles, grad_init
                 work[5, n] += imag * previous[0, first + n] - real * previous[1, first + n]
                 work[2, n] = work[0, n] * real + work[1, n] * imag
                 work[3, n] = work[0, n] * imag - work[1, n] * real
+            if t % TIME_CHUNK == 0:
+                flush_subnormals(work, 2)
         grad_initial[b, 0, first:last] = work[2]
         grad_initial[b, 1, first:last] = work[3]
         for n in range(width):

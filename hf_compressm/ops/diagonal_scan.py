@@ -207,7 +207,7 @@ def _states(u: Tensor, poles: Tensor, input_weight: Tensor, initial: Tensor) -> 
 
 def _scan(poles: Tensor, initial: Tensor, states: Tensor) -> Tensor:
     """States in the place of what drives them, or new ones."""
-    if states.device.type != "cpu":
+    if not _has_kernel(states):
         found = scan_by_products(_complex(poles, 0), _complex(states, 2), _complex(initial, 1))
         return torch.stack([found.real, found.imag], dim=2)
     arrays = [t.detach().contiguous().numpy() for t in (poles, initial)]
@@ -217,7 +217,7 @@ def _scan(poles: Tensor, initial: Tensor, states: Tensor) -> Tensor:
 
 def _adjoint(poles: Tensor, initial: Tensor, states: Tensor, after: Tensor, adjoints: Tensor) -> tuple[Tensor, Tensor]:
     """Adjoints in the place of what drives them; returns the gradients of the poles and of the initial state."""
-    if states.device.type != "cpu":
+    if not _has_kernel(states):
         lam = _complex(poles, 0)
         backward_in_time = _complex(adjoints, 2).flip(1)
         backward_in_time[:, 0] += _complex(after, 1)
@@ -233,6 +233,10 @@ def _adjoint(poles: Tensor, initial: Tensor, states: Tensor, after: Tensor, adjo
     outputs = grad_poles.numpy(), grad_initial.numpy()
     run_units(scan_adjoints, [(*arrays, outputs[0][i], outputs[1], s, c) for i, (s, c) in enumerate(units)])
     return grad_poles.sum(0), grad_initial
+
+
+def _has_kernel(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _units(states: Tensor) -> list[tuple[tuple[int, int], tuple[int, int]]]:

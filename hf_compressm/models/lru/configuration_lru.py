@@ -63,7 +63,7 @@ class LRUConfig(PreTrainedConfig):
     >>> from hf_compressm.models.lru import LRUConfig, LRUForSequenceClassification
     >>> config = LRUConfig(input_size=1, hidden_size=8, state_size=[16, 4], num_hidden_layers=2, num_labels=10)
     >>> LRUForSequenceClassification(config).num_parameters()
-    786
+    1142
 
     ```
     """

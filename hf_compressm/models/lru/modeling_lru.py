@@ -41,6 +41,9 @@ class LRU(nn.Module):
         layer_idx (`int`): Place of the layer in the model, and in its cache.
     """
 
+    # Trained with a learning rate of their own and without weight decay.
+    state_space_parameters = ("nu_log", "theta_log", "gamma_log", "B")
+
     def __init__(self, hidden_size: int, state_size: int, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
@@ -126,7 +129,12 @@ def _recurrence_by_products(
 
 
 class LRUPreTrainedModel(PreTrainedModel):
-    """What all LRU models share: initial values, and how they are saved and loaded."""
+    """
+    What all LRU models share: initial values, and how they are saved and loaded.
+
+    Args:
+        config ([`LRUConfig`]): Sizes and settings.
+    """
 
     config: LRUConfig
     config_class = LRUConfig

@@ -22,6 +22,12 @@ class MambaClassifierConfig(MambaConfig):
             How a sequence is summed up: `"mean"`, `"last"` or `"max"` over the steps that are not padding.
         paired_inputs (`bool`, *optional*, defaults to `False`):
             Whether two sequences are compared, given on a dimension of length 2 behind the batch.
+        pad_token_id (`int`, *optional*):
+            Token that fills sequences up; it matters only together with an `attention_mask`.
+        bos_token_id (`int`, *optional*):
+            Token that begins a sequence.
+        eos_token_id (`int` or `list[int]`, *optional*):
+            Tokens that end a sequence.
 
     Raises:
         `ValueError`: a setting is out of its range.
@@ -59,6 +65,12 @@ class Mamba2ClassifierConfig(Mamba2Config):
             How a sequence is summed up: `"mean"`, `"last"` or `"max"` over the steps that are not padding.
         paired_inputs (`bool`, *optional*, defaults to `False`):
             Whether two sequences are compared, given on a dimension of length 2 behind the batch.
+        pad_token_id (`int`, *optional*):
+            Token that fills sequences up; it matters only together with an `attention_mask`.
+        bos_token_id (`int`, *optional*):
+            Token that begins a sequence.
+        eos_token_id (`int` or `list[int]`, *optional*):
+            Tokens that end a sequence.
 
     Raises:
         `ValueError`: a setting is out of its range.

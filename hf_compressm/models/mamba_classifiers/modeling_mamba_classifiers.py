@@ -10,7 +10,7 @@ from transformers import Mamba2Model, Mamba2PreTrainedModel, MambaModel, MambaPr
 from transformers import initialization as init
 
 from .configuration_mamba_classifiers import Mamba2ClassifierConfig, MambaClassifierConfig
-from .sequence_blocks import ClassificationHead, SequenceClassification, SequenceInput, require_one_input
+from .sequence_blocks import ClassificationHead, SequenceClassification, SequenceInput
 
 
 class _Classifier(SequenceClassification):
@@ -49,7 +49,6 @@ class _Classifier(SequenceClassification):
             attention_mask (`torch.Tensor` of shape `(batch, length)`): 1 where a step is not padding, or None.
             output_hidden_states (`bool`): Whether to return the hidden states of all blocks.
         """
-        require_one_input(input_ids=input_ids, input_values=input_values, inputs_embeds=inputs_embeds)
         if input_ids is not None and self.config.vocab_size is None:
             raise ValueError("This model reads `input_values`: its config has no `vocab_size` for `input_ids`.")
         if input_values is not None:

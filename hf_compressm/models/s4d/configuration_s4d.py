@@ -66,7 +66,7 @@ class S4DConfig(PreTrainedConfig):
     >>> from hf_compressm.models.s4d import S4DConfig, S4DForSequenceClassification
     >>> config = S4DConfig(input_size=1, hidden_size=8, state_size=[16, 4], num_hidden_layers=2, num_labels=10)
     >>> S4DForSequenceClassification(config).num_parameters()
-    786
+    1098
 
     ```
     """

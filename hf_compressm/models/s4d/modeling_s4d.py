@@ -42,6 +42,9 @@ class S4D(nn.Module):
         discretization (`str`): `"zoh"` or `"bilinear"`.
     """
 
+    # Trained with a learning rate of their own and without weight decay.
+    state_space_parameters = ("log_dt", "A_real_log", "A_imag")
+
     def __init__(self, hidden_size: int, state_size: int, layer_idx: int, discretization: str) -> None:
         super().__init__()
         self.layer_idx = layer_idx
@@ -129,7 +132,12 @@ def _systems_by_convolution(
 
 
 class S4DPreTrainedModel(PreTrainedModel):
-    """What all S4D models share: initial values, and how they are saved and loaded."""
+    """
+    What all S4D models share: initial values, and how they are saved and loaded.
+
+    Args:
+        config ([`S4DConfig`]): Sizes and settings.
+    """
 
     config: S4DConfig
     config_class = S4DConfig

@@ -215,15 +215,21 @@ class SequenceBlock(GradientCheckpointingLayer):
         return self.norm(hidden_states)
 
 
-def padding_mask(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
+def padding_mask(attention_mask: Tensor | None, steps: Tensor) -> Tensor | None:
     """
-    The mask of the present steps, `(batch, length)`, True where a step is not padding; None where none is given.
+    The mask of the present steps, True where a step is not padding; None where none is given.
 
-    While sequences are generated, `attention_mask` also covers the steps before the present ones.
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 1 where a step is not padding. While
+            sequences are generated, it also covers the steps before the present ones.
+        steps (`torch.Tensor` of shape `(batch, length, ...)`): The present steps.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, length)`, or None.
     """
     if attention_mask is None:
         return None
-    batch, length = hidden_states.shape[:2]
+    batch, length = steps.shape[:2]
     if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
         raise ValueError(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}; with {batch} sequences of {length} steps it "
@@ -330,12 +336,15 @@ class SequenceClassification:
         if self.config.paired_inputs:
             unpaired = [input_ids, input_values, inputs_embeds, attention_mask]
             input_ids, input_values, inputs_embeds, attention_mask = (_flatten_pairs(tensor) for tensor in unpaired)
+        require_one_input(input_ids=input_ids, input_values=input_values, inputs_embeds=inputs_embeds)
+        given = next(tensor for tensor in (input_ids, input_values, inputs_embeds) if tensor is not None)
+        mask = padding_mask(attention_mask, given)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states, all_hidden_states = self.encode(
             input_ids, input_values, inputs_embeds, attention_mask, output_hidden_states
         )
-        pooled = pool_sequence(hidden_states, padding_mask(attention_mask, hidden_states), self.config.pooling)
+        pooled = pool_sequence(hidden_states, mask, self.config.pooling)
         logits = self.head(pooled.unflatten(0, (-1, 2)) if self.config.paired_inputs else pooled)
         loss = None
         if labels is not None:
