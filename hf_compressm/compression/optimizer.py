@@ -119,12 +119,14 @@ def carry_state(state: dict[str, Any], change: ParameterChange, optimizer_name: 
         `dict`: State of the new parameter; empty, so that the optimizer starts it afresh, where something in it is not
         known by name or the change has no moment map.
     """
+    if change.moment_map is None:
+        return {}
     carried: dict[str, Any] = {}
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.ndim == 0 or value.numel() == 1 != change.old.numel():
             carried[name] = value
             continue
-        move = None if change.moment_map is None else _mover(name, value, change)
+        move = _mover(name, value, change)
         if move is None:
             logger.warning(
                 "%s keeps a state %r of shape %s for a parameter of shape %s that was cut to %s, and how it moves is "
@@ -144,7 +146,7 @@ def _mover(name: str, value: Tensor, change: ParameterChange) -> Callable[[Tenso
         if name in _FIRST_MOMENTS:
             return axis_map.first
         return axis_map.second if name in _SECOND_MOMENTS else None
-    if ndim < 2:
+    if ndim < 2 or not axis_map.moves_factors:
         return None
     # A factor lacks one axis of the parameter (transformers) or has length 1 there (torch).
     missing = ndim - 1 if name in _ROW_FACTORS else ndim - 2 if name in _COLUMN_FACTORS else None
