@@ -78,7 +78,7 @@ def diagonal_recurrence_reference(
     [`diagonal_recurrence`].
     """
     _check_recurrence(u, lam, B, C, initial_state)
-    dtype = _complex_dtype(u, lam, B, C)
+    dtype = _complex_dtype(u)
     states = diagonal_scan_reference(lam.to(dtype), u.to(dtype) @ B.to(dtype).mT, initial_state)
     y = (states @ C.to(dtype).mT).real.to(u.dtype)
     if u.shape[1] > 0:
@@ -93,8 +93,8 @@ def diagonal_recurrence(
     A multi-input, multi-output linear system with diagonal state matrix, applied to a batch of real sequences.
 
     `h[t] = lam h[t-1] + B u[t]`, `y[t] = Re(C h[t])`. Memory grows with `batch * length * (H_in + H_out)`, and with the
-    number of states only through one state in some hundred steps, which the backward pass starts again from. float64
-    arguments are computed in float64, everything else in float32.
+    number of states only through one state in some hundred steps, which the backward pass starts again from. A float64
+    input is computed in float64, everything else in float32.
 
     Args:
         u (`torch.Tensor` of shape `(batch, length, H_in)`): Input, any floating-point dtype.
@@ -113,7 +113,7 @@ def diagonal_recurrence(
         [`~errors.ConfigurationError`]: arguments are on different devices, or `u` is not real and floating-point.
     """
     _check_recurrence(u, lam, B, C, initial_state)
-    dtype = _complex_dtype(u, lam, B, C)
+    dtype = _complex_dtype(u)
     y_dtype = u.dtype
     lam, B, C = lam.to(dtype), B.to(dtype), C.to(dtype)
     if initial_state is None:

@@ -10,21 +10,22 @@ import pytest
 import scipy.signal
 import torch
 
-from hf_compressm.models import lru, s4d
+from hf_compressm.models import LRUConfig, S4DConfig, lru, s4d
 from hf_compressm.models.lru.modeling_lru import LRU
 from hf_compressm.models.s4d.modeling_s4d import S4D
 from hf_compressm.systems import DiagonalLTI
 
 
 def make_lru(hidden_size: int = 5, state_size: int = 12) -> LRU:
-    layer = LRU(hidden_size, state_size, 0)
-    layer.reset_parameters(0.9, 0.999, 6.2832)
+    layer = LRU(LRUConfig(hidden_size=hidden_size, state_size=state_size), 0)
+    layer.reset_parameters()
     return layer
 
 
 def make_s4d(discretization: str = "zoh", poles: str = "lin", hidden_size: int = 3, state_size: int = 6) -> S4D:
-    layer = S4D(hidden_size, state_size, 0, discretization)
-    layer.reset_parameters(poles, 0.001, 0.1)
+    config = S4DConfig(hidden_size=hidden_size, state_size=state_size, init=poles, discretization=discretization)
+    layer = S4D(config, 0)
+    layer.reset_parameters()
     return layer
 
 
@@ -59,8 +60,8 @@ def test_lru_against_python_control() -> None:
 
 @torch.no_grad()
 def test_lru_starts_on_its_ring_with_states_of_the_power_of_the_input() -> None:
-    layer = LRU(64, 2000, 0)
-    layer.reset_parameters(0.4, 0.8, math.pi / 2)
+    layer = LRU(LRUConfig(hidden_size=64, state_size=2000, r_min=0.4, r_max=0.8, max_phase=math.pi / 2), 0)
+    layer.reset_parameters()
     lam, B, _ = layer.system()
     assert lam.abs().min() >= 0.4 - 1e-6
     assert lam.abs().max() <= 0.8 + 1e-6
@@ -108,8 +109,7 @@ def test_s4d_starts_with_the_published_poles() -> None:
         layer = make_s4d(poles=name)
         A = -np.exp(layer.A_real_log.double().numpy()) + 1j * layer.A_imag.double().numpy()
         np.testing.assert_allclose(A, np.broadcast_to(values, (3, 6)), rtol=1e-6)
-    dt = S4D(4000, 1, 0, "zoh")
-    dt.reset_parameters("lin", 0.001, 0.1)
+    dt = make_s4d(hidden_size=4000, state_size=1)
     assert abs(dt.log_dt.mean() - math.log(0.01)) < 0.05
     assert math.log(0.001) <= dt.log_dt.min()
     assert dt.log_dt.max() <= math.log(0.1)

@@ -36,19 +36,19 @@ class LRU(nn.Module):
     last axis of length 2.
 
     Args:
-        hidden_size (`int`): Number of inputs and of outputs, H.
-        state_size (`int`): Number of states, N.
+        config ([`LRUConfig`]): Sizes and settings.
         layer_idx (`int`): Place of the layer in the model, and in its cache.
     """
 
     # Trained with a learning rate of their own and without weight decay.
     state_space_parameters = ("nu_log", "theta_log", "gamma_log", "B")
 
-    def __init__(self, hidden_size: int, state_size: int, layer_idx: int) -> None:
+    def __init__(self, config: LRUConfig, layer_idx: int) -> None:
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
-        self.hidden_size = hidden_size
-        self.state_size = state_size
+        self.hidden_size = hidden_size = config.hidden_size
+        self.state_size = state_size = config.state_sizes[layer_idx]
         self.nu_log = nn.Parameter(torch.empty(state_size))
         self.theta_log = nn.Parameter(torch.empty(state_size))
         self.gamma_log = nn.Parameter(torch.empty(state_size))
@@ -56,15 +56,9 @@ class LRU(nn.Module):
         self.C = nn.Parameter(torch.empty(hidden_size, state_size, 2))
         self.D = nn.Parameter(torch.empty(hidden_size))
 
-    def reset_parameters(self, r_min: float, r_max: float, max_phase: float) -> None:
-        """
-        Draw the published initial values: poles uniform on a ring, and gamma such that states have their input's power.
-
-        Args:
-            r_min (`float`): Smallest absolute value of a pole.
-            r_max (`float`): Largest absolute value of a pole.
-            max_phase (`float`): Largest angle of a pole, in radians.
-        """
+    def reset_parameters(self) -> None:
+        """Draw the published initial values: poles uniform on a ring, gamma for states of the power of the input."""
+        r_min, r_max, max_phase = self.config.r_min, self.config.r_max, self.config.max_phase
         radius, phase = torch.rand(2, self.state_size, device=self.nu_log.device)
         # Neither angle nor log-radius may be zero: their logarithms are the parameters.
         square = (radius * (r_max**2 - r_min**2) + r_min**2).clamp_min(1e-12)
@@ -76,13 +70,12 @@ class LRU(nn.Module):
         init.normal_(self.D)
 
     def system(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`lam` (N,), `B` (N, H) with gamma in it, and `C` (H, N), complex64 or complex128."""
-        nu_log, theta_log, gamma_log, B, C = (
-            parameter.float() if parameter.dtype in (torch.float16, torch.bfloat16) else parameter
-            for parameter in (self.nu_log, self.theta_log, self.gamma_log, self.B, self.C)
-        )
-        lam = torch.polar(torch.exp(-torch.exp(nu_log)), torch.exp(theta_log))
-        return lam, torch.view_as_complex(B * torch.exp(gamma_log)[:, None, None]), torch.view_as_complex(C)
+        """`lam` (N,), `B` (N, H) with gamma in it, and `C` (H, N), complex128."""
+        # The decay of a slow pole is the distance of |lam| from 1, of which float32 would keep few digits.
+        radius = torch.exp(-torch.exp(self.nu_log.double()))
+        lam = torch.polar(radius, torch.exp(self.theta_log.double()))
+        B = self.B.double() * torch.exp(self.gamma_log.double())[:, None, None]
+        return lam, torch.view_as_complex(B), torch.view_as_complex(self.C.double())
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None = None, cache: RecurrentCache | None = None) -> Tensor:
         """
@@ -111,7 +104,9 @@ def _recurrence_by_products(
     """What `hf_compressm.ops.diagonal_recurrence` computes, in plain torch and with more memory."""
     batch, length, n = *u.shape[:2], lam.shape[0]
     n_chunks = -(-length // chunk)
-    drive = u.to(lam.real.dtype).to(lam.dtype) @ B.mT
+    dtype = torch.complex128 if u.dtype == torch.float64 else torch.complex64
+    lam, B, C = lam.to(dtype), B.to(dtype), C.to(dtype)
+    drive = u.to(dtype) @ B.mT
     drive = nn.functional.pad(drive, (0, 0, 0, n_chunks * chunk - length)).view(batch, n_chunks, chunk, n)
     steps = torch.arange(chunk, device=u.device)
     lag = steps.unsqueeze(-1) - steps
@@ -152,7 +147,7 @@ class LRUPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, LRU):
-            module.reset_parameters(self.config.r_min, self.config.r_max, self.config.max_phase)
+            module.reset_parameters()
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
             if module.bias is not None:
@@ -179,9 +174,9 @@ class LRUModel(LRUPreTrainedModel):
     def __init__(self, config: LRUConfig) -> None:
         super().__init__(config)
         self.embeddings = SequenceInput(config.vocab_size, config.input_size, config.hidden_size)
-        mixers = [LRU(config.hidden_size, size, layer_idx) for layer_idx, size in enumerate(config.state_sizes)]
         self.layers = nn.ModuleList(
-            SequenceBlock(mixer, config.hidden_size, config.dropout, config.norm, config.prenorm) for mixer in mixers
+            SequenceBlock(LRU(config, layer_idx), config.hidden_size, config.dropout, config.norm, config.prenorm)
+            for layer_idx in range(config.num_hidden_layers)
         )
         self.gradient_checkpointing = False
         self.post_init()

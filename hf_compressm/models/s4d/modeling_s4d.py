@@ -36,36 +36,29 @@ class S4D(nn.Module):
     imaginary part on a last axis of length 2.
 
     Args:
-        hidden_size (`int`): Number of channels, H.
-        state_size (`int`): Number of complex states of a channel, N, each of which stands for a conjugate pair.
+        config ([`S4DConfig`]): Sizes and settings.
         layer_idx (`int`): Place of the layer in the model, and in its cache.
-        discretization (`str`): `"zoh"` or `"bilinear"`.
     """
 
     # Trained with a learning rate of their own and without weight decay.
     state_space_parameters = ("log_dt", "A_real_log", "A_imag")
 
-    def __init__(self, hidden_size: int, state_size: int, layer_idx: int, discretization: str) -> None:
+    def __init__(self, config: S4DConfig, layer_idx: int) -> None:
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
-        self.hidden_size = hidden_size
-        self.state_size = state_size
-        self.discretization = discretization
+        self.hidden_size = hidden_size = config.hidden_size
+        self.state_size = state_size = config.state_sizes[layer_idx]
+        self.discretization = config.discretization
         self.log_dt = nn.Parameter(torch.empty(hidden_size))
         self.A_real_log = nn.Parameter(torch.empty(hidden_size, state_size))
         self.A_imag = nn.Parameter(torch.empty(hidden_size, state_size))
         self.C = nn.Parameter(torch.empty(hidden_size, state_size, 2))
         self.D = nn.Parameter(torch.empty(hidden_size))
 
-    def reset_parameters(self, initial_poles: str, dt_min: float, dt_max: float) -> None:
-        """
-        Set the published initial values.
-
-        Args:
-            initial_poles (`str`): `"lin"`, `"inv"` or `"real"`: S4D-Lin, S4D-Inv and S4D-Real.
-            dt_min (`float`): Smallest time step.
-            dt_max (`float`): Largest time step.
-        """
+    def reset_parameters(self) -> None:
+        """Set the published initial values: poles of S4D-Lin, S4D-Inv or S4D-Real, time steps uniform in their log."""
+        initial_poles, dt_min, dt_max = self.config.init, self.config.dt_min, self.config.dt_max
         n = torch.arange(self.state_size, dtype=torch.float64, device=self.log_dt.device)
         real, imag = torch.full_like(n, 0.5), math.pi * n
         if initial_poles == "inv":
@@ -155,7 +148,7 @@ class S4DPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, S4D):
-            module.reset_parameters(self.config.init, self.config.dt_min, self.config.dt_max)
+            module.reset_parameters()
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
             if module.bias is not None:
@@ -182,12 +175,9 @@ class S4DModel(S4DPreTrainedModel):
     def __init__(self, config: S4DConfig) -> None:
         super().__init__(config)
         self.embeddings = SequenceInput(config.vocab_size, config.input_size, config.hidden_size)
-        mixers = [
-            S4D(config.hidden_size, size, layer_idx, config.discretization)
-            for layer_idx, size in enumerate(config.state_sizes)
-        ]
         self.layers = nn.ModuleList(
-            SequenceBlock(mixer, config.hidden_size, config.dropout, config.norm, config.prenorm) for mixer in mixers
+            SequenceBlock(S4D(config, layer_idx), config.hidden_size, config.dropout, config.norm, config.prenorm)
+            for layer_idx in range(config.num_hidden_layers)
         )
         self.gradient_checkpointing = False
         self.post_init()
