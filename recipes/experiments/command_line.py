@@ -48,7 +48,9 @@ def add_method_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--tolerance", type=float, help="share of the Hankel energy that a check may drop")
     made.add_argument("--strategy", choices=["tolerance", "fixed"], help="how a check finds the new size")
     made.add_argument("--keep-ratio", type=float, help="share of the states that a check of strategy fixed keeps")
-    made.add_argument("--selection-rule", choices=["largest", "smallest", "random"], help="which states a cut keeps")
+    made.add_argument(
+        "--selection-rule", choices=["largest", "smallest", "random"], help="ablation: only keep states, these"
+    )
 
 
 def settings_from(options: argparse.Namespace) -> ExperimentSettings:
@@ -68,6 +70,8 @@ def settings_from(options: argparse.Namespace) -> ExperimentSettings:
     for name in ("tolerance", "strategy", "keep_ratio", "selection_rule"):
         if getattr(options, name, None) is not None:
             overrides[f"compression.{name}"] = getattr(options, name)
+    if getattr(options, "selection_rule", None) is not None:
+        overrides["compression.reductor"] = "selection"
     return load_settings(options.config, options.scale, overrides)
 
 

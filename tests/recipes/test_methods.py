@@ -53,7 +53,7 @@ def test_the_training_learns(tiny, tmp_path) -> None:
     from experiments.data import load_data
 
     settings = tiny(
-        **{"data.train_examples": 1400, "training.max_steps": 120, "training.learning_rate": 0.02, "model.dropout": 0.0}
+        **{"data.train_examples": 1400, "training.max_steps": 250, "training.learning_rate": 0.02, "model.dropout": 0.0}
     )
     result = execute(RunSettings(settings, "full", 0), load_data(settings.data), tmp_path)
     assert result.accuracy > 0.4, "ten classes"
@@ -98,8 +98,9 @@ def test_a_cut_by_tolerance_needs_no_size(run) -> None:
 
 @pytest.mark.parametrize("rule", ["smallest", "random"])
 def test_ablations_keep_other_states(rule, run) -> None:
-    largest = METHODS["compressm"](run("compressm", None, **{"compression.strategy": "fixed"}))
-    other = run("compressm", None, **{"compression.strategy": "fixed", "compression.selection_rule": rule})
+    selection = {"compression.strategy": "fixed", "compression.reductor": "selection"}
+    largest = METHODS["compressm"](run("compressm", None, **selection))
+    other = run("compressm", None, **selection, **{"compression.selection_rule": rule})
     outcome = METHODS["compressm"](other)
     assert state_sizes(outcome.model) == state_sizes(largest.model) == [8]
     assert outcome.records[0].loss_after != pytest.approx(largest.records[0].loss_after, rel=1e-6)
