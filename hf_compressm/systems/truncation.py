@@ -25,6 +25,9 @@ class Truncation:
         indices (`torch.Tensor` of shape `(..., r)` and dtype int64, *optional*): The kept states in ascending order,
             when `W` is columns of the identity, `h_r = h[indices]`. The rows of `T` outside `indices` then say how the
             dropped states are rebuilt from the kept ones.
+        active (`torch.Tensor` of shape `(..., r)` and dtype bool, *optional*): False for inert states, whose columns of
+            `T` and `W` are zero: nothing reaches them and nothing reads them. They fill a batch up to one size. All
+            states are active when unset.
 
     Raises:
         DimensionError: Shapes, dtypes or devices do not fit, or `indices` are out of range, repeated or unsorted.
@@ -45,6 +48,7 @@ class Truncation:
     T: torch.Tensor
     W: torch.Tensor
     indices: torch.Tensor | None = None
+    active: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self._check_shapes()
@@ -53,6 +57,9 @@ class Truncation:
         if self.indices is not None:
             self._check_indices(self.indices)
         identity = torch.eye(self.state_size, dtype=self.T.dtype, device=self.T.device)
+        if self.active is not None:
+            self._check_active(self.active)
+            identity = torch.diag_embed(self.active.to(self.T.dtype))
         deviation = (self.W.mH @ self.T - identity).abs().amax().item()
         allowed = clear_deviation(self.T)
         if not deviation <= allowed:
@@ -71,6 +78,16 @@ class Truncation:
             raise DimensionError(f"T is {T.dtype} and W {W.dtype}; both must have the same real or complex dtype.")
         if T.device != W.device:
             raise DimensionError(f"T is on {T.device} and W on {W.device}; move them to one device.")
+
+    def _check_active(self, active: torch.Tensor) -> None:
+        expected = (*self.T.shape[:-2], self.state_size)
+        if active.dtype != torch.bool or tuple(active.shape) != expected or self.indices is not None:
+            raise DimensionError(
+                f"active has dtype {active.dtype} and shape {tuple(active.shape)}; it must be bool of shape {expected}, "
+                f"and None where indices name the kept states."
+            )
+        if (self.T.abs().amax(-2) + self.W.abs().amax(-2))[~active].any():
+            raise TruncationError("an inert state has an entry in T or W that is not zero.")
 
     def _check_indices(self, indices: torch.Tensor) -> None:
         _require_indices(indices, self.full_size)
