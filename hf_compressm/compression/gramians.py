@@ -15,11 +15,14 @@ from torch import Tensor
 
 from ..config import CompreSSMConfig
 from ..systems import (
+    COARSE_RESOLUTION,
     DiagonalLTI,
+    HankelDecomposition,
     Truncation,
-    balanced_truncation,
+    balanced_truncation_of_each,
     diagonal_hankel_scores,
     hankel_singular_values,
+    interpolation_residual,
     interpolative_truncation,
     project,
     selection_truncation,
@@ -40,6 +43,10 @@ class LayerGramians(ABC):
     @abstractmethod
     def scores_after(self, truncation: Truncation) -> Tensor:
         """The scores of the states that a truncation of this layer leaves, `(..., r)` float64."""
+
+    def lost_energy(self, truncation: Truncation) -> float | None:
+        """The share of the layer's energy that a truncation loses, where it is not told by the spectrum alone."""
+        return None
 
     @abstractmethod
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
@@ -86,8 +93,13 @@ class EmpiricalGramians(LayerGramians):
         return diagonal_hankel_scores(self.P, self.Q)
 
     def scores_after(self, truncation: Truncation) -> Tensor:
-        """The scores of the kept states, `(r,)` float64."""
-        return self.state_scores()[truncation.indices]
+        """The scores of the kept states with the readout folded, `(r,)` float64."""
+        T, kept = truncation.T.to(self.Q), truncation.indices
+        return diagonal_hankel_scores(self.P[kept][:, kept], T.mT @ self.Q @ T)
+
+    def lost_energy(self, truncation: Truncation) -> float | None:
+        """The share of the observable energy `trace(P Q)` that the truncation loses."""
+        return float(interpolation_residual(self.P, self.Q, truncation))
 
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
         """Cut to `rank` states; `reductor` is `"interpolative"` or `"selection"`, `config` and `seed` as above."""
@@ -113,12 +125,12 @@ class ClosedFormGramians(LayerGramians):
     system: DiagonalLTI
 
     @cached_property
-    def _channel_spectra(self) -> Tensor:
-        return self.system.hankel_singular_values()
+    def _decomposition(self) -> HankelDecomposition:
+        return self.system.hankel_decomposition(COARSE_RESOLUTION)
 
     def hankel_singular_values(self) -> Tensor:
         """The layer's joint Hankel singular values, `(N,)` float64, descending."""
-        return self._channel_spectra.reshape(-1, self.system.order).sum(0)
+        return self._decomposition.sigma.reshape(-1, self.system.order).sum(0)
 
     def state_scores(self) -> Tensor:
         """The Hankel singular value of each state alone, `(..., N)` float64."""
@@ -131,7 +143,7 @@ class ClosedFormGramians(LayerGramians):
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
         """Cut to `rank` states; `reductor` is `"balanced"` or `"selection"`, `config` and `seed` as above."""
         if reductor == "balanced":
-            return balanced_truncation(self.system, rank)[1]
+            return balanced_truncation_of_each(self.system, rank, self._decomposition)
         return self._select(self.state_scores(), rank, config, seed)
 
 

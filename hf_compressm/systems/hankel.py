@@ -74,8 +74,9 @@ class HankelDecomposition:
 
         Of a decomposition with a resolution, those count that stand above the resolution.
 
-        It is 0 for a system whose output does not depend on its input. A truncation to more states than this would keep
-        directions that are made of rounding errors.
+        It is 0 for a system whose output does not depend on its input. For measured Gramians the directions beyond it
+        are made of rounding errors; a diagonal system may have some of them right, but what they add is below the
+        rounding of what the others give.
         """
         floor = max(self.sigma.shape[-1] * torch.finfo(torch.float64).eps, self.resolution)
         return (self.sigma > floor * self.sigma[..., :1]).sum(-1)

@@ -59,7 +59,9 @@ def balanced_truncation_of_each(
     decompositions = _flattened(known, batch.lam.shape[0])
     ranks = usable.reshape(-1).clamp_max(r)
     if not ranks.any():
-        raise TruncationError("no Hankel singular value stands above rounding: a response of zero has no balanced state")
+        raise TruncationError(
+            "no Hankel singular value stands above rounding: a response of zero has no balanced state"
+        )
     T = batch.lam.new_zeros(batch.lam.shape[0], system.order, r)
     W, active = torch.zeros_like(T), torch.zeros(*T.shape[::2], dtype=torch.bool, device=T.device)
     for rank in ranks.unique().tolist():
