@@ -74,8 +74,9 @@ class LRULayer(TimeInvariantLayer):
         r"""
         Gradients of B move with \\( T^H \\) and those of C with \\( W^\top \\), rescaled as their parameters are.
 
-        With \\( h \approx T h_r \\) and \\( h_r = W^H h \\): the gradient of the effective B is \\( \sum_t g_t u_t^\top \\)
-        with the adjoint state \\( g \\), and \\( g_r = T^H g \\); that of C is \\( \sum_t \bar y_t h_t^H \\).
+        With \\( h \approx T h_r \\) and \\( h_r = W^H h \\): the gradient of the effective B is
+        \\( \sum_t g_t u_t^\top \\) with the adjoint state \\( g \\), and \\( g_r = T^H g \\); that of C is
+        \\( \sum_t \bar y_t h_t^H \\).
 
         Args:
             truncation ([`~systems.Truncation`]): The cut.

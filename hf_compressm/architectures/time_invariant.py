@@ -140,6 +140,8 @@ class TimeInvariantLayer(StateSpaceLayer):
         else:
             values = self.written(reduced)
             maps = self.moment_maps(truncation, values)
+            if truncation.active is not None:
+                self._revive(values, ~truncation.active)
         parameters = [
             ParameterChange(old, successor(old, values[name]), maps.get(name))
             for name, old in self.state_parameters().items()
@@ -147,6 +149,17 @@ class TimeInvariantLayer(StateSpaceLayer):
         self._check_written(reduced, {name: change.new for name, change in zip(self.parameter_names, parameters)})
         size = truncation.state_size
         return LayerReduction(self, parameters, self.size_changes(size), size)
+
+    def _revive(self, values: Mapping[str, Tensor], inert: Tensor) -> None:
+        """
+        Give inert states the poles and inputs of old states, and leave their readout at zero.
+
+        The response is the same, and unlike a state whose input and readout are both zero, it can be trained.
+        """
+        for name, parameter in self.state_parameters().items():
+            if name != "C":
+                old = parameter.detach().to(values[name].dtype)
+                values[name][inert] = old.narrow(inert.ndim - 1, 0, inert.shape[-1])[inert]
 
     def _check_written(self, reduced: DiagonalLTI, parameters: Mapping[str, nn.Parameter]) -> None:
         for name, parameter in parameters.items():

@@ -59,7 +59,7 @@ def carry_state(state: dict[str, Any], change: ParameterChange, optimizer_name: 
             )  # fmt: skip
             return {}
         carried[name] = move(value)
-    if change.moment_map.axis == change.old.ndim - 2:
+    if change.moment_map.moves_factors and change.moment_map.axis == change.old.ndim - 2:
         _rescale_column_factors(state, carried, change.old.ndim)
     return carried
 

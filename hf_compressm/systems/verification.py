@@ -89,28 +89,6 @@ def require_error_bound(
         )
 
 
-@torch.no_grad()
-def meets_error_bound(
-    system: DiagonalLTI, reduced: DiagonalLTI, bound: float | torch.Tensor, amplification: float | torch.Tensor = 1.0
-) -> torch.Tensor:
-    """Whether each system of a batch is within its bound: a mask in the place of [`require_error_bound`]'s error.
-
-    Args:
-        system ([`DiagonalLTI`]): The full system.
-        reduced ([`DiagonalLTI`]): The reduced system, with the same inputs, outputs, batch and time domain.
-        bound (`float` or `torch.Tensor` of shape `(...)`): As in [`require_error_bound`].
-        amplification (`float` or `torch.Tensor` of shape `(...)`, *optional*, defaults to 1.0): As there.
-
-    Returns:
-        `torch.Tensor` of shape `(...)`, bool.
-
-    Raises:
-        DimensionError: The systems do not have the same inputs, outputs, batch and time domain.
-    """
-    error, allowed, _ = _errors(system, reduced, bound, amplification)
-    return (error <= allowed).all(dim=-1)
-
-
 def _errors(
     system: DiagonalLTI, reduced: DiagonalLTI, bound: float | torch.Tensor, amplification: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
