@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from hf_compressm.training.parameter_groups import state_space_parameter_groups
+from hf_compressm.ops import compile_kernels
+from hf_compressm.training import state_space_parameter_groups
 
 from .cost import Cost, Stopwatch
 from .data import SequenceData
@@ -93,7 +94,9 @@ def _quiet(trainer: Trainer) -> None:
 
 
 def _warm_up(trainer: Trainer) -> None:
-    """One forward and backward pass of a copy, so that kernels which are compiled at first use cost no run time."""
+    """Compile kernels and make one step of a copy, so that the first run in a process is not charged for that."""
+    if trainer.args.device.type == "cpu":
+        compile_kernels()
     model = copy.deepcopy(trainer.model)
     rows = [trainer.train_dataset[index] for index in range(min(4, len(trainer.train_dataset)))]
     batch = {name: tensor.to(model.device) for name, tensor in trainer.data_collator(rows).items()}
