@@ -17,7 +17,7 @@ from .cost import Cost, Stopwatch
 from .data import SequenceData
 from .distillation import DistillationLoss, DistillationTrainer
 from .hankel import HankelPenalty, HankelTrainer
-from .models import build_model
+from .models import FAMILIES_WITH_SIZES_PER_LAYER, build_model
 from .settings import ExperimentSettings
 from .training import seeded, train
 
@@ -166,7 +166,7 @@ def compression_config(settings: ExperimentSettings, final_state_size: int | Non
         settings ([`ExperimentSettings`]): The experiment.
         final_state_size (`int`, *optional*): What the cuts lead to.
     """
-    values = dict(settings.compression)
+    values = _compression(settings)
     checks = values.pop("checks", None)
     if checks is not None:
         start, end = values.get("window", CompreSSMConfig().window)
@@ -175,6 +175,13 @@ def compression_config(settings: ExperimentSettings, final_state_size: int | Non
         values["interval"] = None if checks == 1 else max(1, int(steps // checks))
     target = _target(settings.state_size, final_state_size)
     return CompreSSMConfig(**{**values, **target})
+
+
+def _compression(settings: ExperimentSettings) -> dict[str, Any]:
+    values = dict(settings.compression)
+    if settings.model["name"] not in FAMILIES_WITH_SIZES_PER_LAYER:
+        values["uniform"] = True
+    return values
 
 
 def _target(state_size: int, final_state_size: int | None) -> dict[str, Any]:
@@ -188,7 +195,7 @@ def _target(state_size: int, final_state_size: int | None) -> dict[str, Any]:
 def _cut_after_training(run: Run, model: PreTrainedModel) -> tuple[CheckRecord, Cost]:
     # The cut is made in one go, whatever the schedule of a cut in training is.
     schedule = ("checks", "interval", "window", "when_stable")
-    values = {name: value for name, value in run.settings.compression.items() if name not in schedule}
+    values = {name: value for name, value in _compression(run.settings).items() if name not in schedule}
     config = CompreSSMConfig(**{**values, **_target(run.settings.state_size, run.final_state_size)})
     batch = {name: tensor.to(model.device) for name, tensor in run.calibration_batch().items()}
     stopwatch = Stopwatch()

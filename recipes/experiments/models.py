@@ -20,6 +20,9 @@ FAMILIES = {
     "mamba2": ("Mamba2ClassifierConfig", "Mamba2ForSequenceClassification"),
 }
 
+FAMILIES_WITH_SIZES_PER_LAYER = ("lru", "s4d")
+"""Families whose checkpoints can hold another state size in each layer."""
+
 
 def build_model(model_settings: dict[str, Any], data: SequenceData, state_size: int) -> PreTrainedModel:
     """

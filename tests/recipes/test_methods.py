@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from experiments.distillation import DistillationLoss, DistillationTrainer
-from experiments.methods import METHODS, Run
+from experiments.methods import METHODS, Run, compression_config
 from experiments.models import FAMILIES, build_model, state_sizes
 from experiments.runs import RunSettings, execute
 from torch.nn import functional
@@ -94,6 +94,17 @@ def test_a_cut_by_tolerance_needs_no_size(run) -> None:
     outcome = METHODS["compressm"](run("compressm", None, **{"compression.tolerance": 0.3}))
     (record,) = outcome.records
     assert record.layers[0].size_after == state_sizes(outcome.model)[0] < 16
+
+
+@pytest.mark.parametrize("family", ["lru", "mamba"])
+def test_sizes_per_layer_where_the_family_can_hold_them(family, tiny, digits, tmp_path) -> None:
+    overrides = {"model.name": family, "model.num_hidden_layers": 2, "compression.uniform": False}
+    run = Run(tiny(**overrides), digits, "compressm", 0, tmp_path / "run")
+    assert compression_config(run.settings).uniform is (family == "mamba")
+    model = METHODS["compressm"](run).model
+    assert isinstance(model.config.state_size, int) or len(model.config.state_size) == 2
+    if family == "mamba":
+        assert isinstance(model.config.state_size, int)
 
 
 @pytest.mark.parametrize("rule", ["smallest", "random"])

@@ -52,6 +52,7 @@ def pathfinder_data(
         folder = Path(data_dir)
         folder = folder / difficulty if (folder / difficulty).is_dir() else folder
         if (folder / "metadata").is_dir():
+            # Ten times as many as are wanted leave a test set of their number, without decoding all 200,000.
             splits = _split(_read_metadata(folder, None if not train_examples else 10 * train_examples))
         else:
             splits = read_folder(folder, "image", "label", "L")
