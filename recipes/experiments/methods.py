@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -170,7 +171,8 @@ def compression_config(settings: ExperimentSettings, final_state_size: int | Non
     checks = values.pop("checks", None)
     if checks is not None:
         start, end = values.get("window", CompreSSMConfig().window)
-        steps = round((end - start) * settings.training.max_steps, 6)
+        # A window that ends above 1 is in steps already.
+        steps = round((end - start) * (settings.training.max_steps if end <= 1 else 1), 6)
         # One check stands at the window's end.
         values["interval"] = None if checks == 1 else max(1, int(steps // checks))
     target = _target(settings.state_size, final_state_size)
@@ -224,7 +226,10 @@ def _trained_once(run: Run, stage: str) -> tuple[PreTrainedModel, Cost, Cost]:
         penalty = HankelPenalty(**run.settings.hankel_regularization)
         arguments = {"trainer_class": HankelTrainer, "penalty": penalty, "stopwatch": stopwatch}
     cost = run.train(model, **arguments)
-    model.save_pretrained(folder)
-    # Last, so that a folder with this file is complete.
-    costs.write_text(json.dumps({"training": asdict(cost), "penalty": asdict(stopwatch.cost)}), encoding="utf-8")
+    state = PartialState()
+    if state.is_main_process:
+        model.save_pretrained(folder)
+        # Last, so that a folder with this file is complete.
+        costs.write_text(json.dumps({"training": asdict(cost), "penalty": asdict(stopwatch.cost)}), encoding="utf-8")
+    state.wait_for_everyone()
     return model, cost, stopwatch.cost
