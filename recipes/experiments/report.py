@@ -127,12 +127,14 @@ def write_report(
     return path
 
 
-DEFAULT_PANELS = ({"x": "final_state_size", "log": True}, {"x": "cpu_seconds", "log": True})
+DEFAULT_PANELS = ({"x": "final_state_size", "log": True}, {"x": "cpu_seconds"})
 
+FIELDS = ("final_state_size", "cpu_seconds", "seconds")
 LABELS = {
     "final_state_size": "final state size, sum over layers",
     "cpu_seconds": "training, seconds of processor time",
     "seconds": "training, seconds",
+    "compression.window": "last cut, share of the training",
 }
 
 
@@ -144,7 +146,8 @@ def picture(results: Sequence[RunResult], path: str | Path, panels: Sequence[dic
         results (`Sequence[RunResult]`): Of one experiment.
         path (`str` or `Path`): Where to write; the ending names the format.
         panels (`Sequence[dict]`, *optional*): Each with `x`, a field of [`RunResult`] or a dotted name of what is
-            varied, and optionally `log`, `title`, and `where`, the values that `varied` must have.
+            varied, and optionally `log` (a logarithmic axis that names every value on it), `title`, and `where`, the
+            values that `varied` must have.
     """
     from matplotlib.figure import Figure
 
@@ -155,7 +158,8 @@ def picture(results: Sequence[RunResult], path: str | Path, panels: Sequence[dic
         _draw(axis, rows(results), panel, colours)
     axes[0].set_ylabel("test accuracy")
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    columns = 3 if max(map(len, handles)) < 32 else 2
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -165,11 +169,11 @@ def _draw(axis: Any, grouped: list[Row], panel: dict[str, Any], colours: dict[st
     name = panel["x"]
     series: dict[str, list[tuple[float, Row]]] = {}
     for row in grouped:
-        is_varied = name not in LABELS
-        if row.varied and any(row.varied.get(key) != value for key, value in panel.get("where", {}).items()):
-            continue
+        is_varied = name not in FIELDS
         if is_varied and name not in row.varied:
             _reference_line(axis, row, colours)
+            continue
+        if any(row.varied.get(key) != value for key, value in panel.get("where", {}).items()):
             continue
         others = {k: v for k, v in row.varied.items() if k not in ("final_state_size", name, *panel.get("where", {}))}
         label = ", ".join([METHOD_NAMES[row.method], *(f"{_short(k)} {_shown(v)}" for k, v in others.items())])
@@ -187,7 +191,9 @@ def _draw(axis: Any, grouped: list[Row], panel: dict[str, Any], colours: dict[st
             capsize=3,
         )
     if panel.get("log"):
-        axis.set_xscale("log")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted({x for points in series.values() for x, _ in points}))
+        axis.xaxis.set_major_formatter("{x:g}")
     axis.set(xlabel=LABELS.get(name, _short(name)), title=panel.get("title", ""))
     axis.grid(alpha=0.3)
 
