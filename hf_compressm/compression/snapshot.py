@@ -97,13 +97,13 @@ class Snapshot:
         tensors = [*self.parameters.values(), *(v for s in self.states.values() for v in s.values())]
         return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
-    def save(self, folder: str | os.PathLike, name: str = SNAPSHOT_NAME) -> Path:
+    def save(self, folder: str | os.PathLike, file_name: str = SNAPSHOT_NAME) -> Path:
         """
         Write the snapshot to a folder, replacing the file as a whole.
 
         Args:
             folder (`str` or `os.PathLike`): An existing folder.
-            name (`str`, *optional*, defaults to `"compressm_snapshot.safetensors"`): The file's name.
+            file_name (`str`, *optional*, defaults to `"compressm_snapshot.safetensors"`): The file's name.
         """
         tensors = {_PARAMETER + name: value.contiguous() for name, value in self.parameters.items()}
         plain: dict[str, dict[str, Any]] = {}
@@ -113,7 +113,7 @@ class Snapshot:
                     tensors[f"{_STATE}{key}:{name}"] = value.contiguous()
                 else:
                     plain.setdefault(name, {})[key] = value
-        path = Path(folder) / name
+        path = Path(folder) / file_name
         temporary = path.with_suffix(".partial")
         metadata = {"format": "pt", "sizes": json.dumps(dict(self.sizes)), "plain": json.dumps(plain)}
         save_file(tensors, temporary, metadata=metadata)
@@ -121,18 +121,18 @@ class Snapshot:
         return path
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, name: str = SNAPSHOT_NAME) -> Snapshot:
+    def load(cls, folder: str | os.PathLike, file_name: str = SNAPSHOT_NAME) -> Snapshot:
         """
         Read the snapshot in a folder, onto the CPU.
 
         Args:
             folder (`str` or `os.PathLike`): Where [`~Snapshot.save`] wrote it.
-            name (`str`, *optional*, defaults to `"compressm_snapshot.safetensors"`): The file's name.
+            file_name (`str`, *optional*, defaults to `"compressm_snapshot.safetensors"`): The file's name.
 
         Raises:
             `FileNotFoundError`: there is none.
         """
-        path = Path(folder) / name
+        path = Path(folder) / file_name
         parameters: dict[str, Tensor] = {}
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
