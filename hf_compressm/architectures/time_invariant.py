@@ -130,11 +130,24 @@ class TimeInvariantLayer(StateSpaceLayer):
             [`~errors.DimensionError`]: the truncation is for another state size.
             [`~errors.TruncationError`]: the written layer fails one of these checks.
         """
+        return self._reduction(truncation, neglect_coupling=False)
+
+    @torch.no_grad()
+    def reduce_alike(self, truncation: Truncation) -> LayerReduction:
+        """
+        Cut a copy of a layer, such as an average of its weights over steps, with the truncation of the layer itself.
+
+        That truncation makes the layer's own state matrix diagonal, and the copy's nearly so; what is left beside the
+        diagonal is neglected. Raises what [`~TimeInvariantLayer.reduce`] raises.
+        """
+        return self._reduction(truncation, neglect_coupling=True)
+
+    def _reduction(self, truncation: Truncation, neglect_coupling: bool) -> LayerReduction:
         if truncation.full_size != self.state_size:
             raise DimensionError(
                 f"the truncation is for {truncation.full_size} states; {self.name} has {self.state_size}."
             )
-        reduced = project(self.system(), truncation)
+        reduced = project(self.system(), truncation, neglect_coupling)
         if truncation.is_selection:
             values, maps = self.selected(truncation.indices)
         else:
