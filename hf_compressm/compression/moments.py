@@ -39,10 +39,15 @@ def carry_state(state: dict[str, Any], change: ParameterChange, optimizer_name: 
         optimizer_name (`str`, *optional*, defaults to `"optimizer"`): Named in the warning.
 
     Returns:
-        `dict`: State of the new parameter; empty, so that the optimizer starts it afresh, where something in it is not
-        known by name or the change has no moment map.
+        `dict`: State of the new parameter; empty, so that the optimizer starts it afresh, where the change has no moment
+        map, or something in it is not known by name (which is worth a warning).
     """
     if change.moment_map is None:
+        logger.info(
+            "the state of a parameter that was cut from %s to %s is reset: its gradient does not move linearly",
+            tuple(change.old.shape),
+            tuple(change.new.shape),
+        )
         return {}
     carried: dict[str, Any] = {}
     update_averages = _update_averages(state)
