@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DimensionError, TruncationError, UnsupportedModelError
-from ..systems import DiagonalLTI, Truncation, project, require_error_bound
+from ..systems import COARSE_RESOLUTION, DiagonalLTI, Truncation, project, require_error_bound
 from .base import AttributeChange, AxisMap, LayerReduction, ParameterChange, StateSpaceLayer, successor
 
 # Share of a response's size that rounding the written parameters may change; 1e-3 is a tenth of the error that a
@@ -191,7 +191,7 @@ class TimeInvariantLayer(StateSpaceLayer):
             )
         share = max(_ALLOWED_ROUNDING, 64 * max(torch.finfo(parameter.dtype).eps for parameter in parameters.values()))
         # The Hankel norm is a lower bound on the peak response, and known without a search over frequencies.
-        require_error_bound(reduced, found, share * reduced.hankel_singular_values()[..., 0])
+        require_error_bound(reduced, found, share * reduced.hankel_singular_values(COARSE_RESOLUTION)[..., 0])
 
 
 def clamped_poles(lam: Tensor) -> Tensor:
