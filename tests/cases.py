@@ -12,6 +12,8 @@ from transformers import MambaConfig, MambaForCausalLM, MambaModel, PreTrainedMo
 from hf_compressm.models import LRUConfig, LRUForCausalLM, S4DConfig, S4DForSequenceClassification
 
 VOCABULARY = 24
+SELECTIVE = ("interpolative", "selection")
+TIME_INVARIANT = ("balanced", "selection")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Case:
     layers: int = 2
     state_size: int = 8
     is_pretrained_model: bool = True
+    reductors: tuple[str, ...] = SELECTIVE
 
 
 def token_batch(batch: int = 4, length: int = 20, seed: int = 0) -> dict[str, Tensor]:
@@ -102,9 +105,12 @@ def tiny_s4d(state_size: int = 8, seed: int = 0, **overrides) -> S4DForSequenceC
 CASES = [
     Case("mamba-causal-lm", "mamba", tiny_mamba, token_batch),
     Case("mamba-inside-a-module", "mamba", real_valued_model, real_valued_batch, is_pretrained_model=False),
+    Case("lru-causal-lm", "lru", tiny_lru, token_batch, reductors=TIME_INVARIANT),
+    Case("s4d-classifier", "s4d", tiny_s4d, real_valued_batch, reductors=TIME_INVARIANT),
 ]
 
 PRETRAINED_CASES = [case for case in CASES if case.is_pretrained_model]
+SELECTIVE_CASES = [case for case in CASES if case.reductors == SELECTIVE]
 
 
 def case_id(case: Case) -> str:

@@ -253,6 +253,18 @@ class StateSpaceLayer(ABC):
             [`~errors.TruncationError`]: the layer's parameters cannot hold it.
         """
 
+    def reduce_alike(self, truncation: Truncation) -> LayerReduction:
+        """
+        Cut a copy of a layer, such as an average of its weights over steps, with the truncation of the layer itself.
+
+        The states of both keep standing for the same thing, so that the average can go on. Nothing is written.
+
+        Raises:
+            [`~errors.DimensionError`]: the truncation is for another state size.
+            [`~errors.TruncationError`]: the layer's parameters cannot hold it.
+        """
+        return self.reduce(truncation)
+
     def check_reducible(self) -> None:
         """
         Raise when the layer's parameters are in a form that cannot be cut.

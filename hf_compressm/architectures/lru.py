@@ -38,9 +38,9 @@ class LRULayer(TimeInvariantLayer):
         return {**vectors, "B": (size, width, 2), "C": (width, size, 2)}
 
     def system_of(self, module: nn.Module) -> DiagonalLTI:
-        """The system that a module of this family computes, with the gradient cut off."""
+        """The system that a module of this family computes, without its feedthrough D, which no cut changes."""
         lam, B, C = module.system()
-        return DiagonalLTI(lam.detach(), B.detach(), C.detach(), torch.diag(module.D.detach()))
+        return DiagonalLTI(lam.detach(), B.detach(), C.detach())
 
     def written(self, reduced: DiagonalLTI) -> dict[str, Tensor]:
         r"""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DimensionError, TruncationError, UnsupportedModelError
-from ..systems import DiagonalLTI, Truncation, project, require_error_bound
+from ..systems import COARSE_RESOLUTION, DiagonalLTI, Truncation, project, require_error_bound
 from .base import AttributeChange, AxisMap, LayerReduction, ParameterChange, StateSpaceLayer, successor
 
 # Share of a response's size that rounding the written parameters may change; 1e-3 is a tenth of the error that a
@@ -130,11 +130,24 @@ class TimeInvariantLayer(StateSpaceLayer):
             [`~errors.DimensionError`]: the truncation is for another state size.
             [`~errors.TruncationError`]: the written layer fails one of these checks.
         """
+        return self._reduction(truncation, neglect_coupling=False)
+
+    @torch.no_grad()
+    def reduce_alike(self, truncation: Truncation) -> LayerReduction:
+        """
+        Cut a copy of a layer, such as an average of its weights over steps, with the truncation of the layer itself.
+
+        That truncation makes the layer's own state matrix diagonal, and the copy's nearly so; what is left beside the
+        diagonal is neglected. Raises what [`~TimeInvariantLayer.reduce`] raises.
+        """
+        return self._reduction(truncation, neglect_coupling=True)
+
+    def _reduction(self, truncation: Truncation, neglect_coupling: bool) -> LayerReduction:
         if truncation.full_size != self.state_size:
             raise DimensionError(
                 f"the truncation is for {truncation.full_size} states; {self.name} has {self.state_size}."
             )
-        reduced = project(self.system(), truncation)
+        reduced = project(self.system(), truncation, neglect_coupling)
         if truncation.is_selection:
             values, maps = self.selected(truncation.indices)
         else:
@@ -178,7 +191,7 @@ class TimeInvariantLayer(StateSpaceLayer):
             )
         share = max(_ALLOWED_ROUNDING, 64 * max(torch.finfo(parameter.dtype).eps for parameter in parameters.values()))
         # The Hankel norm is a lower bound on the peak response, and known without a search over frequencies.
-        require_error_bound(reduced, found, share * reduced.hankel_singular_values()[..., 0])
+        require_error_bound(reduced, found, share * reduced.hankel_singular_values(COARSE_RESOLUTION)[..., 0])
 
 
 def clamped_poles(lam: Tensor) -> Tensor:

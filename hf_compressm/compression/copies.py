@@ -29,7 +29,7 @@ class ModuleCopyChange(ModelChange):
 
     def __init__(self, module: nn.Module, truncations: Mapping[str, Truncation]) -> None:
         layers = find_layers(module)
-        reductions = [layer.reduce(truncations[layer.name]) for layer in layers if layer.name in truncations]
+        reductions = [layer.reduce_alike(truncations[layer.name]) for layer in layers if layer.name in truncations]
         sizes = {reduction.layer.name: reduction.state_size for reduction in reductions}
         super().__init__(module, reductions, config_changes(layers, sizes))
 
@@ -80,7 +80,7 @@ def _reduced_tensors(
         for name, parameter in parameters.items():
             parameter.copy_(tensors[names[name]])
     by_identity = {id(parameter): name for name, parameter in parameters.items()}
-    reduction = twin.reduce(truncation)
+    reduction = twin.reduce_alike(truncation)
     return {
         names[by_identity[id(change.old)]]: change.new.detach().to(tensors[names[by_identity[id(change.old)]]])
         for change in reduction.parameters

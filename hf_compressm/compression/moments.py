@@ -39,8 +39,8 @@ def carry_state(state: dict[str, Any], change: ParameterChange, optimizer_name: 
         optimizer_name (`str`, *optional*, defaults to `"optimizer"`): Named in the warning.
 
     Returns:
-        `dict`: State of the new parameter; empty, so that the optimizer starts it afresh, where the change has no moment
-        map, or something in it is not known by name (which is worth a warning).
+        `dict`: State of the new parameter; empty, so that the optimizer starts it afresh, where the change has no
+        map or something in it is not known by name.
     """
     if change.moment_map is None:
         logger.info(
