@@ -20,8 +20,10 @@ ALLOWED_OUTSIDE = {
     "systems": {"torch"},
     "ops": {"torch", "numpy", "numba"},
     "architectures": {"torch"},
-    "compression": {"torch", "tqdm", "matplotlib", "tabulate"},
+    "compression": {"torch", "tqdm", "matplotlib", "tabulate", "huggingface_hub", "yaml"},
     "training": {"torch", "tqdm", "numpy", "transformers", "accelerate"},
+    "hub": {"torch", "transformers", "huggingface_hub"},
+    "cli": {"torch", "transformers", "huggingface_hub", "datasets", "typer", "rich", "tqdm", "jinja2"},
 }
 
 STANDARD_LIBRARY = __import__("sys").stdlib_module_names
