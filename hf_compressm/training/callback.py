@@ -17,6 +17,7 @@ from ..config import CompreSSMConfig
 from ..errors import CalibrationError, ConfigurationError, NotFiniteError, TruncationError
 from ..ops import compile_kernels
 from .batches import training_batches
+from .card import keep_card
 from .requirements import require_plain_run
 from .resume import follow_checkpoints, saved_records
 from .schedule import check_steps
@@ -91,12 +92,14 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Let the model take the state size of a checkpoint that is loaded later."""
         follow_checkpoints(model)
+        keep_card(self)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Find the layers and the steps to check; everything that cannot work is refused here."""
         require_plain_run(args)
+        keep_card(self)
         steps = check_steps(self.config, state.max_steps)
         optimizer = kwargs["optimizer"]
         self._compressor = Compressor(
