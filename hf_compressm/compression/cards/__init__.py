@@ -1,9 +1,9 @@
 """Model cards: what was done to a model, told beside its weights."""
 
-from .carry import carried_provenance, carry, describe
+from .carry import carried_provenance, carry, describe, describe_folder
 from .consistency import require_one_model, require_safe_weights, state_sizes
 from .files import CARD_NAME, read_card, replace_file, spectrum_picture, write_card, write_model_files
-from .merge import is_machine_made, merge_card, merge_trainer_card
+from .merge import is_machine_made, merge_card, merge_trainer_card, renamed
 from .provenance import Evaluation, Provenance
 from .section import (
     PICTURE_NAME,
@@ -23,6 +23,7 @@ __all__ = [
     "carry",
     "checks_table",
     "describe",
+    "describe_folder",
     "evaluation_table",
     "is_machine_made",
     "layers_table",
@@ -30,6 +31,7 @@ __all__ = [
     "merge_trainer_card",
     "read_card",
     "render_card",
+    "renamed",
     "replace_file",
     "require_one_model",
     "require_safe_weights",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ...config import CONFIG_NAME, CompreSSMConfig
 from ...errors import CardError
 from .consistency import require_one_model
 from .files import write_model_files
@@ -104,4 +106,24 @@ def describe(model: nn.Module, provenance: Provenance) -> Provenance:
         model_type=provenance.model_type or getattr(config, "model_type", None),
         needs_code=provenance.needs_code or bool(getattr(config, "auto_map", None)),
         base_model=provenance.base_model or (None if is_local else source),
+    )
+
+
+def describe_folder(folder: str | os.PathLike, provenance: Provenance) -> Provenance:
+    """
+    The facts, with what a saved folder tells where they leave it open: the model's class and type, and the settings.
+
+    Args:
+        folder (`str` or `os.PathLike`): A folder with `config.json`.
+        provenance ([`Provenance`]): What is known.
+    """
+    folder = Path(folder)
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = CompreSSMConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
+    return replace(
+        provenance,
+        config=provenance.config or settings,
+        model_class=provenance.model_class or next(iter(written.get("architectures") or []), None),
+        model_type=provenance.model_type or written.get("model_type"),
+        needs_code=provenance.needs_code or bool(written.get("auto_map")),
     )

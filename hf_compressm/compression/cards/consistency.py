@@ -19,7 +19,12 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 
-def require_one_model(folder: str | os.PathLike, model_class: Any, sizes: Mapping[str, int] | None = None) -> None:
+def require_one_model(
+    folder: str | os.PathLike,
+    model_class: Any,
+    sizes: Mapping[str, int] | None = None,
+    trust_remote_code: bool = False,
+) -> None:
     """
     Check that the weights of a folder are those that its configuration describes, and of the sizes that are expected.
 
@@ -30,6 +35,7 @@ def require_one_model(folder: str | os.PathLike, model_class: Any, sizes: Mappin
         folder (`str` or `os.PathLike`): A folder with `config.json` and weights in safetensors files.
         model_class (`type`): The model's class, or one of transformers' `Auto` classes.
         sizes (`Mapping[str, int]`, *optional*): The state size that each layer is expected to have, by its name.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Let an `Auto` class run the folder's own code.
 
     Raises:
         [`~errors.InconsistentModelError`]: the weights are missing, are no safetensors files, have other shapes than
@@ -45,6 +51,7 @@ def require_one_model(folder: str | os.PathLike, model_class: Any, sizes: Mappin
             local_files_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **({"trust_remote_code": True} if trust_remote_code else {}),
         )
     problems = [
         f"{name} is {tuple(saved)} in the weights and {tuple(wanted)} by the configuration"

@@ -18,7 +18,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 
 from ...errors import CardError
-from .section import SOURCE_NAME
+from .section import SOURCE_NAME, python_string
 
 _BEGIN = re.compile(
     r"<!-- hf_compressm:begin(?: section=(?P<section>[0-9a-f]{12}))?(?: rest=(?P<rest>[0-9a-f]{12}))? -->\n?"
@@ -73,6 +73,23 @@ def merge_trainer_card(existing: str | None, trainer_card: str, fresh: str) -> s
     if existing is None or not existing.strip() or is_machine_made(existing):
         return _insert(_with_metadata(trainer_card, theirs), fresh, rest_is_ours=True)
     return _insert(_with_metadata(existing, theirs), fresh, rest_is_ours=False)
+
+
+def renamed(card: str, name: str) -> str:
+    """
+    The card with another name in the line that loads the model; one whose section a person has edited stays as it is.
+
+    Args:
+        card (`str`): A card with a section.
+        name (`str`): The repository's or the folder's name.
+    """
+    found = _find(card)
+    if found is None or found[2]["section"] != _digest(card[found[2].end() : found[1]]):
+        return card
+    start, end, begin = found
+    line = re.compile(r"(= AutoModel\w*\.from_pretrained\()\"[^\"\n]*\"")
+    section = line.sub(lambda match: f"{match[1]}{python_string(name)}", card[start:end])
+    return _seal(card[:start] + section + card[end:], rest_is_ours=begin["rest"] is not None and is_machine_made(card))
 
 
 def is_machine_made(card: str) -> bool:

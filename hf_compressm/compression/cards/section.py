@@ -151,7 +151,7 @@ def checks_table(records: list[CheckRecord]) -> str:
 
 
 def layers_table(provenance: Provenance) -> str:
-    """One row a layer: its sizes, the share of energy that its last check dropped, and an error bound where it has one."""
+    """One row a layer: its sizes, the share of energy that its last check dropped, an error bound where it has one."""
     has_bound = _has_error_bound(provenance)
     rows = [
         [
@@ -249,13 +249,14 @@ def _task(provenance: Provenance) -> tuple[str | None, str | None]:
 
 def _loading(provenance: Provenance) -> str:
     _, auto_class = _task(provenance)
-    name = _python_string(provenance.name or "path/to/this/folder")
+    name = python_string(provenance.name or "path/to/this/folder")
     trust = ", trust_remote_code=True" if provenance.needs_code else ""
     auto_class = auto_class or "AutoModel"
     return f"from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained({name}{trust})"
 
 
-def _python_string(text: str) -> str:
+def python_string(text: str) -> str:
+    """Text from elsewhere as a string literal of the example, on one line and without the end of a code block."""
     return '"' + " ".join(text.split()).replace("\\", "\\\\").replace('"', '\\"').replace("`", "'") + '"'
 
 
@@ -272,10 +273,8 @@ def _limits(provenance: Provenance) -> str:
             "The spectra were computed from the weights alone. They bound what a layer's linear recurrence loses, not "
             "what the whole model does on a task; evaluate it on your own data."
         )
-    on = (
-        f"on {data}" if data else "on batches of the training data" if provenance.is_from_training else "on sample data"
-    )
     return (
-        f"The spectra were measured {on}. A state that this data hardly uses counts as negligible, so inputs of another "
-        "kind, or much longer ones, can need what was cut; evaluate the model on your own data before relying on it."
+        f"The spectra were measured on {data or 'sample data'}. A state that this data hardly uses counts as "
+        "negligible, so inputs of another kind, or much longer ones, can need what was cut; evaluate the model on your "
+        "own data before relying on it."
     )
