@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigurationError
+from .validation import is_number, require_bool, require_choice, require_integer, require_share, require_window
 
 CONFIG_NAME = "compressm_config.json"
 
-STRATEGIES = ("tolerance", "fixed")
-REDUCTORS = ("interpolative", "selection")
+STRATEGIES = ("tolerance", "fixed", "pragmatic", "target")
+REDUCTORS = ("auto", "balanced", "interpolative", "selection")
 SELECTION_SCORES = ("hankel", "readout_energy")
 SELECTION_RULES = ("largest", "smallest", "random")
 GRAMIANS = ("loss_gradient", "white_noise", "averaged")
+OPTIMIZER_MOMENTS = ("carry", "slice", "reset")
+AFTER_ROLLBACK = ("stop", "halve")
+CALIBRATION_LOSS = "calibration_loss"
+
+# The fall of accuracy that the strategy "pragmatic" of Chahine et al. (2026) still accepts.
+_PRAGMATIC_ROLLBACK_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,26 @@ class CompreSSMConfig:
             `"tolerance"`.
         strategy (`str`, *optional*, defaults to `"tolerance"`):
             How a check finds the new state size. `"tolerance"`: the smallest size that keeps `1 - tolerance` of the
-            Hankel energy. `"fixed"`: `keep_ratio` of the present size, whatever the spectrum says.
+            Hankel energy. `"fixed"`: `keep_ratio` of the present size, whatever the spectrum says. `"pragmatic"`:
+            `"fixed"`, with a rollback where a cut hurts (`rollback_tolerance` is 0.02 unless set). `"target"`: equal
+            ratios from check to check, so that the last one reaches `target_state_size` or `target_ratio`.
         keep_ratio (`float`, *optional*, defaults to 0.5):
-            Share of the present state size that one check keeps under the strategy `"fixed"`, strictly between 0 and 1.
-        window (`tuple[float, float]`, *optional*, defaults to `(0.0, 0.1)`):
-            First and last moment at which a check may happen, as shares of the training steps.
+            Share of the present state size that one check keeps under the strategies `"fixed"` and `"pragmatic"`,
+            strictly between 0 and 1.
+        target_state_size (`int`, *optional*):
+            State size at the end of the window, for the strategy `"target"`.
+        target_ratio (`float`, *optional*):
+            The same as a share of the size at the start of the run, strictly between 0 and 1.
+        window (`tuple[float, float]` or `tuple[int, int]`, *optional*, defaults to `(0.0, 0.1)`):
+            First and last moment at which a check may happen: as shares of the training steps where the end is at most
+            1, else as optimizer steps (two whole numbers).
         interval (`int`, *optional*):
-            Optimizer steps between two checks inside the window. When unset, there is one check, at the window's end.
+            Optimizer steps between two checks inside the window. When unset, there is one check, at the window's end
+            (with `when_stable`, ten checks in the window).
+        when_stable (`float`, *optional*):
+            Cut a layer as soon as the order of its states has settled: once the rank correlation of their Hankel scores
+            between successive checks has been at least this twice running, strictly between 0 and 1. The window's end
+            is the limit. Each layer is cut once; with `uniform`, all are cut together when all have settled.
         minimum_reduction (`float`, *optional*, defaults to 0.05):
             A layer is cut only where its new size is below its present one by at least this share; a smaller gain is
             not worth the disturbance.
@@ -51,9 +70,26 @@ class CompreSSMConfig:
             Round new sizes up to a multiple of this number, for kernels that prefer it.
         min_state_size (`int`, *optional*, defaults to 1):
             No layer becomes smaller than this.
-        reductor (`str`, *optional*, defaults to `"interpolative"`):
-            How the state is cut. `"interpolative"` keeps some states and folds what they say about the dropped ones
-            into the readout; `"selection"` only keeps some states.
+        reductor (`str`, *optional*, defaults to `"auto"`):
+            How the state is cut. `"balanced"` (time-invariant layers) keeps the directions with the largest Hankel
+            singular values; `"interpolative"` (selective layers) keeps some states and folds what they say about the
+            dropped ones into the readout; `"selection"` only keeps some states. `"auto"` takes the family's best.
+        optimizer_moments (`str`, *optional*, defaults to `"carry"`):
+            What happens to the optimizer's moments of a cut parameter. `"carry"` moves them as the gradients move,
+            `"slice"` keeps the entries of the kept states (of the leading ones, where states are mixed), `"reset"`
+            drops them. Moments of all other parameters are always kept.
+        rollback_tolerance (`float`, *optional*):
+            Take a cut back where it makes `rollback_metric` worse by more than this (an absolute difference). Unset: no
+            cut is taken back (but see the strategy `"pragmatic"`).
+        rollback_metric (`str`, *optional*, defaults to `"calibration_loss"`):
+            What is watched. `"calibration_loss"`: the loss of the calibration batches, compared at the cut itself. Any
+            other name is a metric of the Trainer's evaluation, such as `"eval_loss"` or `"eval_accuracy"`; evaluations
+            are then made one step before a check and `rollback_after` steps after a cut.
+        rollback_after (`int`, *optional*, defaults to 0):
+            Training steps that a cut gets to recover before it is judged by a metric of the evaluation.
+        after_rollback (`str`, *optional*, defaults to `"stop"`):
+            `"stop"` makes no further cut after a rollback; `"halve"` goes on with half the step (half the tolerance,
+            half the share that a fixed cut drops).
         selection_score (`str`, *optional*, defaults to `"hankel"`):
             What ranks the states under `"selection"`: `"hankel"` (the square root of the product of the two Gramians'
             diagonals) or `"readout_energy"` (the sum of \\( h_n^2 C_n^2 \\) over the data).
@@ -90,13 +126,21 @@ class CompreSSMConfig:
     tolerance: float = 0.01
     strategy: str = "tolerance"
     keep_ratio: float = 0.5
-    window: tuple[float, float] = (0.0, 0.1)
+    target_state_size: int | None = None
+    target_ratio: float | None = None
+    window: tuple[float, float] | tuple[int, int] = (0.0, 0.1)
     interval: int | None = None
+    when_stable: float | None = None
     minimum_reduction: float = 0.05
     uniform: bool = True
     multiple_of: int = 1
     min_state_size: int = 1
-    reductor: str = "interpolative"
+    reductor: str = "auto"
+    optimizer_moments: str = "carry"
+    rollback_tolerance: float | None = None
+    rollback_metric: str = CALIBRATION_LOSS
+    rollback_after: int = 0
+    after_rollback: str = "stop"
     selection_score: str = "hankel"
     selection_rule: str = "largest"
     gramians: str = "loss_gradient"
@@ -107,51 +151,74 @@ class CompreSSMConfig:
     def __post_init__(self) -> None:
         if isinstance(self.window, list):
             object.__setattr__(self, "window", tuple(self.window))
-        self._require_share("tolerance")
-        self._require_share("keep_ratio")
-        self._require_choice("strategy", STRATEGIES)
-        self._require_choice("reductor", REDUCTORS)
-        self._require_choice("selection_score", SELECTION_SCORES)
-        self._require_choice("selection_rule", SELECTION_RULES)
-        self._require_choice("gramians", GRAMIANS)
-        self._require_window()
-        if self.interval is not None:
-            self._require_integer("interval", minimum=1)
-        if not _is_number(self.minimum_reduction) or not 0 <= self.minimum_reduction < 1:
+        if self.strategy == "pragmatic" and self.rollback_tolerance is None:
+            object.__setattr__(self, "rollback_tolerance", _PRAGMATIC_ROLLBACK_TOLERANCE)
+        for name, choices in _CHOICES.items():
+            require_choice(name, getattr(self, name), choices)
+        for name in ("tolerance", "keep_ratio"):
+            require_share(name, getattr(self, name))
+        for name in ("target_ratio", "when_stable"):
+            if getattr(self, name) is not None:
+                require_share(name, getattr(self, name))
+        for name in ("interval", "target_state_size"):
+            if getattr(self, name) is not None:
+                require_integer(name, getattr(self, name), minimum=1)
+        for name in ("multiple_of", "min_state_size", "calibration_batches"):
+            require_integer(name, getattr(self, name), minimum=1)
+        for name in ("seed", "rollback_after"):
+            require_integer(name, getattr(self, name), minimum=0)
+        for name in ("uniform", "fast_cpu_scan"):
+            require_bool(name, getattr(self, name))
+        if not is_number(self.minimum_reduction) or not 0 <= self.minimum_reduction < 1:
             raise ConfigurationError(
                 f"minimum_reduction is {self.minimum_reduction!r}; give a number in [0, 1), for example 0.05."
             )
-        for name in ("multiple_of", "min_state_size", "calibration_batches"):
-            self._require_integer(name, minimum=1)
-        self._require_integer("seed", minimum=0)
-        for name in ("uniform", "fast_cpu_scan"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigurationError(f"{name} is {getattr(self, name)!r}; give True or False.")
+        require_window("window", self.window)
+        self._require_consistent_target()
+        self._require_consistent_rollback()
 
-    def _require_share(self, name: str) -> None:
-        value = getattr(self, name)
-        if not _is_number(value) or not 0 < value < 1:
-            raise ConfigurationError(f"{name} is {value!r}; give a number strictly between 0 and 1, for example 0.01.")
-
-    def _require_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            raise ConfigurationError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
-
-    def _require_integer(self, name: str, minimum: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise ConfigurationError(f"{name} is {value!r}; give a whole number of at least {minimum}.")
-
-    def _require_window(self) -> None:
-        window = self.window
-        if not isinstance(window, tuple) or len(window) != 2 or not all(_is_number(edge) for edge in window):
-            raise ConfigurationError(f"window is {window!r}; give two shares of the run, for example (0.0, 0.1).")
-        if not 0 <= window[0] < window[1] <= 1:
+    def _require_consistent_target(self) -> None:
+        given = [name for name in ("target_state_size", "target_ratio") if getattr(self, name) is not None]
+        if self.strategy == "target" and len(given) != 1:
             raise ConfigurationError(
-                f"window is {window!r}, which is empty or leaves the run; give 0 <= start < end <= 1, "
-                "for example (0.0, 0.1)."
+                f"the strategy 'target' needs one of target_state_size and target_ratio; {len(given)} of them "
+                "are given."
             )
+        if self.strategy != "target" and given:
+            raise ConfigurationError(
+                f"{given[0]} is given, but the strategy is {self.strategy!r}; set strategy='target' or leave it out."
+            )
+        size = self.target_state_size
+        if size is not None and (size < self.min_state_size or size % self.multiple_of):
+            raise ConfigurationError(
+                f"target_state_size is {size}; with min_state_size {self.min_state_size} and multiple_of "
+                f"{self.multiple_of} it has to be a multiple of {self.multiple_of} and at least {self.min_state_size}."
+            )
+
+    def _require_consistent_rollback(self) -> None:
+        tolerance, metric = self.rollback_tolerance, self.rollback_metric
+        if tolerance is not None and (not is_number(tolerance) or tolerance < 0):
+            raise ConfigurationError(f"rollback_tolerance is {tolerance!r}; give a number of at least 0, or None.")
+        if not isinstance(metric, str) or not metric:
+            raise ConfigurationError(
+                f"rollback_metric is {metric!r}; give {CALIBRATION_LOSS!r} or the name of a metric of the evaluation, "
+                "for example 'eval_loss'."
+            )
+        if self.rollback_after and metric == CALIBRATION_LOSS:
+            raise ConfigurationError(
+                f"rollback_after is {self.rollback_after}, but the calibration loss is compared at the cut itself; set "
+                "rollback_metric to a metric of the evaluation, for example 'eval_loss', or leave rollback_after at 0."
+            )
+
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether cuts are judged afterwards."""
+        return self.rollback_tolerance is not None
+
+    @property
+    def judged_by_evaluation(self) -> bool:
+        """Whether cuts are judged by a metric of the Trainer's evaluation."""
+        return self.can_roll_back and self.rollback_metric != CALIBRATION_LOSS
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a dictionary that JSON can hold."""
@@ -218,5 +285,12 @@ class CompreSSMConfig:
         return cls.from_json_string(file.read_text(encoding="utf-8"))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+_CHOICES = {
+    "strategy": STRATEGIES,
+    "reductor": REDUCTORS,
+    "optimizer_moments": OPTIMIZER_MOMENTS,
+    "selection_score": SELECTION_SCORES,
+    "selection_rule": SELECTION_RULES,
+    "gramians": GRAMIANS,
+    "after_rollback": AFTER_ROLLBACK,
+}

@@ -12,18 +12,30 @@ import hf_compressm
 PACKAGE = Path(hf_compressm.__file__).parent
 
 # From the ground up; a module may import from its own floor's package and from lower floors.
-FLOORS = ["errors", "config", "systems", "ops", "models", "architectures", "compression", "training", "hub", "cli"]
+FLOORS = ["errors", "validation", "config", "systems", "ops", "models", "architectures", "compression", "training"]
+FLOORS += ["hub", "cli"]
 
 ALLOWED_OUTSIDE = {
     "errors": set(),
+    "validation": set(),
     "config": set(),
     "systems": {"torch"},
     "ops": {"torch", "numpy", "numba"},
     "architectures": {"torch"},
-    "compression": {"torch", "tqdm", "matplotlib", "tabulate", "huggingface_hub", "yaml"},
+    "compression": {"torch", "tqdm", "matplotlib", "tabulate", "safetensors", "huggingface_hub", "yaml"},
     "training": {"torch", "tqdm", "numpy", "transformers", "accelerate"},
     "hub": {"torch", "transformers", "huggingface_hub"},
-    "cli": {"torch", "transformers", "huggingface_hub", "datasets", "typer", "rich", "tqdm", "jinja2"},
+    "cli": {
+        "torch",
+        "transformers",
+        "huggingface_hub",
+        "datasets",
+        "typer",
+        "tqdm",
+        "jinja2",
+        "matplotlib",
+        "tabulate",
+    },
 }
 
 STANDARD_LIBRARY = __import__("sys").stdlib_module_names

@@ -12,7 +12,7 @@ from .base import (
     SumOverProcesses,
     successor,
 )
-from .registry import find_layers, register, registered_families
+from .registry import config_changes, find_layers, register, registered_families
 from .scan_switch import (
     disable_fast_cpu_scan,
     enable_fast_cpu_scan,
@@ -30,6 +30,7 @@ __all__ = [
     "ScanObserver",
     "StateSpaceLayer",
     "SumOverProcesses",
+    "config_changes",
     "disable_fast_cpu_scan",
     "enable_fast_cpu_scan",
     "fast_cpu_scan",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DimensionError, UnsupportedModelError
-from ..systems import Truncation
+from ..systems import DiagonalLTI, Truncation
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,19 @@ class AxisMap:
     Args:
         axis (`int`): The axis of the parameter that changes its length.
         matrix (`torch.Tensor` of shape `(new, old)`, float64): The map \\( M \\).
+        kept (`torch.Tensor` of shape `(new,)`, int64, *optional*): The old entry that each new one stands for; the
+            leading ones when unset.
     """
 
     axis: int
     matrix: Tensor
+    kept: Tensor | None = None
+
+    def sliced(self) -> AxisMap:
+        """The map that only picks the kept entries."""
+        new, old = self.matrix.shape
+        kept = torch.arange(new, device=self.matrix.device) if self.kept is None else self.kept
+        return AxisMap(self.axis, torch.eye(old, dtype=torch.float64, device=self.matrix.device)[kept], kept)
 
     def first(self, moment: Tensor, axis: int | None = None) -> Tensor:
         """Map a first moment (any float dtype, `old` entries along the axis); the result has the moment's dtype."""
@@ -66,11 +75,14 @@ class ParameterChange:
         old (`torch.nn.Parameter`): The parameter as it is in the model.
         new (`torch.nn.Parameter`): Its replacement, with the same dtype, device, `requires_grad` and attributes.
         moment_map ([`AxisMap`], *optional*): How optimizer moments move; when unset they are reset.
+        optimizer_state (`dict`, *optional*): State that the optimizer takes for the new parameter instead of moving
+            what it has, as when a cut is taken back.
     """
 
     old: nn.Parameter
     new: nn.Parameter
     moment_map: AxisMap | None = None
+    optimizer_state: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,12 +109,14 @@ class LayerReduction:
     Args:
         layer ([`StateSpaceLayer`]): The layer.
         parameters (`Sequence[ParameterChange]`): Its parameters that are replaced.
-        attributes (`Sequence[AttributeChange]`): Sizes in modules and configs that follow.
+        attributes (`Sequence[AttributeChange]`): Sizes in the layer's modules that follow.
+        state_size (`int`): The layer's new state size.
     """
 
     layer: StateSpaceLayer
     parameters: Sequence[ParameterChange]
     attributes: Sequence[AttributeChange]
+    state_size: int
 
 
 @dataclass(frozen=True)
@@ -148,6 +162,9 @@ class StateSpaceLayer(ABC):
     reductors: ClassVar[frozenset[str]]
     """Names of the reductors whose truncations the layer's parameters can hold."""
 
+    default_reductor: ClassVar[str]
+    """The one of `reductors` that a configuration with `reductor="auto"` means."""
+
     sizes_may_differ: ClassVar[bool] = False
     """Whether a checkpoint of the family can hold another state size in each layer."""
 
@@ -180,12 +197,47 @@ class StateSpaceLayer(ABC):
         """
 
     @abstractmethod
-    def resize(self, size: int) -> None:
-        """Give the state parameters the shapes of another state size, in place and without values, before a load."""
+    def state_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of [`~StateSpaceLayer.state_parameters`] at a state size, by the same names."""
 
     @abstractmethod
+    def size_changes(self, size: int) -> list[AttributeChange]:
+        """What else in the layer's own modules tells its state size, and its value at another one."""
+
+    @classmethod
+    def config_changes(cls, layers: Sequence[StateSpaceLayer], sizes: Sequence[int]) -> list[AttributeChange]:
+        """
+        What the config says of the state size when the layers have these sizes; nothing where it says nothing.
+
+        Args:
+            layers (`Sequence[StateSpaceLayer]`): All layers of this family in a model, in the model's order.
+            sizes (`Sequence[int]`): The state size of each.
+        """
+        return []
+
+    def resize(self, size: int) -> None:
+        """Give the state parameters the shapes of another state size, in place and without values, before a load."""
+        shapes = self.state_shapes(size)
+        with torch.no_grad():
+            for name, parameter in self.state_parameters().items():
+                # The parameter's identity stays, so that an optimizer that the user has made keeps it.
+                parameter.data = parameter.data.new_empty(shapes[name])
+                parameter.grad = None
+        for change in self.size_changes(size):
+            setattr(change.owner, change.name, change.value)
+
+    def system(self) -> DiagonalLTI | None:
+        """
+        The layer as a time-invariant system, or a batch of them, with the gradient cut off.
+
+        Returns:
+            [`~systems.DiagonalLTI`] or `None`: None for a selective layer, whose Gramians have to be measured on data.
+        """
+        return None
+
     def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:
-        """While the context is open, each forward pass of the layer shows its scan to the observer."""
+        """While the context is open, each forward pass of a selective layer shows its scan to the observer."""
+        return nullcontext()
 
     @abstractmethod
     def reduce(self, truncation: Truncation) -> LayerReduction:

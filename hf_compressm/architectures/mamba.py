@@ -13,7 +13,7 @@ Source of the layer: Gu and Dao, 2023, "Mamba: Linear-Time Sequence Modeling wit
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -55,6 +55,7 @@ class MambaLayer(StateSpaceLayer):
 
     family = "mamba"
     reductors = frozenset({"interpolative", "selection"})
+    default_reductor = "interpolative"
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -97,7 +98,7 @@ class MambaLayer(StateSpaceLayer):
                 "would be cut. Leave x_proj out of the adapter's target modules, or merge the adapter first."
             )
         super().check_reducible()
-        n_states, expected = self.state_size, self._parameter_shapes(self.state_size)
+        n_states, expected = self.state_size, self.state_shapes(self.state_size)
         for name, parameter in self.state_parameters().items():
             if tuple(parameter.shape) != expected[name]:
                 raise UnsupportedModelError(
@@ -113,16 +114,31 @@ class MambaLayer(StateSpaceLayer):
             return (state_dict[prefix + "x_proj.weight"].shape[0] - self.time_step_rank) // 2
         return None
 
-    def resize(self, size: int) -> None:
-        """Give `A_log` and `x_proj` the shapes of another state size, in place and without values, before a load."""
-        shapes = self._parameter_shapes(size)
-        with torch.no_grad():
-            for name, parameter in self.state_parameters().items():
-                # The parameter's identity stays, so that an optimizer that the user has made keeps it.
-                parameter.data = parameter.data.new_empty(shapes[name])
-                parameter.grad = None
-        for change in self._size_changes(size):
-            setattr(change.owner, change.name, change.value)
+    def state_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of `A_log` and `x_proj` at a state size."""
+        rows = self.time_step_rank + 2 * size
+        return {
+            "A_log": (self.module.D.shape[0], size),
+            "x_proj.weight": (rows, self.module.x_proj.in_features),
+            "x_proj.bias": (rows,),
+        }
+
+    def size_changes(self, size: int) -> list[AttributeChange]:
+        """The mixer's state size and the rows of `x_proj`."""
+        return [
+            AttributeChange(self.module, _named_size(self.module, _STATE_SIZE_NAMES), size),
+            AttributeChange(self.module.x_proj, "out_features", self.time_step_rank + 2 * size),
+        ]
+
+    @classmethod
+    def config_changes(cls, layers: Sequence[StateSpaceLayer], sizes: Sequence[int]) -> list[AttributeChange]:
+        """`state_size` of the config that the mixers share, the largest of the layers' sizes."""
+        configs = {id(config): config for layer in layers if (config := getattr(layer.module, "config", None))}
+        return [
+            AttributeChange(config, "state_size", max(sizes))
+            for config in configs.values()
+            if hasattr(config, "state_size")
+        ]
 
     @contextmanager
     def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:
@@ -160,44 +176,26 @@ class MambaLayer(StateSpaceLayer):
         kept, T = truncation.indices.to(device), truncation.T.to(device=device, dtype=torch.float64)
         size = truncation.state_size
         weights, moments = _projection_maps(self.time_step_rank, kept, T)
+        rows = _kept_rows(self.time_step_rank, kept, self.state_size)
 
         parameters = [
             ParameterChange(
                 self.module.A_log,
                 successor(self.module.A_log, self.module.A_log.detach()[:, kept]),
-                AxisMap(1, _rows(kept, self.state_size)),
+                AxisMap(1, _rows(kept, self.state_size), kept),
             )
         ]
         for name, old in self.state_parameters().items():
             if name != "A_log":
                 values = weights @ old.detach().double()
-                parameters.append(ParameterChange(old, successor(old, values), AxisMap(0, moments)))
+                parameters.append(ParameterChange(old, successor(old, values), AxisMap(0, moments, rows)))
         for change in parameters:
             if not torch.isfinite(change.new).all():
                 raise TruncationError(
                     f"a weight of {self.name} is not finite in {change.old.dtype} after the fold (largest entry of the "
                     f"reconstruction: {T.abs().max().item():.3g}). Use the selection reductor for this model."
                 )
-        return LayerReduction(self, parameters, self._size_changes(size))
-
-    def _parameter_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
-        rows = self.time_step_rank + 2 * size
-        return {
-            "A_log": (self.module.D.shape[0], size),
-            "x_proj.weight": (rows, self.module.x_proj.in_features),
-            "x_proj.bias": (rows,),
-        }
-
-    def _size_changes(self, size: int) -> list[AttributeChange]:
-        module = self.module
-        changes = [
-            AttributeChange(module, _named_size(module, _STATE_SIZE_NAMES), size),
-            AttributeChange(module.x_proj, "out_features", self.time_step_rank + 2 * size),
-        ]
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "state_size"):
-            changes.append(AttributeChange(config, "state_size", size))
-        return changes
+        return LayerReduction(self, parameters, self.size_changes(size), size)
 
 
 def _named_size(module: nn.Module, names: tuple[str, ...]) -> str | None:
@@ -207,6 +205,11 @@ def _named_size(module: nn.Module, names: tuple[str, ...]) -> str | None:
 def _rows(indices: Tensor, size: int) -> Tensor:
     """The rows of the identity that pick the given entries, `(len(indices), size)` float64."""
     return torch.eye(size, dtype=torch.float64, device=indices.device)[indices]
+
+
+def _kept_rows(rank: int, kept: Tensor, size: int) -> Tensor:
+    """The rows of `x_proj` that belong to the time step and to the kept states, `(rank + 2 r,)` int64."""
+    return torch.cat([torch.arange(rank, device=kept.device), rank + kept, rank + size + kept])
 
 
 def _projection_maps(rank: int, kept: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:

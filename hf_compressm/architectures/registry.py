@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from ..errors import ConfigurationError, UnsupportedModelError
-from .base import StateSpaceLayer
+from .base import AttributeChange, StateSpaceLayer
 
 _FAMILIES: dict[str, type[StateSpaceLayer]] = {}
 
@@ -62,6 +63,21 @@ def find_layers(model: nn.Module) -> list[StateSpaceLayer]:
                     "cut. Give each layer parameters of its own."
                 )
     return layers
+
+
+def config_changes(layers: Sequence[StateSpaceLayer], sizes: Mapping[str, int]) -> list[AttributeChange]:
+    """
+    What the configs of a model have to say when its layers get new sizes.
+
+    Args:
+        layers (`Sequence[StateSpaceLayer]`): All layers of the model.
+        sizes (`Mapping[str, int]`): New state sizes by layer name; layers that it does not name keep theirs.
+    """
+    changes: list[AttributeChange] = []
+    for family in dict.fromkeys(type(layer) for layer in layers):
+        members = [layer for layer in layers if type(layer) is family]
+        changes += family.config_changes(members, [sizes.get(layer.name, layer.state_size) for layer in members])
+    return changes
 
 
 def _nothing_found(model: nn.Module) -> str:

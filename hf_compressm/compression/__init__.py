@@ -4,36 +4,40 @@ from .api import analyze, compress
 from .apply import Change, ModelChange, commit_together, roll_back_together
 from .calibration import Calibration, LossFunction, calibrate, evaluate_loss, model_loss
 from .compressor import Compressor
-from .gramians import LayerGramians
-from .optimizer import OptimizerChange, unwrap_optimizer
+from .gramians import ClosedFormGramians, EmpiricalGramians, LayerGramians
+from .optimizer import OptimizerChange, drop_stale_states, unwrap_optimizer
 from .plan import LayerPlan, plan_reduction
 from .record import HISTORY_NAME, CheckRecord, LayerRecord, read_history, write_history
 from .report import Spectrum
-from .truncate import truncate
+from .snapshot import SNAPSHOT_NAME, Snapshot
 
 __all__ = [
     "HISTORY_NAME",
+    "SNAPSHOT_NAME",
     "Calibration",
     "Change",
     "CheckRecord",
+    "ClosedFormGramians",
     "Compressor",
+    "EmpiricalGramians",
     "LayerGramians",
     "LayerPlan",
     "LayerRecord",
     "LossFunction",
     "ModelChange",
     "OptimizerChange",
+    "Snapshot",
     "Spectrum",
     "analyze",
     "calibrate",
     "commit_together",
     "compress",
+    "drop_stale_states",
     "evaluate_loss",
     "model_loss",
     "plan_reduction",
     "read_history",
     "roll_back_together",
-    "truncate",
     "unwrap_optimizer",
     "write_history",
 ]

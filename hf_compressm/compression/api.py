@@ -14,14 +14,13 @@ from ..config import CompreSSMConfig
 from .calibration import LossFunction, calibrate
 from .cards import Provenance, carried_provenance, carry
 from .compressor import Compressor
-from .optimizer import OptimizerChange
 from .record import CheckRecord
 from .report import Spectrum
 
 
 def analyze(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None = None,
     config: CompreSSMConfig | None = None,
     loss_function: LossFunction | None = None,
     progress: bool | None = None,
@@ -31,8 +30,9 @@ def analyze(
 
     Args:
         model (`torch.nn.Module`): A model with supported layers anywhere inside.
-        batches (`Iterable`): Calibration inputs; mappings are passed to the model as keyword arguments. All of them are
-            used, so cut a long data loader short with `itertools.islice`.
+        batches (`Iterable`, *optional*): Calibration inputs; mappings are passed to the model as keyword arguments. All
+            of them are used, so cut a long data loader short with `itertools.islice`. A model whose layers are all
+            time-invariant needs none.
         config ([`CompreSSMConfig`], *optional*): Its `gramians`, `seed` and `fast_cpu_scan` are used.
         loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
             loss when unset.
@@ -63,7 +63,7 @@ def analyze(
         calibration = calibrate(
             model,
             layers,
-            batches,
+            () if batches is None else batches,
             gramians=config.gramians,
             loss_function=loss_function,
             seed=config.seed,
@@ -75,7 +75,7 @@ def analyze(
 
 def compress(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None = None,
     config: CompreSSMConfig | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     loss_function: LossFunction | None = None,
@@ -87,9 +87,11 @@ def compress(
     Args:
         model (`torch.nn.Module`): A model with supported layers anywhere inside. `save_pretrained` and `push_to_hub`
             afterwards write an ordinary checkpoint of the new size, with a model card, the history and a picture.
-        batches (`Iterable`): Calibration inputs; mappings are passed to the model as keyword arguments. All of them are
-            used, so cut a long data loader short with `itertools.islice`.
-        config ([`CompreSSMConfig`], *optional*): What to cut and how; its schedule (`window`, `interval`) is not used.
+        batches (`Iterable`, *optional*): Calibration inputs; mappings are passed to the model as keyword arguments. All
+            of them are used, so cut a long data loader short with `itertools.islice`. A model whose layers are all
+            time-invariant needs none.
+        config ([`CompreSSMConfig`], *optional*): What to cut and how; its schedule (`window`, `interval`) is not
+            used.
         optimizer (`torch.optim.Optimizer`, *optional*): Keeps training the model: its groups get the new parameters,
             its moments are carried over.
         loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
@@ -119,10 +121,9 @@ def compress(
 
     ```
     """
-    followers = [] if optimizer is None else [lambda changes: OptimizerChange(optimizer, changes)]
     config = config or CompreSSMConfig()
-    compressor = Compressor(model, config, loss_function=loss_function, followers=followers, progress=progress)
-    record = compressor.check(list(batches))
+    compressor = Compressor(model, config, loss_function=loss_function, optimizer=optimizer, progress=progress)
+    record = compressor.check(list(() if batches is None else batches))
     earlier = carried_provenance(model) or Provenance([])
     carry(model, replace(earlier, records=[*earlier.records, record], config=config))
     return record

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..architectures import LayerReduction, ParameterChange
+from ..architectures import AttributeChange, LayerReduction, ParameterChange
 from ..errors import UnsupportedModelError
 
 
@@ -33,19 +33,25 @@ class ModelChange:
     Args:
         model (`torch.nn.Module`): The model that holds the layers.
         reductions (`Sequence[LayerReduction]`): What the layers built.
+        config_changes (`Sequence[AttributeChange]`, *optional*): What the model's configs say of the new sizes.
 
     Raises:
         [`~errors.UnsupportedModelError`]: a parameter that would be replaced is not registered in any module of the
             model, so that its replacement would never be used.
     """
 
-    def __init__(self, model: nn.Module, reductions: Sequence[LayerReduction]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        reductions: Sequence[LayerReduction],
+        config_changes: Sequence[AttributeChange] = (),
+    ) -> None:
         self.parameters: list[ParameterChange] = [change for reduction in reductions for change in reduction.parameters]
         self._slots = _slots_of(model, self.parameters)
+        attributes = [change for reduction in reductions for change in reduction.attributes]
         self._attributes = [
             (change.owner, change.name, getattr(change.owner, change.name), change.value)
-            for reduction in reductions
-            for change in reduction.attributes
+            for change in [*attributes, *config_changes]
         ]
 
     def commit(self) -> None:

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from ..architectures import StateSpaceLayer, SumOverProcesses
 from ..errors import CalibrationError
-from .gramians import LayerGramians, make_observer
+from .gramians import ClosedFormGramians, LayerGramians
+from .observers import make_observer
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """Takes the model and a batch; returns the scalar loss."""
@@ -27,7 +28,7 @@ class Calibration:
 
     Args:
         gramians (`dict[str, LayerGramians]`): The Gramians of each layer, by the layer's name.
-        loss (`float`, *optional*): Mean loss of the batches; unset where no loss was needed.
+        loss (`float`, *optional*): Mean loss of the batches; unset where there is none and none was needed.
     """
 
     gramians: dict[str, LayerGramians]
@@ -68,9 +69,10 @@ def calibrate(
     """
     Estimate the Gramians of all layers on a few batches.
 
-    One forward pass a batch, and one backward pass where the loss's gradient is asked for. Weights, their `.grad`, the
-    training mode and the global random state are left as they were. Peak memory beyond that of the passes is the
-    bounded buffer of [`~ops.state_gramian`] and two N x N matrices a layer.
+    One forward pass a batch, and one backward pass where the loss's gradient is asked for. A model whose layers are all
+    time-invariant needs no batch: their Gramians are known in closed form, and batches only give the loss. Weights,
+    their `.grad`, the training mode and the global random state are left as they were. Peak memory beyond that of
+    the passes is the bounded buffer of [`~ops.state_gramian`] and two N x N matrices a layer.
 
     Args:
         model (`torch.nn.Module`): The model that holds the layers.
@@ -90,14 +92,16 @@ def calibrate(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     trigger = torch.zeros((), device=device, requires_grad=True)
-    observers = [make_observer(gramians, generator, trigger) for _ in layers]
+    systems = {layer.name: layer.system() for layer in layers}
+    selective = [layer for layer in layers if systems[layer.name] is None]
+    observers = [make_observer(gramians, generator, trigger) for _ in selective]
     needs_gradient = any(observer.needs_loss_gradient for observer in observers)
     total = sum_over_processes or (lambda tensor: tensor)
 
     losses = []
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
-        for layer, observer in zip(layers, observers):
+        for layer, observer in zip(selective, observers):
             stack.enter_context(layer.observed(observer))
         disable = None if progress is None else not progress
         for batch in tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=disable):
@@ -110,10 +114,17 @@ def calibrate(
             losses.append(None if loss is None else _finite(loss))
             if needs_gradient and loss.requires_grad:
                 torch.autograd.grad(loss, trigger, allow_unused=True)
-    if not losses:
-        raise CalibrationError("there is no calibration batch; give at least one.")
-    results = {layer.name: observer.result(layer.name, total) for layer, observer in zip(layers, observers)}
-    return Calibration(results, None if None in losses else _mean_over_processes(losses, total, device))
+    if selective and not losses:
+        raise CalibrationError(
+            f"there is no calibration batch; {selective[0].name} ({selective[0].family}) is a selective layer, whose "
+            "Gramians are measured on data. Give at least one batch."
+        )
+    measured = {layer.name: observer.result(layer.name, total) for layer, observer in zip(selective, observers)}
+    results = {
+        name: measured[name] if system is None else ClosedFormGramians(system) for name, system in systems.items()
+    }
+    no_loss = not losses or None in losses
+    return Calibration(results, None if no_loss else _mean_over_processes(losses, total, device))
 
 
 @torch.no_grad()

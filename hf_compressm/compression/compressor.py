@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from ..architectures import ParameterChange, SumOverProcesses, fast_cpu_scan, find_layers
+from ..architectures import (
+    LayerReduction,
+    ParameterChange,
+    StateSpaceLayer,
+    SumOverProcesses,
+    config_changes,
+    fast_cpu_scan,
+    find_layers,
+)
 from ..config import CompreSSMConfig
 from ..errors import TruncationError, UnsupportedModelError
-from ..systems import Truncation, diagonal_hankel_scores, rank_correlation
+from ..systems import Truncation, rank_correlation
 from .apply import Change, ModelChange, commit_together, roll_back_together
 from .calibration import Calibration, LossFunction, calibrate, evaluate_loss
+from .moment import is_finished, moment_of
+from .optimizer import OptimizerChange
 from .plan import LayerPlan, plan_reduction
 from .record import CheckRecord, LayerRecord
-from .truncate import truncate
+from .snapshot import Snapshot
 
 Follow = Callable[[Sequence[ParameterChange]], Change]
-"""Prepares what has to change beside the model (an optimizer, a wrapper) when parameters are replaced."""
+"""Prepares what has to change beside the model and its optimizer (a wrapper, say) when parameters are replaced."""
 
 
 class Compressor:
@@ -34,10 +45,11 @@ class Compressor:
         config ([`CompreSSMConfig`]): What to cut and how.
         loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
             loss when unset.
-        followers (`Sequence[Follow]`, *optional*): What else changes together with the model, for example
-            `lambda changes: OptimizerChange(optimizer, changes)`.
+        optimizer (`torch.optim.Optimizer`, *optional*): Trains the model: its groups get the new parameters, its
+            moments are carried over.
+        followers (`Sequence[Follow]`, *optional*): What else changes together with the model.
         sum_over_processes (`Callable`, *optional*): Adds a tensor over all processes.
-        progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
+        progress (`bool`, *optional*): Show progress bars; when unset, only on a terminal.
 
     Raises:
         [`~errors.UnsupportedModelError`]: the model has no supported layer, one that cannot be cut, or one that cannot
@@ -49,6 +61,7 @@ class Compressor:
         model: nn.Module,
         config: CompreSSMConfig,
         loss_function: LossFunction | None = None,
+        optimizer: Any = None,
         followers: Sequence[Follow] = (),
         sum_over_processes: SumOverProcesses | None = None,
         progress: bool | None = None,
@@ -57,20 +70,26 @@ class Compressor:
         self.config = config
         self.layers = find_layers(model)
         self.records: list[CheckRecord] = []
+        self.snapshot: Snapshot | None = None
         self._loss_function = loss_function
+        self._optimizer = optimizer
         self._followers = list(followers)
         self._sum_over_processes = sum_over_processes
         self._progress = progress
         self._scores: dict[str, Tensor] = {}
-        self._require_supported()
+        self._reductors = {layer.name: self._reductor_of(layer) for layer in self.layers}
+        self._require_sizes_that_fit()
 
-    def _require_supported(self) -> None:
-        for layer in self.layers:
-            if self.config.reductor not in layer.reductors:
-                raise UnsupportedModelError(
-                    f"{layer.name} ({layer.family}) cannot hold what the reductor {self.config.reductor!r} gives; "
-                    f"choose one of {', '.join(sorted(layer.reductors))}."
-                )
+    def _reductor_of(self, layer: StateSpaceLayer) -> str:
+        name = layer.default_reductor if self.config.reductor == "auto" else self.config.reductor
+        if name not in layer.reductors:
+            raise UnsupportedModelError(
+                f"{layer.name} ({layer.family}) cannot hold what the reductor {name!r} gives; "
+                f"choose one of {', '.join(sorted(layer.reductors))}."
+            )
+        return name
+
+    def _require_sizes_that_fit(self) -> None:
         fixed = [layer.name for layer in self.layers if not layer.sizes_may_differ]
         if not self.config.uniform and len(self.layers) > 1 and fixed:
             raise UnsupportedModelError(
@@ -83,16 +102,27 @@ class Compressor:
         """The present state size of each layer, by its name."""
         return {layer.name: layer.state_size for layer in self.layers}
 
-    def check(self, batches: Sequence[Any], step: int | None = None) -> CheckRecord:
+    @property
+    def is_finished(self) -> bool:
+        """Whether no later check can cut anything."""
+        return is_finished(self.records, self.config, list(self.sizes))
+
+    def check(self, batches: Sequence[Any], step: int | None = None, number: int = 1, total: int = 1) -> CheckRecord:
         """
         Calibrate on the batches and cut where the configuration asks for it.
+
+        Where cuts are judged by the calibration loss, one that makes it worse by more than `rollback_tolerance` is
+        taken back at once. Where they are judged later, what a cut replaced is kept in `snapshot`.
 
         Args:
             batches (`Sequence`): Inputs of the model; they are run up to twice.
             step (`int`, *optional*): The training step, for the record and for the seeds.
+            number (`int`, *optional*, defaults to 1): Which check of the run it is, from 1 to `total`.
+            total (`int`, *optional*, defaults to 1): Checks in the whole run.
 
         Returns:
-            [`CheckRecord`]: What was seen and done; it is also appended to `records`.
+            [`CheckRecord`]: What was seen and done; it is also appended to `records`. A second one follows, and is
+                returned, where the cut was taken back.
 
         Raises:
             [`~errors.CalibrationError`]: the batches give no finite loss or Gramians. Nothing was changed.
@@ -112,12 +142,19 @@ class Compressor:
                 progress=self._progress,
             )
             spectra = {name: gramians.hankel_singular_values() for name, gramians in calibration.gramians.items()}
-            plan = plan_reduction(spectra, self.sizes, self.config)
+            scores = {name: gramians.state_scores().flatten() for name, gramians in calibration.gramians.items()}
+            correlations = {name: _correlation(self._scores.get(name), scores[name]) for name in scores}
+            moment = moment_of(self.records, self.config, correlations, number, total)
+            plan = plan_reduction(spectra, self.sizes, self.config, moment)
             result = self._carry_out(plan, calibration, batches, seed)
+        for name, gramians in calibration.gramians.items():
+            truncation = result.truncations.get(name)
+            after = scores[name] if truncation is None else gramians.scores_after(truncation).flatten()
+            self._scores[name] = after.cpu()
         record = CheckRecord(
             outcome=result.outcome,
             reason=result.reason,
-            layers=self._layer_records(plan, result, spectra, calibration),
+            layers=self._layer_records(plan, result, spectra, correlations),
             step=step,
             loss_before=calibration.loss,
             loss_after=result.loss_after,
@@ -126,19 +163,71 @@ class Compressor:
             parameters_after=self._count_parameters(),
         )
         self.records.append(record)
+        return self._judged(record)
+
+    def _judged(self, record: CheckRecord) -> CheckRecord:
+        if record.outcome != "cut" or self.config.judged_by_evaluation or self.snapshot is None:
+            return record
+        if record.loss_before is None or record.loss_after is None:
+            self.snapshot = None
+            return record
+        worse = record.loss_after - record.loss_before
+        if worse <= self.config.rollback_tolerance:
+            self.snapshot = None
+            return record
+        return self.take_back(
+            f"the calibration loss rose by {worse:.4g}, allowed is {self.config.rollback_tolerance:g}", record.step
+        )
+
+    def take_back(self, reason: str, step: int | None = None) -> CheckRecord:
+        """
+        Put back what the latest cut replaced: weights, optimizer state, sizes and configs.
+
+        Args:
+            reason (`str`): Why, for the record.
+            step (`int`, *optional*): The training step, for the record.
+
+        Raises:
+            `RuntimeError`: no snapshot is kept.
+        """
+        if self.snapshot is None:
+            raise RuntimeError("there is no snapshot of a cut to go back to")
+        start, parameters, sizes = time.perf_counter(), self._count_parameters(), self.sizes
+        commit_together(self._changes(self.snapshot.reductions(self.layers)))
+        for name in self.snapshot.sizes:
+            self._scores.pop(name, None)
+        self.snapshot = None
+        layers = [
+            LayerRecord(layer.name, layer.family, sizes[layer.name], layer.state_size, layer.state_size, [], 0.0, 0.0)
+            for layer in self.layers
+        ]
+        record = CheckRecord(
+            outcome="rolled_back",
+            reason=reason,
+            layers=layers,
+            step=step,
+            seconds=time.perf_counter() - start,
+            parameters_before=parameters,
+            parameters_after=self._count_parameters(),
+        )
+        self.records.append(record)
         return record
 
-    def restore(self, records: Sequence[CheckRecord]) -> None:
+    def restore(self, records: Sequence[CheckRecord], snapshot: Snapshot | None = None) -> None:
         """
         Go on from the records of an interrupted run.
 
         Args:
             records (`Sequence[CheckRecord]`): The records up to the checkpoint that the model was loaded from.
+            snapshot ([`Snapshot`], *optional*): What the latest cut replaced, where it was still to be judged.
         """
         self.records = list(records)
-        known = [record for record in records if record.layers]
-        for layer in known[-1].layers if known else []:
-            self._scores[layer.name] = torch.tensor(layer.state_scores, dtype=torch.float64)
+        self.snapshot = snapshot
+        for record in records:
+            for layer in record.layers:
+                self._scores.pop(layer.name, None)
+                if layer.state_scores:
+                    self._scores[layer.name] = torch.tensor(layer.state_scores, dtype=torch.float64)
 
     def skip(self, reason: str, step: int | None = None) -> CheckRecord:
         """Record that a check could not be completed and that nothing was changed."""
@@ -153,13 +242,11 @@ class Compressor:
         if not any(layer.is_cut for layer in plan.values()):
             wanted, size = max(layer.wanted for layer in plan.values()), max(self.sizes.values())
             return _Result("kept", f"the spectra ask for {wanted} of {size} states", calibration.loss)
-        try:
-            truncations = self._truncations(plan, calibration, seed)
-            reductions = [layer.reduce(truncations[layer.name]) for layer in self.layers if layer.name in truncations]
-        except TruncationError as error:
-            return _Result("skipped", f"a truncation failed its checks: {error}", calibration.loss)
-        model_change = ModelChange(self.model, reductions)
-        changes = [model_change, *(follow(model_change.parameters) for follow in self._followers)]
+        truncations, reductions, failures = self._prepare(plan, calibration, seed)
+        if failures and (self.config.uniform or not reductions):
+            return _Result("skipped", f"a truncation failed its checks: {'; '.join(failures)}", calibration.loss)
+        snapshot = self._snapshot(reductions)
+        changes = self._changes(reductions)
         commit_together(changes)
         try:
             loss_after = None if calibration.loss is None else self._loss(batches)
@@ -169,43 +256,68 @@ class Compressor:
         if loss_after is not None and not math.isfinite(loss_after):
             roll_back_together(changes)
             return _Result("skipped", f"the loss after the cut was {loss_after}; the cut was taken back", None)
-        return _Result("cut", "the spectra allow it", loss_after, truncations)
+        self.snapshot = snapshot
+        reason = "the spectra allow it" if not failures else f"some layers stay as they are: {'; '.join(failures)}"
+        return _Result("cut", reason, loss_after, truncations)
 
-    def _truncations(self, plan: dict[str, LayerPlan], calibration: Calibration, seed: int) -> dict[str, Truncation]:
-        return {
-            name: truncate(calibration.gramians[name], layer.new_size, self.config, seed=seed + number)
-            for number, (name, layer) in enumerate(plan.items())
-            if layer.is_cut
-        }
+    def _prepare(
+        self, plan: dict[str, LayerPlan], calibration: Calibration, seed: int
+    ) -> tuple[dict[str, Truncation], list[LayerReduction], list[str]]:
+        """The truncations and reductions of the layers that are to be cut, and why the others failed."""
+        truncations, reductions, failures = {}, [], []
+        cut = [layer for layer in self.layers if plan[layer.name].is_cut]
+        disable = None if self._progress is None else not self._progress
+        for number, layer in enumerate(tqdm(cut, desc="cutting", unit="layer", leave=False, disable=disable)):
+            gramians, reductor = calibration.gramians[layer.name], self._reductors[layer.name]
+            try:
+                truncation = gramians.truncate(plan[layer.name].new_size, reductor, self.config, seed=seed + number)
+                reductions.append(layer.reduce(truncation))
+            except TruncationError as error:
+                failures.append(f"{layer.name}: {error}")
+                continue
+            truncations[layer.name] = truncation
+        return truncations, reductions, failures
+
+    def _changes(self, reductions: Sequence[LayerReduction]) -> list[Change]:
+        sizes: Mapping[str, int] = {reduction.layer.name: reduction.state_size for reduction in reductions}
+        model_change = ModelChange(self.model, reductions, config_changes(self.layers, sizes))
+        changes: list[Change] = [model_change]
+        if self._optimizer is not None:
+            changes.append(OptimizerChange(self._optimizer, model_change.parameters, self.config.optimizer_moments))
+        return [*changes, *(follow(model_change.parameters) for follow in self._followers)]
+
+    def _snapshot(self, reductions: Sequence[LayerReduction]) -> Snapshot | None:
+        if not self.config.can_roll_back:
+            return None
+        return Snapshot.of([reduction.layer for reduction in reductions], self._optimizer)
 
     def _loss(self, batches: Sequence[Any]) -> float:
         return evaluate_loss(self.model, batches, self._loss_function, self._sum_over_processes)
 
     def _layer_records(
-        self, plan: dict[str, LayerPlan], result: _Result, spectra: dict[str, Tensor], calibration: Calibration
+        self,
+        plan: dict[str, LayerPlan],
+        result: _Result,
+        spectra: dict[str, Tensor],
+        correlations: dict[str, float | None],
     ) -> list[LayerRecord]:
         records = []
         for layer in self.layers:
-            sigma, truncation = spectra[layer.name], result.truncations.get(layer.name)
-            size_after = plan[layer.name].new_size if truncation is not None else plan[layer.name].size
+            sigma, layer_plan = spectra[layer.name], plan[layer.name]
+            size_after = layer_plan.new_size if layer.name in result.truncations else layer_plan.size
             tail, total = float(sigma[size_after:].sum()), float(sigma.sum())
-            scores = diagonal_hankel_scores(calibration.gramians[layer.name].P, calibration.gramians[layer.name].Q)
-            # Only the states that stay can be compared with those of the next check.
-            stay = scores if truncation is None else scores[truncation.indices]
-            previous = self._scores.get(layer.name)
-            self._scores[layer.name] = stay.cpu()
             records.append(
                 LayerRecord(
                     name=layer.name,
                     family=layer.family,
-                    size_before=plan[layer.name].size,
+                    size_before=layer_plan.size,
                     size_after=size_after,
-                    wanted_size=plan[layer.name].wanted,
+                    wanted_size=layer_plan.wanted,
                     hankel_singular_values=sigma.tolist(),
                     tail=tail,
                     tail_share=tail / total if total else 0.0,
-                    rank_correlation=None if previous is None else _correlation(previous, scores.cpu()),
-                    state_scores=stay.tolist(),
+                    rank_correlation=correlations[layer.name],
+                    state_scores=self._scores[layer.name].tolist(),
                 )
             )
         return records
@@ -222,10 +334,11 @@ class _Result:
     truncations: dict[str, Truncation] = field(default_factory=dict)
 
 
-def _correlation(previous: Tensor, scores: Tensor) -> float | None:
-    if len(scores) < 2 or len(previous) != len(scores):
+def _correlation(previous: Tensor | None, scores: Tensor) -> float | None:
+    """The rank correlation with the previous check's scores, where they belong to the same states."""
+    if previous is None or len(scores) < 2 or len(previous) != len(scores):
         return None
-    return float(rank_correlation(previous, scores))
+    return float(rank_correlation(previous, scores.cpu()))
 
 
 def _combined_seed(seed: int, step: int | None) -> int:

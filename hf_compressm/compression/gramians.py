@@ -1,27 +1,70 @@
-"""What a calibration pass learns about one layer, and the observers that learn it.
+"""What is known of one layer's input-output energy: its spectrum, a score for each state, and the truncations.
 
-Three estimates of a selective layer's Gramians share one result, [`LayerGramians`]. None of them ever holds all
-states: `ops/selective_gramians.py` walks along the sequence in chunks.
+Two kinds share one interface. [`EmpiricalGramians`] are sums over calibration data, for selective layers;
+[`ClosedFormGramians`] are those of a time-invariant layer's own system, which needs no data.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..architectures import ScanInputs, SumOverProcesses
-from ..errors import CalibrationError
-from ..ops import adjoint_gramian, default_sample_count, sample_times, state_gramian
-from ..systems import DiagonalLTI, hankel_singular_values
+from ..config import CompreSSMConfig
+from ..systems import (
+    DiagonalLTI,
+    Truncation,
+    balanced_truncation,
+    diagonal_hankel_scores,
+    hankel_singular_values,
+    interpolative_truncation,
+    project,
+    selection_truncation,
+)
+
+
+class LayerGramians(ABC):
+    """The Gramians of one layer, in whatever form they are known."""
+
+    @abstractmethod
+    def hankel_singular_values(self) -> Tensor:
+        """The layer's Hankel singular values, `(N,)` float64, descending."""
+
+    @abstractmethod
+    def state_scores(self) -> Tensor:
+        """The Hankel singular value that each state would have if it were alone, `(..., N)` float64."""
+
+    @abstractmethod
+    def scores_after(self, truncation: Truncation) -> Tensor:
+        """The scores of the states that a truncation of this layer leaves, `(..., r)` float64."""
+
+    @abstractmethod
+    def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
+        """
+        Cut the layer's state.
+
+        Args:
+            rank (`int`): States to keep, between 1 and N.
+            reductor (`str`): One of the layer's reductors.
+            config ([`CompreSSMConfig`]): Names the score and the rule of a selection.
+            seed (`int`, *optional*, defaults to 0): Seed of the rule `"random"`.
+
+        Raises:
+            [`~errors.TruncationError`]: the truncation failed one of its own checks.
+        """
+
+    def _select(self, scores: Tensor, rank: int, config: CompreSSMConfig, seed: int) -> Truncation:
+        generator = torch.Generator(device=scores.device).manual_seed(seed)
+        return selection_truncation(scores, rank, rule=config.selection_rule, generator=generator)
 
 
 @dataclass(frozen=True)
-class LayerGramians:
+class EmpiricalGramians(LayerGramians):
     r"""
-    The empirical Gramians of one layer, as means over the observed states.
+    The Gramians of a selective layer, as means over the observed states.
 
     Args:
         P (`torch.Tensor` of shape `(N, N)`, float64): Mean of \\( h h^\top \\), the controllability Gramian.
@@ -38,185 +81,63 @@ class LayerGramians:
         """The layer's Hankel singular values, `(N,)` float64, descending."""
         return hankel_singular_values(self.P, self.Q)
 
+    def state_scores(self) -> Tensor:
+        """The square root of the product of both Gramians' diagonals, `(N,)` float64."""
+        return diagonal_hankel_scores(self.P, self.Q)
 
-class GramianObserver(ABC):
-    """Watches the scans of one layer and sums what its Gramians need."""
+    def scores_after(self, truncation: Truncation) -> Tensor:
+        """The scores of the kept states, `(r,)` float64."""
+        return self.state_scores()[truncation.indices]
 
-    needs_loss_gradient: bool = False
-    """Whether the pass must propagate the loss back to the scan's output."""
-
-    @abstractmethod
-    def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
-        """Look at a scan and its raw output `(batch, length, channels)`; what is returned goes on in its place."""
-
-    @abstractmethod
-    def result(self, layer_name: str, sum_over_processes: SumOverProcesses) -> LayerGramians:
-        """
-        The Gramians of everything that all processes have seen.
-
-        Raises:
-            [`~errors.CalibrationError`]: the layer was never run, or what was summed is not finite.
-        """
+    def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
+        """Cut to `rank` states; `reductor` is `"interpolative"` or `"selection"`, `config` and `seed` as above."""
+        if reductor == "interpolative":
+            return interpolative_truncation(self.P, self.Q, rank)
+        scores = self.state_scores() if config.selection_score == "hankel" else self.readout_energy
+        return self._select(scores, rank, config, seed)
 
 
-class _SampledGramians(GramianObserver):
-    """Sums of sampled states and adjoint states."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self._generator = generator
-        self._P = self._Q = self._readout_energy = None
-        self._rows = 0
-
-    def _add_states(self, inputs: ScanInputs) -> Tensor | None:
-        batch, length, channels = inputs.u.shape
-        times = sample_times(batch, length, default_sample_count(length, inputs.A.shape[1]), self._generator)
-        P, readout_energy = state_gramian(inputs.u, inputs.delta, inputs.A, inputs.B, inputs.C, times=times)
-        self._P = P if self._P is None else self._P + P
-        self._readout_energy = readout_energy if self._readout_energy is None else self._readout_energy + readout_energy
-        self._rows += batch * length * channels
-        return times
-
-    def _add_adjoint_states(self, inputs: ScanInputs, grad_output: Tensor, times: Tensor | None) -> None:
-        Q = adjoint_gramian(inputs.delta, inputs.A, inputs.C, grad_output, times=times)
-        self._Q = Q if self._Q is None else self._Q + Q
-
-    def result(self, layer_name: str, sum_over_processes: SumOverProcesses) -> LayerGramians:
-        """The Gramians of everything that all processes have seen."""
-        if self._P is None or self._Q is None:
-            what = "run by" if self._P is None else "reached by the gradient of"
-            raise CalibrationError(
-                f"{layer_name} was not {what} the calibration batches, so its Gramians are unknown. Calibrate with "
-                "batches that use every state-space layer."
-            )
-        sums = torch.cat(
-            [
-                self._P.flatten(),
-                self._Q.flatten(),
-                self._readout_energy,
-                self._P.new_tensor([float(self._rows)]),
-            ]
-        )
-        sums = sum_over_processes(sums)
-        return _means(layer_name, sums, self._P.shape[0])
-
-
-def _means(layer_name: str, sums: Tensor, n_states: int) -> LayerGramians:
-    P, Q, readout_energy, rows = sums.split([n_states**2, n_states**2, n_states, 1])
-    if not torch.isfinite(sums).all():
-        raise CalibrationError(
-            f"the Gramians of {layer_name} are not finite; its states or the loss gradient overflow on the calibration "
-            "batches. Check the loss, or lower the learning rate."
-        )
-    P, Q = (M.reshape(n_states, n_states) / rows for M in (P, Q))
-    return LayerGramians((P + P.mT) / 2, (Q + Q.mT) / 2, readout_energy / rows)
-
-
-class _AdjointTap(torch.autograd.Function):
-    """The identity on the scan's output that hands its gradient on to an observer."""
-
-    @staticmethod
-    def forward(ctx, output: Tensor, trigger: Tensor, receive) -> Tensor:
-        ctx.receive = receive
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        ctx.receive(grad_output)
-        # The trigger's gradient is asked for only so that every tap is visited; its value is of no use.
-        return grad_output, grad_output.new_zeros(()), None
-
-
-class LossGradientObserver(_SampledGramians):
+@dataclass(frozen=True)
+class ClosedFormGramians(LayerGramians):
     r"""
-    States, and adjoint states \\( g = \partial \mathrm{loss} / \partial h \\).
+    The Gramians of a time-invariant layer, known from its parameters.
 
-    The observability Gramian then weighs each state by what it does to the task. Source: adjoint snapshots, Rowley,
-    2005 (balanced POD); Otto, Padovan and Rowley, 2022 (covariance balancing reduction using adjoint snapshots).
+    A layer whose channels are systems of their own (a batch) has a joint spectrum: its i-th value is the sum of the
+    channels' i-th Hankel singular values, so that a share of it is a share of the energy of all channels together when
+    each of them keeps the same number of states.
 
     Args:
-        generator (`torch.Generator`): Draws the sampled time steps.
-        trigger (`torch.Tensor`): A scalar leaf that requires a gradient, shared by all observers of a pass;
-            `torch.autograd.grad(loss, trigger)` visits every observed scan without touching any `.grad`.
+        system ([`~systems.DiagonalLTI`]): The layer's system, or a batch of them.
     """
 
-    needs_loss_gradient = True
+    system: DiagonalLTI
 
-    def __init__(self, generator: torch.Generator, trigger: Tensor) -> None:
-        super().__init__(generator)
-        self._trigger = trigger
+    @cached_property
+    def _channel_spectra(self) -> Tensor:
+        return self.system.hankel_singular_values()
 
-    def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
-        """Sum the states now and the adjoint states when the loss's gradient arrives."""
-        detached = ScanInputs(*(getattr(inputs, name).detach() for name in ("u", "delta", "A", "B", "C")))
-        times = self._add_states(detached)
+    def hankel_singular_values(self) -> Tensor:
+        """The layer's joint Hankel singular values, `(N,)` float64, descending."""
+        return self._channel_spectra.reshape(-1, self.system.order).sum(0)
 
-        def receive(grad_output: Tensor) -> None:
-            self._add_adjoint_states(detached, grad_output, times)
+    def state_scores(self) -> Tensor:
+        """The Hankel singular value of each state alone, `(..., N)` float64."""
+        return _modal_scores(self.system)
 
-        return _AdjointTap.apply(output, self._trigger, receive)
+    def scores_after(self, truncation: Truncation) -> Tensor:
+        """The scores of the states of the reduced system, `(..., r)` float64."""
+        return _modal_scores(project(self.system, truncation))
 
-
-class WhiteNoiseObserver(_SampledGramians):
-    """States, and adjoint states of random outputs (independent signs): the classical observability Gramian."""
-
-    def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
-        """Sum the states and the adjoint states of a random output gradient."""
-        times = self._add_states(inputs)
-        signs = torch.randint(0, 2, output.shape, generator=self._generator)
-        probe = signs.to(device=output.device, dtype=torch.float32) * 2 - 1
-        self._add_adjoint_states(inputs, probe, times)
-        return output
+    def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
+        """Cut to `rank` states; `reductor` is `"balanced"` or `"selection"`, `config` and `seed` as above."""
+        if reductor == "balanced":
+            return balanced_truncation(self.system, rank)[1]
+        return self._select(self.state_scores(), rank, config, seed)
 
 
-class AveragedObserver(GramianObserver):
-    r"""
-    The closed form of the layer with \\( \Delta_t, B_t, C_t \\) replaced by their means over the data.
-
-    The simplest extension of the theory of time-invariant systems to a selective layer; kept as an option and an
-    ablation. Channel d becomes the system \\( \lambda = e^{\bar\Delta_d A_d}, b = \bar\Delta_d \bar B, c = \bar C \\),
-    and the channels' Gramians are added.
-    """
-
-    def __init__(self) -> None:
-        self._A = None
-        self._sums = None
-
-    def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
-        """Sum time steps per channel, and B and C per state."""
-        rows = inputs.delta.shape[0] * inputs.delta.shape[1]
-        sums = torch.cat([t.double().sum((0, 1)) for t in (inputs.delta, inputs.B, inputs.C)])
-        sums = torch.cat([sums, sums.new_tensor([float(rows)])])
-        self._A = inputs.A.detach().double()
-        self._sums = sums if self._sums is None else self._sums + sums
-        return output
-
-    def result(self, layer_name: str, sum_over_processes: SumOverProcesses) -> LayerGramians:
-        """The summed closed-form Gramians of the averaged channels."""
-        if self._sums is None:
-            raise CalibrationError(f"{layer_name} was not run by the calibration batches, so its means are unknown.")
-        channels, n_states = self._A.shape
-        sums = sum_over_processes(self._sums)
-        delta, B, C = (sums[:-1] / sums[-1]).split([channels, n_states, n_states])
-        system = DiagonalLTI(
-            lam=torch.exp(delta[:, None] * self._A),
-            B=(delta[:, None] * B)[..., None],
-            C=C.expand(channels, 1, n_states),
-        )
-        P = system.controllability_gramian().real.sum(0)
-        Q = system.observability_gramian().real.sum(0)
-        readout_energy = P.diagonal() * C.square()
-        return _means(layer_name, torch.cat([P.flatten(), Q.flatten(), readout_energy, P.new_ones(1)]), n_states)
-
-
-def make_observer(gramians: str, generator: torch.Generator, trigger: Tensor) -> GramianObserver:
-    """
-    The observer for a value of `CompreSSMConfig.gramians`.
-
-    Args:
-        gramians (`str`): `"loss_gradient"`, `"white_noise"` or `"averaged"`.
-        generator (`torch.Generator`): Draws sampled time steps and probes.
-        trigger (`torch.Tensor`): The scalar leaf of a [`LossGradientObserver`].
-    """
-    if gramians == "loss_gradient":
-        return LossGradientObserver(generator, trigger)
-    return WhiteNoiseObserver(generator) if gramians == "white_noise" else AveragedObserver()
+def _modal_scores(system: DiagonalLTI) -> Tensor:
+    r"""\\( \|b_n\| \|c_n\| / (1 - |\lambda_n|^2) \\), in discrete time: the root of both Gramians' diagonals."""
+    scores = system.B.abs().square().sum(-1).sqrt() * system.C.abs().square().sum(-2).sqrt()
+    if system.time_domain == "discrete":
+        return scores / (1 - system.lam.abs().square())
+    return scores / (-2 * system.lam.real)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,13 +38,14 @@ class OptimizerChange:
         optimizer (`torch.optim.Optimizer`): The optimizer, or a wrapper such as `AcceleratedOptimizer` that holds the
             real one in its attribute `optimizer`.
         changes (`Sequence[ParameterChange]`): The parameters that are replaced.
+        moments (`str`, *optional*, defaults to `"carry"`): `"carry"`, `"slice"` or `"reset"`, see [`CompreSSMConfig`].
 
     Raises:
         [`~errors.UnsupportedModelError`]: the optimizer keeps its parameters in a form of its own (DeepSpeed), so that
             their replacement would not be trained.
     """
 
-    def __init__(self, optimizer: Any, changes: Sequence[ParameterChange]) -> None:
+    def __init__(self, optimizer: Any, changes: Sequence[ParameterChange], moments: str = "carry") -> None:
         self._optimizer = unwrap_optimizer(optimizer)
         self._changes = {id(change.old): change for change in changes}
         self._groups = [list(group["params"]) for group in self._optimizer.param_groups]
@@ -52,8 +54,9 @@ class OptimizerChange:
             change.old: self._optimizer.state[change.old] for change in changes if change.old in self._optimizer.state
         }
         self._new_states = {
-            self._changes[id(old)].new: carry_state(state, self._changes[id(old)], type(self._optimizer).__name__)
-            for old, state in self._old_states.items()
+            change.new: self._state_after(change, self._old_states.get(change.old, {}), moments)
+            for change in changes
+            if change.old in self._old_states or change.optimizer_state
         }
 
     def _require_known(self, changes: Sequence[ParameterChange]) -> None:
@@ -65,6 +68,15 @@ class OptimizerChange:
                 f"{type(self._optimizer).__name__}; it may train flattened or partitioned copies (DeepSpeed, FSDP with "
                 "original parameters off), which a cut cannot follow. Compress in a run without such a wrapper."
             )
+
+    def _state_after(self, change: ParameterChange, state: dict[str, Any], moments: str) -> dict[str, Any]:
+        if change.optimizer_state is not None:
+            return dict(change.optimizer_state)
+        if moments == "reset":
+            return {}
+        if moments == "slice" and change.moment_map is not None:
+            change = replace(change, moment_map=change.moment_map.sliced())
+        return carry_state(state, change, type(self._optimizer).__name__)
 
     def commit(self) -> None:
         """Let the parameter groups hold the new parameters, with their carried state."""
@@ -146,6 +158,41 @@ def _mover(name: str, value: Tensor, change: ParameterChange) -> Callable[[Tenso
         return torch.clone
     moved = axis_map.axis - 1 if tuple(value.shape) == squeezed and axis_map.axis > missing else axis_map.axis
     return lambda moment: axis_map.second(moment, axis=moved)
+
+
+def drop_stale_states(optimizer: Any) -> int:
+    """
+    Forget the state of parameters whose size has changed behind the optimizer's back, as a loaded checkpoint does.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer, or a wrapper of it.
+
+    Returns:
+        `int`: Parameters whose state was dropped.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    stale = [
+        parameter
+        for parameter, state in optimizer.state.items()
+        if isinstance(parameter, Tensor) and not all(_fits(name, state[name], parameter) for name in state)
+    ]
+    for parameter in stale:
+        del optimizer.state[parameter]
+    return len(stale)
+
+
+def _fits(name: str, value: Any, parameter: Tensor) -> bool:
+    """Whether a state of a known name has the shape that the parameter needs."""
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        return True
+    shape = tuple(parameter.shape)
+    if name in _FIRST_MOMENTS | _SECOND_MOMENTS:
+        return tuple(value.shape) == shape
+    missing = -1 if name in _ROW_FACTORS else -2 if name in _COLUMN_FACTORS else None
+    if missing is None or len(shape) < 2:
+        return True
+    factor = torch.empty(shape, device="meta").sum(missing)
+    return tuple(value.squeeze(missing).shape if value.ndim == len(shape) else value.shape) == tuple(factor.shape)
 
 
 def require_matching_states(optimizer: torch.optim.Optimizer) -> None:

@@ -24,10 +24,11 @@ class LayerRecord:
         size_before (`int`): State size before the check.
         size_after (`int`): State size after it.
         wanted_size (`int`): State size that the layer's own spectrum asked for.
-        hankel_singular_values (`list[float]`): The spectrum before the check, descending.
+        hankel_singular_values (`list[float]`): The spectrum before the check, descending; empty where a cut was taken
+            back.
         tail (`float`): Sum of the Hankel singular values beyond `size_after`.
         tail_share (`float`): `tail` as a share of the whole sum, between 0 and 1.
-        rank_correlation (`float`, *optional*): Spearman correlation of the states' scores with those of the previous
+        rank_correlation (`float`, *optional*): Spearman's correlation of the states' scores with those of the previous
             check; unset where there is no comparable one.
         state_scores (`list[float]`): Score of each state that stays, in the layer's own order, for the comparison with
             the next check.
@@ -52,7 +53,8 @@ class CheckRecord:
 
     Args:
         outcome (`str`): `"cut"`; `"kept"` where the spectrum asked for no cut; `"skipped"` where the check could not be
-            completed (the reason says why) and nothing was changed.
+            completed (the reason says why) and nothing was changed; `"rolled_back"` where an earlier cut was taken
+            back.
         reason (`str`): One sentence for a person.
         layers (`list[LayerRecord]`): What was seen in each layer; empty where the spectra are not known.
         step (`int`, *optional*): Training step after which the check was made.

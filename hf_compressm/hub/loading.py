@@ -1,4 +1,4 @@
-"""From a folder or a name on the Hub to a model: safetensors only, only our own code, checked before memory is taken."""
+"""From a folder or a name on the Hub to a model: safetensors, code of ours only, checked before memory is taken."""
 
 from __future__ import annotations
 

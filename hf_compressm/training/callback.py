@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..architectures import enable_fast_cpu_scan
-from ..compression import CheckRecord, Compressor, LossFunction, OptimizerChange, write_history
+from ..compression import CheckRecord, LossFunction
 from ..config import CompreSSMConfig
-from ..errors import CalibrationError, ConfigurationError, NotFiniteError, TruncationError
-from ..ops import compile_kernels
-from .batches import training_batches
+from ..errors import ConfigurationError
 from .card import keep_card
-from .requirements import require_plain_run
-from .resume import follow_checkpoints, saved_records
-from .schedule import check_steps
-from .trackers import find_trackers, report
-
-logger = logging.getLogger(__name__)
+from .checkpoints import after_replacing, before_replacing, set_aside_incomplete
+from .resume import follow_checkpoints, saved_run
+from .run import CompressionRun
 
 
 class CompreSSMCallback(TrainerCallback, ExportableState):
@@ -74,94 +66,85 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.config = config or CompreSSMConfig()
         self._loss_function = loss_function
         self._given_batches = calibration_batches
-        self._compressor: Compressor | None = None
-        self._due: frozenset[int] = frozenset()
+        self._run: CompressionRun | None = None
 
     @property
     def records(self) -> list[CheckRecord]:
         """What every check of the latest training saw and did."""
-        return [] if self._compressor is None else list(self._compressor.records)
+        return [] if self._run is None else self._run.records
 
     def state(self) -> dict[str, Any]:
         """The settings and the records so far, as the Trainer writes them into every checkpoint."""
-        records = [record.to_dict() for record in self.records]
-        return {"args": {"config": self.config.to_dict()}, "attributes": {"saved_records": records}}
+        attributes = {
+            "saved_records": [record.to_dict() for record in self.records],
+            "saved_judgement": None if self._run is None else self._run.pending(),
+        }
+        return {"args": {"config": self.config.to_dict()}, "attributes": attributes}
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Let the model take the state size of a checkpoint that is loaded later."""
+        """Let the model take the state size of a checkpoint that is loaded later; set incomplete ones aside."""
         follow_checkpoints(model)
         keep_card(self)
+        if args.should_save:
+            set_aside_incomplete(args.output_dir)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Find the layers and the steps to check; everything that cannot work is refused here."""
-        require_plain_run(args)
         keep_card(self)
-        steps = check_steps(self.config, state.max_steps)
-        optimizer = kwargs["optimizer"]
-        self._compressor = Compressor(
-            model,
+        self._run = CompressionRun(
             self.config,
-            loss_function=self._loss_function,
-            followers=[lambda changes: OptimizerChange(optimizer, changes)],
-            progress=False,
-        )
-        self._compressor.restore(saved_records(state, self))
-        self._batches = training_batches(
-            model,
-            kwargs["train_dataloader"],
-            args.train_batch_size,
-            self.config.calibration_batches,
-            args.seed + self.config.seed,
-            given=self._given_batches,
-        )
-        self._due = frozenset(steps)
-        self._trackers = find_trackers(self)
-        if self.config.fast_cpu_scan:
-            enable_fast_cpu_scan()
-            if next(model.parameters()).device.type == "cpu":
-                compile_kernels()
-        sizes = sorted(set(self._compressor.sizes.values()))
-        self._tell(
-            f"{len(self._compressor.layers)} layers with state size {', '.join(map(str, sizes))}; "
-            f"checks after the steps {', '.join(map(str, steps))}",
+            self,
             args,
             state,
+            control,
+            model,
+            kwargs["optimizer"],
+            kwargs["train_dataloader"],
+            saved_run(state, self),
+            loss_function=self._loss_function,
+            calibration_batches=self._given_batches,
         )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let a stream's batches be kept on the way to a check."""
-        horizon = range(state.global_step + 1, state.global_step + 1 + self.config.calibration_batches)
-        self._batches.arm(any(step in self._due for step in horizon))
+        self._run.step_begins()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check after the steps that the schedule names."""
-        if state.global_step not in self._due:
-            return
-        try:
-            record = self._compressor.check(self._batches.draw(state.global_step), step=state.global_step)
-        except (CalibrationError, NotFiniteError, TruncationError) as error:
-            record = self._compressor.skip(str(error), step=state.global_step)
-            logger.warning("the check after step %d was skipped: %s", state.global_step, error)
-        self._tell(record.summary(), args, state)
-        report(record.scalars(), self._trackers, args, state, control, model)
-        if state.is_world_process_zero:
-            write_history(self._compressor.records, args.output_dir)
+        self._run.step_ended()
+        self._make_room(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let no checkpoint be overwritten half-way."""
+        self._make_room(args, state, control)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Judge a cut where an evaluation was asked for it."""
+        if self._run is not None:
+            self._run.evaluated(metrics or {})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Complete the checkpoint; the one that it replaces is deleted only now."""
+        self._run.saved()
+        if args.should_save:
+            after_replacing(args.output_dir, state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let go of the training data."""
-        self._batches.close()
+        self._run.ended()
 
-    def _tell(self, line: str, args: TrainingArguments, state: TrainerState) -> None:
-        logger.info(line)
-        if state.is_world_process_zero and not args.disable_tqdm:
-            tqdm.write(f"[compressm] {line}")
+    def _make_room(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        if control.should_save and args.should_save:
+            before_replacing(args.output_dir, state.global_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 
-from ..architectures import StateSpaceLayer, find_layers
+from ..architectures import StateSpaceLayer, config_changes, find_layers
 from ..compression import CheckRecord
 
 _FOLLOWS = "_hf_compressm_follows_checkpoints"
@@ -28,32 +29,55 @@ def follow_checkpoints(model: nn.Module) -> None:
     Raises:
         [`~errors.UnsupportedModelError`]: the model has no layer that can be cut.
     """
-    for layer in find_layers(model):
+    layers = find_layers(model)
+    for layer in layers:
         if not getattr(layer.module, _FOLLOWS, False):
-            layer.module.register_load_state_dict_pre_hook(partial(_take_saved_size, layer))
+            layer.module.register_load_state_dict_pre_hook(partial(_take_saved_size, layer, layers))
             setattr(layer.module, _FOLLOWS, True)
 
 
 def _take_saved_size(
-    layer: StateSpaceLayer, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+    layer: StateSpaceLayer,
+    layers: list[StateSpaceLayer],
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_: Any,
 ) -> None:
     saved = layer.saved_state_size(state_dict, prefix)
     if saved is not None and saved != layer.state_size:
         layer.resize(saved)
+        for change in config_changes(layers, {}):
+            setattr(change.owner, change.name, change.value)
 
 
-def saved_records(state: TrainerState, callback: ExportableState) -> list[CheckRecord]:
+@dataclass(frozen=True)
+class SavedRun:
     """
-    The records that the checkpoint of a resumed run holds; none for a run that starts at its first step.
+    What a checkpoint holds of the compression of its run.
+
+    Args:
+        records (`list[CheckRecord]`): What every check up to the checkpoint saw and did.
+        pending (`dict`, *optional*): What a cut that was still to be judged is compared with, and when.
+    """
+
+    records: list[CheckRecord] = field(default_factory=list)
+    pending: dict[str, Any] | None = None
+
+
+def saved_run(state: TrainerState, callback: ExportableState) -> SavedRun:
+    """
+    What the checkpoint of a resumed run holds; nothing for a run that starts at its first step.
 
     Args:
         state (`transformers.TrainerState`): The run's state. It gets an entry for the callback where it has none, as
             after a checkpoint that was written without it; the Trainer could not write its next checkpoint otherwise.
-        callback (`transformers.trainer_callback.ExportableState`): The callback whose `state()` holds the records.
+        callback (`transformers.trainer_callback.ExportableState`): The callback whose `state()` was saved.
     """
     saved = state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
     if state.global_step == 0:
-        return []
+        return SavedRun()
     # Of several callbacks of one class the Trainer keeps a list.
-    first = saved[0] if isinstance(saved, list) else saved
-    return [CheckRecord.from_dict(record) for record in first.get("attributes", {}).get("saved_records", [])]
+    attributes = (saved[0] if isinstance(saved, list) else saved).get("attributes", {})
+    records = [CheckRecord.from_dict(record) for record in attributes.get("saved_records", [])]
+    return SavedRun(records, attributes.get("saved_judgement"))

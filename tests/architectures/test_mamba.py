@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_compressm.architectures import find_layers
+from hf_compressm.architectures import config_changes, find_layers
 from hf_compressm.compression import ModelChange
 from hf_compressm.errors import DimensionError, TruncationError
 from hf_compressm.systems import Truncation
@@ -18,8 +18,10 @@ from tests.cases import CASES, case_id, logits_of, tiny_mamba, token_batch
 
 
 def cut_all(model: nn.Module, truncations: list[Truncation]) -> ModelChange:
-    reductions = [layer.reduce(truncation) for layer, truncation in zip(find_layers(model), truncations)]
-    change = ModelChange(model, reductions)
+    layers = find_layers(model)
+    reductions = [layer.reduce(truncation) for layer, truncation in zip(layers, truncations)]
+    sizes = {reduction.layer.name: reduction.state_size for reduction in reductions}
+    change = ModelChange(model, reductions, config_changes(layers, sizes))
     change.commit()
     return change
 

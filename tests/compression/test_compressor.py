@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_compressm import CompreSSMConfig, analyze, compress
-from hf_compressm.compression import Compressor, commit_together
+from hf_compressm.compression import Compressor, EmpiricalGramians, commit_together
 from hf_compressm.compression import compressor as compressor_module
 from hf_compressm.errors import CalibrationError, TruncationError, UnsupportedModelError
 from tests.cases import CASES, PRETRAINED_CASES, case_id, logits_of, tiny_mamba, token_batch
@@ -135,7 +135,7 @@ def test_an_interruption_after_the_cut_takes_it_back(monkeypatch, failure: BaseE
 def test_a_truncation_that_fails_leaves_all_layers_whole(monkeypatch, failing_layer: int) -> None:
     model, calls = tiny_mamba(), []
     before = snapshot(model)
-    real = compressor_module.truncate
+    real = EmpiricalGramians.truncate
 
     def sometimes(*args, **kwargs):
         calls.append(1)
@@ -143,7 +143,7 @@ def test_a_truncation_that_fails_leaves_all_layers_whole(monkeypatch, failing_la
             raise TruncationError("condition number 1e20")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(compressor_module, "truncate", sometimes)
+    monkeypatch.setattr(EmpiricalGramians, "truncate", sometimes)
     record = compress(model, [token_batch()], HALF)
     assert record.outcome == "skipped" and "condition number 1e20" in record.reason
     assert [layer.size_after for layer in record.layers] == [8, 8]

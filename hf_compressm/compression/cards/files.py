@@ -43,7 +43,8 @@ def write_model_files(folder: str | os.PathLike, provenance: Provenance) -> None
 
 def spectrum_picture(provenance: Provenance) -> bytes:
     """The spectra before the first cut (or of the last check, where nothing was cut) as a PNG file."""
-    record = provenance.cuts[0] if provenance.cuts else [r for r in provenance.records if r.layers][-1]
+    seen = [record for record in provenance.records if record.outcome != "rolled_back" and record.layers]
+    record = provenance.cuts[0] if provenance.cuts else seen[-1]
     config = provenance.config
     tolerance = config.tolerance if config is not None and config.strategy == "tolerance" else None
     spectra = tuple((layer.name, tuple(layer.hankel_singular_values)) for layer in record.layers)

@@ -65,8 +65,14 @@ class Provenance:
 
     @property
     def cuts(self) -> list[CheckRecord]:
-        """The checks that cut something, in their order."""
-        return [record for record in self.records if record.outcome == "cut"]
+        """The checks that cut something and were not taken back, in their order."""
+        standing: list[CheckRecord] = []
+        for record in self.records:
+            if record.outcome == "cut":
+                standing.append(record)
+            elif record.outcome == "rolled_back" and standing:
+                standing.pop()
+        return standing
 
     @property
     def is_from_training(self) -> bool:

@@ -9,6 +9,7 @@ from importlib import resources
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from tabulate import tabulate
 
+from ...architectures import registered_families
 from ..record import CheckRecord
 from .provenance import Evaluation, Provenance
 
@@ -70,7 +71,7 @@ def render_card(provenance: Provenance, has_picture: bool = True) -> str:
         "size_after": _span([layer.size_after for _, layer in layers]),
         "reason": escaped(provenance.records[-1].reason),
         "settings": _settings(provenance),
-        "checks_table": checks_table(provenance.cuts or list(provenance.records)),
+        "checks_table": checks_table([record for record in provenance.records if record.layers]),
         "has_picture": has_picture,
         "picture": PICTURE_NAME,
         "layers_table": layers_table(provenance),
@@ -223,7 +224,16 @@ def _settings(provenance: Provenance) -> str:
 
 
 def _has_error_bound(provenance: Provenance) -> bool:
-    return provenance.config is not None and provenance.config.reductor == "balanced" and bool(provenance.cuts)
+    """Whether every layer was cut by balanced truncation, whose error has a bound."""
+    if provenance.config is None or not provenance.cuts:
+        return False
+    chosen = provenance.config.reductor
+    families = registered_families()
+    reductors = {
+        families[layer.family].default_reductor if chosen == "auto" and layer.family in families else chosen
+        for _, layer in provenance.layers()
+    }
+    return reductors == {"balanced"}
 
 
 def _bound_note(provenance: Provenance) -> str:

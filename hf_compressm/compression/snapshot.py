@@ -1,0 +1,150 @@
+"""What a cut replaces, kept so that it can be put back later, in the same process or in one that resumed the run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..architectures import LayerReduction, ParameterChange, StateSpaceLayer, successor
+from ..errors import DimensionError
+from .optimizer import unwrap_optimizer
+
+SNAPSHOT_NAME = "compressm_snapshot.safetensors"
+
+_PARAMETER, _STATE = "parameter:", "state:"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """
+    The state parameters of some layers and their optimizer state, from before a cut.
+
+    It refers to the tensors that the cut took out of the model and the optimizer and copies none but scalars, so what
+    it costs is that they stay in memory.
+
+    Args:
+        sizes (`Mapping[str, int]`): State size of each layer, by the layer's name.
+        parameters (`Mapping[str, torch.Tensor]`): The parameters' values, by `layer.parameter`.
+        states (`Mapping[str, Mapping[str, Any]]`): The optimizer's state of each parameter, by the same names.
+    """
+
+    sizes: Mapping[str, int]
+    parameters: Mapping[str, Tensor]
+    states: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, layers: Sequence[StateSpaceLayer], optimizer: Any = None) -> Snapshot:
+        """
+        Take a snapshot of layers that are about to be cut.
+
+        Args:
+            layers (`Sequence[StateSpaceLayer]`): Layers whose parameters the cut replaces. One whose parameters stay in
+                training must not be among them, as the snapshot would change with it.
+            optimizer (`torch.optim.Optimizer`, *optional*): The optimizer, or a wrapper of it.
+        """
+        held = {
+            f"{layer.name}.{name}": parameter
+            for layer in layers
+            for name, parameter in layer.state_parameters().items()
+        }
+        kept = {} if optimizer is None else unwrap_optimizer(optimizer).state
+        states = {name: _own_scalars(kept[parameter]) for name, parameter in held.items() if parameter in kept}
+        parameters = {name: parameter.detach() for name, parameter in held.items()}
+        return cls({layer.name: layer.state_size for layer in layers}, parameters, states)
+
+    def reductions(self, layers: Sequence[StateSpaceLayer]) -> list[LayerReduction]:
+        """
+        What puts the snapshot's tensors back into the layers that it holds. Nothing is written.
+
+        Args:
+            layers (`Sequence[StateSpaceLayer]`): Layers of the model; those that the snapshot does not hold are left
+                out.
+
+        Raises:
+            [`~errors.DimensionError`]: a tensor of the snapshot has not the shape that its layer needs.
+        """
+        return [self._reduction(layer, self.sizes[layer.name]) for layer in layers if layer.name in self.sizes]
+
+    def _reduction(self, layer: StateSpaceLayer, size: int) -> LayerReduction:
+        shapes, changes = layer.state_shapes(size), []
+        for name, parameter in layer.state_parameters().items():
+            values = self.parameters.get(f"{layer.name}.{name}")
+            if values is None or tuple(values.shape) != shapes[name]:
+                found = "is missing" if values is None else f"has shape {tuple(values.shape)}"
+                raise DimensionError(f"{layer.name}.{name} {found} in the snapshot; it must have shape {shapes[name]}.")
+            state = self.states.get(f"{layer.name}.{name}", {})
+            changes.append(
+                ParameterChange(
+                    parameter,
+                    successor(parameter, values),
+                    optimizer_state={key: _on_device(value, parameter.device) for key, value in state.items()},
+                )
+            )
+        return LayerReduction(layer, changes, layer.size_changes(size), size)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = [*self.parameters.values(), *(v for s in self.states.values() for v in s.values())]
+        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write `compressm_snapshot.safetensors` to a folder, replacing the file as a whole."""
+        tensors = {_PARAMETER + name: value.contiguous() for name, value in self.parameters.items()}
+        plain: dict[str, dict[str, Any]] = {}
+        for name, state in self.states.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{_STATE}{key}:{name}"] = value.contiguous()
+                else:
+                    plain.setdefault(name, {})[key] = value
+        path = Path(folder) / SNAPSHOT_NAME
+        temporary = path.with_suffix(".partial")
+        metadata = {"format": "pt", "sizes": json.dumps(dict(self.sizes)), "plain": json.dumps(plain)}
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+        return path
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> Snapshot:
+        """
+        Read the snapshot in a folder, onto the CPU.
+
+        Raises:
+            `FileNotFoundError`: there is none.
+        """
+        path = Path(folder) / SNAPSHOT_NAME
+        parameters: dict[str, Tensor] = {}
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            states: dict[str, dict[str, Any]] = json.loads(metadata["plain"])
+            for name in list(file.keys()):
+                if name.startswith(_PARAMETER):
+                    parameters[name.removeprefix(_PARAMETER)] = file.get_tensor(name)
+                else:
+                    key, parameter = name.removeprefix(_STATE).split(":", 1)
+                    states.setdefault(parameter, {})[key] = file.get_tensor(name)
+        return cls(json.loads(metadata["sizes"]), parameters, states)
+
+
+def _own_scalars(state: Mapping[str, Any]) -> dict[str, Any]:
+    # A step counter goes on counting in the state of the cut parameter; only what was counted so far belongs here.
+    return {
+        key: value.clone() if isinstance(value, Tensor) and value.numel() == 1 else value
+        for key, value in state.items()
+    }
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    # Adam keeps its step counter on the CPU on purpose.
+    if not isinstance(value, Tensor):
+        return value
+    return value.clone() if value.numel() == 1 else value.to(device=device, copy=True)
