@@ -217,10 +217,10 @@ def _settings(provenance: Provenance) -> str:
     config = provenance.config
     if config is None:
         return ""
-    amount = (
-        f"tolerance {config.tolerance:g}" if config.strategy == "tolerance" else f"keep ratio {config.keep_ratio:g}"
-    )
-    return ", ".join([amount, f"reductor `{config.reductor}`", f"Gramians `{config.gramians}`", f"seed {config.seed}"])
+    names = {"tolerance": ["tolerance"], "target": ["target_state_size", "target_ratio"]}
+    amounts = [(name, getattr(config, name)) for name in names.get(config.strategy, ["keep_ratio"])]
+    told = [f"{name.replace('_', ' ')} {value:g}" for name, value in amounts if value is not None]
+    return ", ".join([*told, f"reductor `{config.reductor}`", f"Gramians `{config.gramians}`", f"seed {config.seed}"])
 
 
 def _has_error_bound(provenance: Provenance) -> bool:
