@@ -144,6 +144,8 @@ def _digest(text: str) -> str:
 
 
 def _metadata(card: str) -> dict:
+    if REGEX_YAML_BLOCK.match(card) is None:
+        return {}
     try:
         return RepoCard(card).data.to_dict()
     except (yaml.YAMLError, ValueError, TypeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Callable
 from importlib import resources
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -151,12 +152,18 @@ def checks_table(records: list[CheckRecord]) -> str:
     return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
 
 
-def layers_table(provenance: Provenance) -> str:
-    """One row a layer: its sizes, the share of energy that its last check dropped, an error bound where it has one."""
+def layers_table(provenance: Provenance, mark: Callable[[str], str] | None = None) -> str:
+    """
+    One row a layer: its sizes, the share of energy that its last check dropped, an error bound where it has one.
+
+    Args:
+        provenance ([`Provenance`]): The facts.
+        mark (`Callable`, *optional*): How a layer's name is written; as inline code when unset.
+    """
     has_bound = _has_error_bound(provenance)
     rows = [
         [
-            code(layer.name or "(model)"),
+            (mark or code)(layer.name or "(model)"),
             f"{first}",
             f"{layer.size_after}",
             f"{layer.tail_share:.3%}",

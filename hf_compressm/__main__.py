@@ -1,0 +1,5 @@
+"""`python -m hf_compressm`: the command line."""
+
+from .cli import main
+
+main()
