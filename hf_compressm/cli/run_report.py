@@ -131,14 +131,20 @@ def _draw_spectra(axes: Axes, run: Run) -> None:
 
 def _draw_sizes(axes: Axes, run: Run) -> None:
     records = [record for record in run.records if record.layers and record.step is not None]
-    last = max([records[-1].step, *(entry.get("step", 0) for entry in run.log)])
-    names = [layer.name for _, layer in run.provenance.layers()]
-    for number, name in enumerate(names):
-        points = [(r.step, layer) for r in records for layer in r.layers if layer.name == name]
-        steps = [0, *(step for step, _ in points), last]
-        sizes = [points[0][1].size_before, *(layer.size_after for _, layer in points), points[-1][1].size_after]
-        axes.step(steps, sizes, where="post", color=_colour(number, len(names)), linewidth=1.5)
-    axes.set(xlabel="training step", ylabel="state size", title="State size of every layer", ylim=(0, None))
+    # A little beyond the last check, so that its cut can be seen where no log tells how long the run was.
+    last = max([1.1 * records[-1].step, *(entry.get("step", 0) for entry in run.log)])
+    courses: dict[tuple, list[str]] = {}
+    for _, layer in run.provenance.layers():
+        points = [(r.step, seen) for r in records for seen in r.layers if seen.name == layer.name]
+        steps = (0, *(step for step, _ in points), last)
+        sizes = (points[0][1].size_before, *(seen.size_after for _, seen in points), points[-1][1].size_after)
+        courses.setdefault((steps, sizes), []).append(layer.name)
+    for number, ((steps, sizes), names) in enumerate(courses.items()):
+        label = names[0] if len(names) == 1 else f"{len(names)} layers"
+        axes.step(steps, sizes, where="post", color=_colour(number, len(courses)), linewidth=1.5, label=label)
+    if len(courses) <= 8:
+        axes.legend(frameon=False, fontsize="small")
+    axes.set(xlabel="training step", ylabel="state size", title="State size", ylim=(0, None))
 
 
 def _draw_loss(axes: Axes, run: Run) -> None:

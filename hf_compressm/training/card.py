@@ -50,43 +50,37 @@ class _Compressing(Protocol):
         ...
 
 
-def keep_card(owner: TrainerCallback) -> CardKeeper | None:
+def keep_card(owner: TrainerCallback) -> None:
     """
-    Have a Trainer write the model card of a compression with everything that it saves or pushes.
+    Have a callback's Trainer write the model card of a compression with everything that it saves or pushes.
 
     The Trainer is looked up by the callback that it holds, which takes about a tenth of a second; asking again changes
     nothing.
 
     Args:
         owner ([`CompreSSMCallback`]): The callback that cuts; its settings and records fill the card.
-
-    Returns:
-        [`CardKeeper`] or None: The callback that was added; None where no Trainer holds the owner.
     """
-    trainer = find_trainer(owner)
-    if trainer is None:
-        return None
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, CardKeeper) and callback.owner is owner:
-            return callback
-    keeper = CardKeeper(owner, trainer)
-    trainer.add_callback(keeper)
-    return keeper
+    for trainer in find_trainers(owner):
+        held = trainer.callback_handler.callbacks
+        if not any(isinstance(callback, CardKeeper) and callback.owner is owner for callback in held):
+            trainer.add_callback(CardKeeper(owner, trainer))
 
 
-def find_trainer(callback: TrainerCallback) -> Trainer | None:
+def find_trainers(callback: TrainerCallback) -> list[Trainer]:
     """
-    The Trainer that holds a callback; a callback is not told.
+    The Trainers that hold a callback (one, as a rule); a callback is not told.
 
     Args:
         callback (`transformers.TrainerCallback`): A callback of the Trainer.
     """
     # The type is asked instead of the object: isinstance would wake dead weak proxies.
-    for trainer in [thing for thing in gc.get_objects() if issubclass(type(thing), Trainer)]:
-        handler = getattr(trainer, "callback_handler", None)
-        if handler is not None and any(held is callback for held in handler.callbacks):
-            return trainer
-    return None
+    trainers = [thing for thing in gc.get_objects() if issubclass(type(thing), Trainer)]
+    handlers = [(trainer, getattr(trainer, "callback_handler", None)) for trainer in trainers]
+    return [
+        trainer
+        for trainer, handler in handlers
+        if handler is not None and any(held is callback for held in handler.callbacks)
+    ]
 
 
 class CardKeeper(TrainerCallback):

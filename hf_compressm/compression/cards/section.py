@@ -94,8 +94,8 @@ def card_metadata(provenance: Provenance) -> ModelCardData:
     results = [
         EvalResult(
             task_type=task or "other",
-            dataset_type=evaluation.dataset or "custom",
-            dataset_name=evaluation.data,
+            dataset_type=one_line(evaluation.dataset) if evaluation.dataset else "custom",
+            dataset_name=one_line(evaluation.data),
             metric_type=evaluation.metric,
             metric_name=f"{evaluation.metric} {moment} compression",
             metric_value=value,
@@ -108,13 +108,13 @@ def card_metadata(provenance: Provenance) -> ModelCardData:
     ]
     families = sorted({layer.family for _, layer in provenance.layers()})
     return ModelCardData(
-        library_name="transformers",
-        license=provenance.license,
+        library_name="transformers" if provenance.model_type else "pytorch",
+        license=one_line(provenance.license) if provenance.license else None,
         tags=["compressm", "state-space-model", *families],
-        base_model=provenance.base_model,
-        datasets=list(provenance.datasets) or None,
+        base_model=one_line(provenance.base_model) if provenance.base_model else None,
+        datasets=[one_line(name) for name in provenance.datasets] or None,
         pipeline_tag=task,
-        model_name=_short_name(provenance) if results else None,
+        model_name=one_line(_short_name(provenance)) if results else None,
         eval_results=results or None,
     )
 
@@ -189,15 +189,23 @@ def evaluation_table(evaluations: list[Evaluation] | tuple[Evaluation, ...]) -> 
 
 
 def escaped(text: str) -> str:
-    """Text from elsewhere as plain words of a Markdown line: one line, no markup, no HTML, no table cell."""
-    line = " ".join(str(text).split())
-    return re.sub(r"([\\`*\[\]|~#{}]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(line, quote=False))
+    """Text from elsewhere as plain words of a Markdown line: no markup, no HTML, no table cell."""
+    return re.sub(r"([\\`*\[\]|~#{}]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(one_line(text), quote=False))
 
 
 def code(text: str) -> str:
     """Text from elsewhere as inline code in a table cell."""
-    line = " ".join(str(text).split()).replace("`", "'").replace("|", "\\|")
-    return f"`{line.replace('<!--', '<! --').replace('-->', '-- >')}`"
+    return "`" + one_line(text).replace("`", "'").replace("|", "\\|") + "`"
+
+
+def python_string(text: str) -> str:
+    """Text from elsewhere as a string literal of the example, without the end of a code block."""
+    return '"' + one_line(text).replace("\\", "\\\\").replace('"', '\\"').replace("`", "'") + '"'
+
+
+def one_line(text: str) -> str:
+    """Text from elsewhere on one line, and without a comment that could pass for the section's own."""
+    return " ".join(str(text).split()).replace("<!--", "<! --").replace("-->", "-- >")
 
 
 def _short_name(provenance: Provenance) -> str:
@@ -266,18 +274,21 @@ def _task(provenance: Provenance) -> tuple[str | None, str | None]:
 
 def _loading(provenance: Provenance) -> str:
     _, auto_class = _task(provenance)
-    name = python_string(provenance.name or "path/to/this/folder")
+    name = provenance.name or "path/to/this/folder"
+    if provenance.model_type is None:
+        file = python_string(f"{name}/model.safetensors")
+        return f"from safetensors.torch import load_model\n\nload_model(model, {file})"
     trust = ", trust_remote_code=True" if provenance.needs_code else ""
     auto_class = auto_class or "AutoModel"
-    return f"from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained({name}{trust})"
-
-
-def python_string(text: str) -> str:
-    """Text from elsewhere as a string literal of the example, on one line and without the end of a code block."""
-    return '"' + " ".join(text.split()).replace("\\", "\\\\").replace('"', '\\"').replace("`", "'") + '"'
+    return (
+        f"from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained({python_string(name)}{trust})"
+    )
 
 
 def _loading_note(provenance: Provenance) -> str:
+    if provenance.model_type is None:
+        name = code(provenance.model_class or "the model's own class")
+        return f"`model` is a {name}, built with the state sizes of the table above."
     if provenance.needs_code:
         return "The model's code lies beside its weights; hf_compressm need not be installed."
     return "hf_compressm need not be installed: `config.json` holds the new state size."
