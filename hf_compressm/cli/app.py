@@ -12,7 +12,8 @@ from .report import report
 
 app = typer.Typer(
     name="hf-compressm",
-    help="Make state-space models (Mamba, LRU, S4D) smaller: measure them, compress them, push them.",
+    help="Make state-space models (Mamba, LRU, S4D) smaller: measure them, compress them, push them.\n\n"
+    "To see what it is about: `hf-compressm demo`",
     epilog="Exit codes: 0 done, 1 an error, 2 wrong usage, 3 nothing to cut, 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

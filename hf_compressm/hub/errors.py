@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -69,7 +70,8 @@ def reason(error: BaseException, repository: str) -> str:
         repository (`str`): The repository's name.
     """
     status = status_of(error)
-    if isinstance(error, OfflineModeIsEnabled):
+    is_offline = isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE
+    if isinstance(error, OfflineModeIsEnabled) or is_offline:
         return "the Hub is switched off here (HF_HUB_OFFLINE). Unset it, or give a local folder."
     if isinstance(error, LocalTokenNotFoundError):
         return f"there is no token. {_LOG_IN}."

@@ -189,7 +189,7 @@ def test_stock_transformers_loads_it_by_name_in_a_fresh_cache(hub, work, trained
     assert found["class"] == "transformers.models.mamba.modeling_mamba.MambaForCausalLM"
     assert found["state_size"] == 4 and found["unloaded"] == [[]] * len(found["unloaded"])
     assert found["logits"] == pytest.approx(trained["logits"], abs=1e-5)
-    assert found["text"].startswith("a b c") and len(found["text"].split()) == 7
+    assert found["text"].startswith("a b c") and len(found["text"].replace(" ", "")) == 7
     assert found["exported"]
 
 
@@ -300,9 +300,10 @@ from hf_compressm.hub import fetch, push_folder
 outcome = {}
 for token in json.loads(sys.argv[1]):
     os.environ.pop("HF_TOKEN", None) if token is None else os.environ.update(HF_TOKEN=token)
-    for what, call in (("push", lambda: push_folder("small", "me/refused", wait=0.01)), ("load", lambda: fetch("me/run-end"))):
+    for what, call in (("push", push_folder), ("load", fetch)):
+        arguments = ("small", "me/refused") if what == "push" else ("me/run-end",)
         try:
-            outcome[f"{what} {token}"] = str(call())
+            outcome[f"{what} {token}"] = str(call(*arguments))
         except CompreSSMError as error:
             outcome[f"{what} {token}"] = str(error)
 print(json.dumps(outcome))
