@@ -217,7 +217,8 @@ def attempt(call, *args, **kwargs):
 outcome = {}
 for name in json.loads(sys.argv[1]):
     outcome[name] = attempt(push_folder, "small", f"me/{name}", attempts=3, wait=0.01)
-    outcome[f"{name}, again"] = attempt(push_folder, "small", f"me/{name}", attempts=3, wait=0.01)
+    if outcome[name].startswith("HubError"):
+        outcome[f"{name}, again"] = attempt(push_folder, "small", f"me/{name}", attempts=3, wait=0.01)
 outcome["branch"] = attempt(push_folder, "small", "me/fine", revision="v2", private=True)
 outcome["no name"] = attempt(push_folder, "small", "me/not a name/at all")
 outcome["no model"] = attempt(fetch, "me/nothing-here")
@@ -317,6 +318,30 @@ def test_tokens_are_asked_for(hub, work, trained, pushed) -> None:
     assert "may have expired" in said[f"push {EXPIRED_TOKEN}"] and "may have expired" in said[f"load {EXPIRED_TOKEN}"]
     assert "may not write there" in said[f"push {READ_TOKEN}"] and "snapshots" in said[f"load {READ_TOKEN}"]
     assert "me/refused" not in hub.repositories
+
+
+COMMAND = """
+import json, sys
+from typer.testing import CliRunner
+from hf_compressm.cli.app import app
+
+open("book.txt", "w").write(" ".join("abcdefghijklmnopqrstuvwx"[(i * i) % 24] for i in range(2000)))
+result = CliRunner().invoke(app, sys.argv[1:])
+print(json.dumps([result.exit_code, result.stdout, result.stderr]))
+"""
+
+
+def test_the_command_line_compresses_by_name_and_pushes(hub, work, trained) -> None:
+    data = ("--text-file", "book.txt", "--length", "32", "--sequences", "8", "--quiet")
+    options = ("--ratio", "0.5", "--push-to-hub", "me/from-command", "--private")
+    code, out, told = client(hub, work, COMMAND, "compress", "me/run-end", "-o", "halved", *options, *data)
+    assert code == 0 and f"Pushed: {hub.url}/me/from-command/commit/" in out, told
+    files = hub.files("me/from-command")
+    assert hub.repositories["me/from-command"].private
+    assert set(files) >= {*FILES, "tokenizer.json"} and state_size_in(files) == {2}
+    card = files["README.md"].decode()
+    assert "base_model: me/run-end" in card and "from 8 to 2 states" in card
+    assert 'from_pretrained("me/from-command")' in card
 
 
 def test_the_client_asked_for_nothing_that_the_server_does_not_know(hub, trained, pushed) -> None:
