@@ -68,7 +68,8 @@ class ModelWithMambaInside(nn.Module):
         return nn.functional.cross_entropy(logits, labels), logits
 
 
-def _module_with_mamba_inside(state_size: int = 8, seed: int = 0) -> nn.Module:
+def real_valued_model(state_size: int = 8, seed: int = 0) -> nn.Module:
+    """A Mamba inside a module, for real sequences."""
     torch.manual_seed(seed)
     return ModelWithMambaInside(state_size)
 
@@ -84,7 +85,7 @@ def real_valued_batch(batch: int = 4, length: int = 20, seed: int = 0) -> dict[s
 
 CASES = [
     Case("mamba-causal-lm", "mamba", tiny_mamba, token_batch),
-    Case("mamba-inside-a-module", "mamba", _module_with_mamba_inside, real_valued_batch, is_pretrained_model=False),
+    Case("mamba-inside-a-module", "mamba", real_valued_model, real_valued_batch, is_pretrained_model=False),
 ]
 
 PRETRAINED_CASES = [case for case in CASES if case.is_pretrained_model]

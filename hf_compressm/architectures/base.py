@@ -26,8 +26,9 @@ class AxisMap:
     How a parameter's gradient, and with it the optimizer's moments, moves when one of its axes is cut.
 
     If the old gradient is \\( g \\), the gradient of the new parameter is \\( M g \\) along the axis. First moments
-    are averages of gradients and move the same way. Second moments are averages of squares; with independent entries
-    they move with \\( M \circ M \\), which keeps them non-negative.
+    are averages of gradients and move the same way. Second moments are averages of squares; if the entries were
+    independent they would move with \\( M \circ M \\). That keeps them non-negative, and is somewhat too small where
+    states are alike and their gradients agree.
 
     Args:
         axis (`int`): The axis of the parameter that changes its length.

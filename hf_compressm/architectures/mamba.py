@@ -156,7 +156,9 @@ class MambaLayer(StateSpaceLayer):
         Build the layer's tensors and sizes for a smaller state, the readout folded into `x_proj`.
 
         Moments: the adjoint of the kept states is \\( T^\top g \\), so the gradient of \\( W_B \\) moves with
-        \\( T^\top \\); the rows of \\( W_C \\) and the columns of `A_log` see the same state as before and are sliced.
+        \\( T^\top \\); the rows of \\( W_C \\) see the same state as before and are sliced. The gradient of a column of
+        `A_log` is a sum of products of a state and its adjoint; a kept state takes over the share of it that it carries
+        of each dropped state's variance. That is exact where the dropped states are multiples of kept ones.
 
         Raises:
             [`~errors.DimensionError`]: the truncation is for another state size.
@@ -182,7 +184,7 @@ class MambaLayer(StateSpaceLayer):
             ParameterChange(
                 self.module.A_log,
                 successor(self.module.A_log, self.module.A_log.detach()[:, kept]),
-                AxisMap(1, _rows(kept, self.state_size), kept),
+                AxisMap(1, _variance_shares(truncation, kept), kept),
             )
         ]
         for name, old in self.state_parameters().items():
@@ -205,6 +207,13 @@ def _named_size(module: nn.Module, names: tuple[str, ...]) -> str | None:
 def _rows(indices: Tensor, size: int) -> Tensor:
     """The rows of the identity that pick the given entries, `(len(indices), size)` float64."""
     return torch.eye(size, dtype=torch.float64, device=indices.device)[indices]
+
+
+def _variance_shares(truncation: Truncation, kept: Tensor) -> Tensor:
+    """How the gradient of `A_log` moves along the states, `(r, N)` float64."""
+    if truncation.shares is None:
+        return _rows(kept, truncation.full_size)
+    return truncation.shares.to(device=kept.device, dtype=torch.float64)
 
 
 def _kept_rows(rank: int, kept: Tensor, size: int) -> Tensor:

@@ -15,7 +15,10 @@ from tqdm.auto import tqdm
 from ..architectures import StateSpaceLayer, SumOverProcesses
 from ..errors import CalibrationError
 from .gramians import ClosedFormGramians, LayerGramians
-from .observers import make_observer
+from .observers import LOSS_SCALE, make_observer
+
+# What torch's cross entropy and transformers' collators leave out of the mean.
+_IGNORED_LABEL = -100
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """Takes the model and a batch; returns the scalar loss."""
@@ -72,7 +75,8 @@ def calibrate(
     One forward pass a batch, and one backward pass where the loss's gradient is asked for. A model whose layers are all
     time-invariant needs no batch: their Gramians are known in closed form, and batches only give the loss. Weights,
     their `.grad`, the training mode and the global random state are left as they were. Peak memory beyond that of
-    the passes is the bounded buffer of [`~ops.state_gramian`] and two N x N matrices a layer.
+    the passes is the bounded buffer of [`~ops.state_gramian`] and two N x N matrices a layer. Padded positions count as
+    steps at which the state decays; batches with little padding give the truest Gramians.
 
     Args:
         model (`torch.nn.Module`): The model that holds the layers.
@@ -111,9 +115,12 @@ def calibrate(
                     loss = (loss_function or model_loss)(model, batch)
                 else:
                     loss = _loss_in(_run(model, batch))
-            losses.append(None if loss is None else _finite(loss))
+            terms = loss_terms(batch)
+            losses.append(None if loss is None else (_finite(loss), terms))
             if needs_gradient and loss.requires_grad:
-                torch.autograd.grad(loss, trigger, allow_unused=True)
+                for observer in observers:
+                    observer.loss_terms = terms
+                torch.autograd.grad(LOSS_SCALE * loss, trigger, allow_unused=True)
     if selective and not losses:
         raise CalibrationError(
             f"there is no calibration batch; {selective[0].name} ({selective[0].family}) is a selective layer, whose "
@@ -150,7 +157,8 @@ def evaluate_loss(
     device = next(model.parameters()).device
     with evaluation_mode(model):
         losses = [
-            float((loss_function or model_loss)(model, move_to_device(batch, device)).detach()) for batch in batches
+            (float((loss_function or model_loss)(model, move_to_device(batch, device)).detach()), loss_terms(batch))
+            for batch in batches
         ]
     return _mean_over_processes(losses, sum_over_processes or (lambda tensor: tensor), device)
 
@@ -178,6 +186,27 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
                 config.use_cache = True
             for module, mode in training.items():
                 module.training = mode
+
+
+def loss_terms(batch: Any) -> int:
+    """
+    How many terms a mean loss over the batch has, so that batches of unequal size weigh by what is in them.
+
+    That is the number of labels that are not ignored (-100), or, without labels, the number of examples.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
+        return max(1, int((labels != _IGNORED_LABEL).sum()))
+    tensors = [value for value in _tensors_in(batch) if value.ndim]
+    return tensors[0].shape[0] if tensors else 1
+
+
+def _tensors_in(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, list, tuple)):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors_in(value)
 
 
 def move_to_device(batch: Any, device: torch.device) -> Any:
@@ -216,6 +245,7 @@ def _loss_in(outputs: Any) -> Tensor | None:
     return loss.reshape(()) if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
-def _mean_over_processes(losses: list[float], total: SumOverProcesses, device: torch.device) -> float:
-    sums = total(torch.tensor([sum(losses), float(len(losses))], dtype=torch.float64, device=device))
+def _mean_over_processes(losses: list[tuple[float, int]], total: SumOverProcesses, device: torch.device) -> float:
+    weighted, terms = sum(loss * terms for loss, terms in losses), float(sum(terms for _, terms in losses))
+    sums = total(torch.tensor([weighted, terms], dtype=torch.float64, device=device))
     return float(sums[0] / sums[1])

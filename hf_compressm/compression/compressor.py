@@ -147,6 +147,9 @@ class Compressor:
             moment = moment_of(self.records, self.config, correlations, number, total)
             plan = plan_reduction(spectra, self.sizes, self.config, moment)
             result = self._carry_out(plan, calibration, batches, seed)
+        lost = {
+            name: calibration.gramians[name].lost_energy(truncation) for name, truncation in result.truncations.items()
+        }
         for name, gramians in calibration.gramians.items():
             truncation = result.truncations.get(name)
             after = scores[name] if truncation is None else gramians.scores_after(truncation).flatten()
@@ -154,7 +157,7 @@ class Compressor:
         record = CheckRecord(
             outcome=result.outcome,
             reason=result.reason,
-            layers=self._layer_records(plan, result, spectra, correlations),
+            layers=self._layer_records(plan, result, spectra, correlations, lost),
             step=step,
             loss_before=calibration.loss,
             loss_after=result.loss_after,
@@ -300,6 +303,7 @@ class Compressor:
         result: _Result,
         spectra: dict[str, Tensor],
         correlations: dict[str, float | None],
+        lost: dict[str, float | None],
     ) -> list[LayerRecord]:
         records = []
         for layer in self.layers:
@@ -318,6 +322,7 @@ class Compressor:
                     tail_share=tail / total if total else 0.0,
                     rank_correlation=correlations[layer.name],
                     state_scores=self._scores[layer.name].tolist(),
+                    lost_energy=lost.get(layer.name),
                 )
             )
         return records

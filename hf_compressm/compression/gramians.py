@@ -20,6 +20,7 @@ from ..systems import (
     balanced_truncation,
     diagonal_hankel_scores,
     hankel_singular_values,
+    interpolation_residual,
     interpolative_truncation,
     project,
     selection_truncation,
@@ -40,6 +41,10 @@ class LayerGramians(ABC):
     @abstractmethod
     def scores_after(self, truncation: Truncation) -> Tensor:
         """The scores of the states that a truncation of this layer leaves, `(..., r)` float64."""
+
+    def lost_energy(self, truncation: Truncation) -> float | None:
+        """The share of the layer's energy that a truncation loses, where it is not told by the spectrum alone."""
+        return None
 
     @abstractmethod
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
@@ -86,8 +91,13 @@ class EmpiricalGramians(LayerGramians):
         return diagonal_hankel_scores(self.P, self.Q)
 
     def scores_after(self, truncation: Truncation) -> Tensor:
-        """The scores of the kept states, `(r,)` float64."""
-        return self.state_scores()[truncation.indices]
+        """The scores of the kept states with the readout folded, `(r,)` float64."""
+        T, kept = truncation.T.to(self.Q), truncation.indices
+        return diagonal_hankel_scores(self.P[kept][:, kept], T.mT @ self.Q @ T)
+
+    def lost_energy(self, truncation: Truncation) -> float | None:
+        """The share of the observable energy `trace(P Q)` that the truncation loses."""
+        return float(interpolation_residual(self.P, self.Q, truncation))
 
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
         """Cut to `rank` states; `reductor` is `"interpolative"` or `"selection"`, `config` and `seed` as above."""

@@ -16,12 +16,18 @@ from ..ops import adjoint_gramian, default_sample_count, sample_times, state_gra
 from ..systems import DiagonalLTI
 from .gramians import EmpiricalGramians
 
+# Gradients of a mean loss vanish in float16. A power of two this size keeps them and changes no digit of the others.
+LOSS_SCALE = 2.0**12
+
 
 class GramianObserver(ABC):
     """Watches the scans of one layer and sums what its Gramians need."""
 
     needs_loss_gradient: bool = False
     """Whether the pass must propagate the loss back to the scan's output."""
+
+    loss_terms: int = 1
+    """How many terms the mean loss of the present batch has; adjoint states of the sum weigh all examples alike."""
 
     @abstractmethod
     def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
@@ -54,8 +60,10 @@ class _SampledGramians(GramianObserver):
         self._rows += batch * length * channels
         return times
 
-    def _add_adjoint_states(self, inputs: ScanInputs, grad_output: Tensor, times: Tensor | None) -> None:
-        Q = adjoint_gramian(inputs.delta, inputs.A, inputs.C, grad_output, times=times)
+    def _add_adjoint_states(
+        self, inputs: ScanInputs, grad_output: Tensor, times: Tensor | None, weight: float = 1.0
+    ) -> None:
+        Q = weight * adjoint_gramian(inputs.delta, inputs.A, inputs.C, grad_output, times=times)
         self._Q = Q if self._Q is None else self._Q + Q
 
     def result(self, layer_name: str, sum_over_processes: SumOverProcesses) -> EmpiricalGramians:
@@ -114,7 +122,7 @@ class LossGradientObserver(_SampledGramians):
     Args:
         generator (`torch.Generator`): Draws the sampled time steps.
         trigger (`torch.Tensor`): A scalar leaf that requires a gradient, shared by all observers of a pass;
-            `torch.autograd.grad(loss, trigger)` visits every observed scan without touching any `.grad`.
+            `torch.autograd.grad(LOSS_SCALE * loss, trigger)` visits every observed scan without touching any `.grad`.
     """
 
     needs_loss_gradient = True
@@ -129,7 +137,7 @@ class LossGradientObserver(_SampledGramians):
         times = self._add_states(detached)
 
         def receive(grad_output: Tensor) -> None:
-            self._add_adjoint_states(detached, grad_output, times)
+            self._add_adjoint_states(detached, grad_output, times, weight=(self.loss_terms / LOSS_SCALE) ** 2)
 
         return _AdjointTap.apply(output, self._trigger, receive)
 

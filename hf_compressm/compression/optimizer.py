@@ -1,33 +1,17 @@
-r"""
-The optimizer follows a cut: parameter groups hold the new parameters, and the moments move with the gradients.
-
-Under a cut the gradient of a parameter moves as \\( g_r = M g \\) along one axis ([`~architectures.AxisMap`]); a first
-moment moves the same way and a second moment with \\( M \circ M \\). A state that is not known by name is reset for the
-parameters that were cut, with a warning, and left alone for all others.
-"""
+"""The optimizer follows a cut: its groups hold the new parameters, with moments that moved along."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..architectures import AxisMap, ParameterChange
+from ..architectures import ParameterChange
 from ..errors import UnsupportedModelError
-
-logger = logging.getLogger(__name__)
-
-# Averages of gradients (or of updates, which move alike): Adam and its kin, SGD, RMSprop, Lion, Adafactor.
-_FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
-# Averages or sums of squared gradients: Adam and AMSGrad, RMSprop, Adagrad, Adafactor of torch and of transformers.
-_SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance"})
-# Adafactor's factors of a second moment: the mean over the last axis, and the mean over the last axis but one.
-_ROW_FACTORS = frozenset({"exp_avg_sq_row", "row_var"})
-_COLUMN_FACTORS = frozenset({"exp_avg_sq_col", "col_var"})
+from .moments import carry_state, fits
 
 
 class OptimizerChange:
@@ -106,60 +90,6 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def carry_state(state: dict[str, Any], change: ParameterChange, optimizer_name: str = "optimizer") -> dict[str, Any]:
-    """
-    The optimizer state of a cut parameter.
-
-    Args:
-        state (`dict`): State of the old parameter; tensors of its shape, factored tensors, and scalars.
-        change ([`ParameterChange`]): The cut and its moment map.
-        optimizer_name (`str`, *optional*, defaults to `"optimizer"`): Named in the warning.
-
-    Returns:
-        `dict`: State of the new parameter; empty, so that the optimizer starts it afresh, where something in it is not
-        known by name or the change has no moment map.
-    """
-    carried: dict[str, Any] = {}
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or value.ndim == 0 or value.numel() == 1 != change.old.numel():
-            carried[name] = value
-            continue
-        move = None if change.moment_map is None else _mover(name, value, change)
-        if move is None:
-            logger.warning(
-                "%s keeps a state %r of shape %s for a parameter of shape %s that was cut to %s, and how it moves is "
-                "not known; the state of this parameter is reset.",
-                optimizer_name, name, tuple(value.shape), tuple(change.old.shape), tuple(change.new.shape),
-            )  # fmt: skip
-            return {}
-        carried[name] = move(value)
-    return carried
-
-
-def _mover(name: str, value: Tensor, change: ParameterChange) -> Callable[[Tensor], Tensor] | None:
-    """What maps a state tensor, by its name and its shape, or None where that is not known."""
-    axis_map: AxisMap = change.moment_map
-    shape, ndim = tuple(change.old.shape), change.old.ndim
-    if tuple(value.shape) == shape:
-        if name in _FIRST_MOMENTS:
-            return axis_map.first
-        return axis_map.second if name in _SECOND_MOMENTS else None
-    if ndim < 2:
-        return None
-    # A factor lacks one axis of the parameter (transformers) or has length 1 there (torch).
-    missing = ndim - 1 if name in _ROW_FACTORS else ndim - 2 if name in _COLUMN_FACTORS else None
-    if missing is None:
-        return None
-    squeezed = shape[:missing] + shape[missing + 1 :]
-    kept = shape[:missing] + (1,) + shape[missing + 1 :]
-    if tuple(value.shape) not in (squeezed, kept):
-        return None
-    if axis_map.axis == missing:
-        return torch.clone
-    moved = axis_map.axis - 1 if tuple(value.shape) == squeezed and axis_map.axis > missing else axis_map.axis
-    return lambda moment: axis_map.second(moment, axis=moved)
-
-
 def drop_stale_states(optimizer: Any) -> int:
     """
     Forget the state of parameters whose size has changed behind the optimizer's back, as a loaded checkpoint does.
@@ -174,25 +104,11 @@ def drop_stale_states(optimizer: Any) -> int:
     stale = [
         parameter
         for parameter, state in optimizer.state.items()
-        if isinstance(parameter, Tensor) and not all(_fits(name, state[name], parameter) for name in state)
+        if isinstance(parameter, Tensor) and not all(fits(name, state[name], parameter) for name in state)
     ]
     for parameter in stale:
         del optimizer.state[parameter]
     return len(stale)
-
-
-def _fits(name: str, value: Any, parameter: Tensor) -> bool:
-    """Whether a state of a known name has the shape that the parameter needs."""
-    if not isinstance(value, Tensor) or value.numel() == 1:
-        return True
-    shape = tuple(parameter.shape)
-    if name in _FIRST_MOMENTS | _SECOND_MOMENTS:
-        return tuple(value.shape) == shape
-    missing = -1 if name in _ROW_FACTORS else -2 if name in _COLUMN_FACTORS else None
-    if missing is None or len(shape) < 2:
-        return True
-    factor = torch.empty(shape, device="meta").sum(missing)
-    return tuple(value.squeeze(missing).shape if value.ndim == len(shape) else value.shape) == tuple(factor.shape)
 
 
 def require_matching_states(optimizer: torch.optim.Optimizer) -> None:
@@ -207,8 +123,7 @@ def require_matching_states(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for name, value in optimizer.state.get(parameter, {}).items():
-                is_moment = name in _FIRST_MOMENTS | _SECOND_MOMENTS and isinstance(value, Tensor) and value.numel() > 1
-                if is_moment and value.shape != parameter.shape:
+                if not fits(name, value, parameter):
                     raise AssertionError(
                         f"{name} has shape {tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}"
                     )

@@ -96,4 +96,4 @@ def _next_rung(size: int, original: int, config: CompreSSMConfig, moment: Moment
 def _passes_gate(new_size: int, size: int, config: CompreSSMConfig, moment: Moment) -> bool:
     # A target was promised for the end of the window, however small the last step to it is.
     least = 0.0 if config.strategy == "target" and moment.is_last else config.minimum_reduction
-    return new_size < size and new_size <= (1 - least) * size
+    return new_size < size and new_size <= round((1 - least) * size, 6)

@@ -27,11 +27,14 @@ class LayerRecord:
         hankel_singular_values (`list[float]`): The spectrum before the check, descending; empty where a cut was taken
             back.
         tail (`float`): Sum of the Hankel singular values beyond `size_after`.
-        tail_share (`float`): `tail` as a share of the whole sum, between 0 and 1.
+        tail_share (`float`): `tail` as a share of the whole sum, between 0 and 1: what a truncation in balanced
+            coordinates would drop.
         rank_correlation (`float`, *optional*): Spearman's correlation of the states' scores with those of the previous
             check; unset where there is no comparable one.
         state_scores (`list[float]`): Score of each state that stays, in the layer's own order, for the comparison with
             the next check.
+        lost_energy (`float`, *optional*): For a layer whose Gramians are measured, the share of the observable energy
+            (the sum of the squared Hankel singular values) that the cut lost, as far as the calibration data tell.
     """
 
     name: str
@@ -44,6 +47,7 @@ class LayerRecord:
     tail_share: float
     rank_correlation: float | None = None
     state_scores: list[float] = field(default_factory=list)
+    lost_energy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,11 @@ class CheckRecord:
         if self.loss_before is not None and self.loss_after is not None:
             loss = f", calibration loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
         share = max(layer.tail_share for layer in self.layers)
+        lost = [layer.lost_energy for layer in self.layers if layer.lost_energy is not None]
+        measured = f", at most {max(lost):.2%} of the observable energy lost" if lost else ""
         return (
             f"{where}state size {_span(before)} -> {_span(after)} in {len(self.layers)} layers, at most {share:.2%} of "
-            f"the Hankel energy dropped{loss}, {self.seconds:.2f} s"
+            f"the Hankel energy beyond them{measured}{loss}, {self.seconds:.2f} s"
         )
 
     def scalars(self) -> dict[str, float]:
@@ -112,6 +118,8 @@ class CheckRecord:
             sizes = [layer.size_after for layer in self.layers]
             values["compressm/state_size"] = sum(sizes) / len(sizes)
             values["compressm/tail_share"] = max(layer.tail_share for layer in self.layers)
+            lost = [layer.lost_energy for layer in self.layers if layer.lost_energy is not None]
+            values["compressm/lost_energy"] = max(lost) if lost else None
         for layer in self.layers:
             values[f"compressm/state_size/{layer.name}"] = float(layer.size_after)
             values[f"compressm/wanted_size/{layer.name}"] = float(layer.wanted_size)

@@ -58,8 +58,9 @@ class HankelDecomposition:
     def usable_rank(self) -> torch.Tensor:
         """How many Hankel singular values stand above rounding, `sigma_r > N eps sigma_1`: int64 of shape `(...)`.
 
-        It is 0 for a system whose output does not depend on its input. A truncation to more states than this would keep
-        directions that are made of rounding errors.
+        It is 0 for a system whose output does not depend on its input. For measured Gramians the directions beyond it
+        are made of rounding errors; a diagonal system may have some of them right, but what they add is below the
+        rounding of what the others give.
         """
         floor = self.sigma.shape[-1] * torch.finfo(torch.float64).eps * self.sigma[..., :1]
         return (self.sigma > floor).sum(-1)

@@ -25,6 +25,9 @@ class Truncation:
         indices (`torch.Tensor` of shape `(..., r)` and dtype int64, *optional*): The kept states in ascending order,
             when `W` is columns of the identity, `h_r = h[indices]`. The rows of `T` outside `indices` then say how the
             dropped states are rebuilt from the kept ones.
+        shares (`torch.Tensor` of shape `(..., r, N)`, *optional*): Which share of each full state's variance each kept
+            state carries, where a reductor knows it; the identity on kept states. A quantity that belongs to single
+            states and is summed over them moves with it.
 
     Raises:
         DimensionError: Shapes, dtypes or devices do not fit, or `indices` are out of range, repeated or unsorted.
@@ -45,6 +48,7 @@ class Truncation:
     T: torch.Tensor
     W: torch.Tensor
     indices: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self._check_shapes()
@@ -69,6 +73,8 @@ class Truncation:
             )
         if T.dtype != W.dtype or not (T.is_floating_point() or T.is_complex()):
             raise DimensionError(f"T is {T.dtype} and W {W.dtype}; both must have the same real or complex dtype.")
+        if self.shares is not None and self.shares.shape != T.mT.shape:
+            raise DimensionError(f"shares have shape {tuple(self.shares.shape)}; they must be {tuple(T.mT.shape)}.")
         if T.device != W.device:
             raise DimensionError(f"T is on {T.device} and W on {W.device}; move them to one device.")
 
@@ -93,6 +99,7 @@ class Truncation:
         T: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        shares: torch.Tensor | None = None,
     ) -> Truncation:
         """The truncation that keeps some of the states as they are.
 
@@ -103,6 +110,7 @@ class Truncation:
                 dropped states are taken to be zero.
             dtype (`torch.dtype`, *optional*): Of `T` and `W`. Defaults to that of `T`, or float64.
             device (`torch.device` or `str`, *optional*): Of `T` and `W`. Defaults to that of `T`, or of `indices`.
+            shares (`torch.Tensor` of shape `(..., r, N)`, *optional*): See [`Truncation`].
 
         Raises:
             DimensionError, NotFiniteError, TruncationError: As in [`Truncation`].
@@ -114,7 +122,7 @@ class Truncation:
         indices = indices.to(device)
         _require_indices(indices, full_size)
         W = _identity_columns(indices, full_size, dtype, indices.device)
-        return cls(T=W.clone() if T is None else T.to(dtype=dtype, device=device), W=W, indices=indices)
+        return cls(T=W.clone() if T is None else T.to(dtype=dtype, device=device), W=W, indices=indices, shares=shares)
 
     @property
     def state_size(self) -> int:

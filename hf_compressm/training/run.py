@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..architectures import enable_fast_cpu_scan
 from ..compression import CheckRecord, Compressor, LossFunction, Snapshot, drop_stale_states, write_history
 from ..config import CompreSSMConfig
-from ..errors import CalibrationError, NotFiniteError, TruncationError
+from ..errors import CalibrationError, NotFiniteError, TruncationError, UnstableSystemError
 from ..ops import compile_kernels
 from .batches import training_batches
 from .requirements import require_plain_run
@@ -158,7 +158,7 @@ class CompressionRun:
             record = self._compressor.check(
                 self._batches.draw(step), step=step, number=self.steps.index(step) + 1, total=len(self.steps)
             )
-        except (CalibrationError, NotFiniteError, TruncationError) as error:
+        except (CalibrationError, NotFiniteError, TruncationError, UnstableSystemError) as error:
             record = self._compressor.skip(str(error), step=step)
             logger.warning("the check after step %d was skipped: %s", step, error)
         if self._watch is not None and record.outcome == "cut":

@@ -11,9 +11,10 @@ from torch import nn
 from hf_compressm import CompreSSMConfig, analyze, fast_cpu_scan
 from hf_compressm.architectures import find_layers
 from hf_compressm.compression import calibrate, evaluate_loss
+from hf_compressm.compression.calibration import loss_terms
 from hf_compressm.errors import CalibrationError
 from hf_compressm.systems import DiagonalLTI
-from tests.cases import CASES, case_id, tiny_mamba, token_batch
+from tests.cases import CASES, case_id, real_valued_batch, real_valued_model, tiny_mamba, token_batch
 
 GRAMIANS = ["loss_gradient", "white_noise", "averaged"]
 
@@ -49,7 +50,13 @@ def loop_gramians(model: nn.Module, batch: dict) -> dict[str, tuple[torch.Tensor
     for context in contexts:
         context.__exit__(None, None, None)
     model.zero_grad()
-    return {name: _loop(*keeper.seen[0]) for name, keeper in keepers.items()}
+    # The adjoint states are those of the sum over all loss terms, of which the loss is the mean.
+    terms = batch["labels"].numel()
+    results = {}
+    for name, keeper in keepers.items():
+        P, Q, energy = _loop(*keeper.seen[0])
+        results[name] = P, Q * terms**2, energy
+    return results
 
 
 def _loop(inputs, output):
@@ -174,6 +181,44 @@ def test_a_batch_without_labels_is_refused_with_the_remedy() -> None:
         calibrate(model, find_layers(model), [{"input_ids": token_batch()["input_ids"]}])
 
 
+@pytest.mark.parametrize("parts", [(31, 1), (10, 10, 12)])
+def test_examples_weigh_alike_however_they_are_batched(parts: tuple[int, ...]) -> None:
+    """A last batch of one example has a mean loss with 31 times the gradient of each; it must not rule the Gramian."""
+    model, batch = real_valued_model(), real_valued_batch(batch=32)
+    layers = find_layers(model)
+    pieces = [dict(zip(batch, rows)) for rows in zip(*(values.split(parts) for values in batch.values()))]
+    whole, split = calibrate(model, layers, [batch]), calibrate(model, layers, pieces)
+    assert math.isclose(whole.loss, split.loss, rel_tol=1e-5)
+    for name, expected in whole.gramians.items():
+        for matrix in ("P", "Q", "readout_energy"):
+            found, wanted = getattr(split.gramians[name], matrix), getattr(expected, matrix)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.max()))
+    assert math.isclose(evaluate_loss(model, pieces), whole.loss, rel_tol=1e-5)
+
+
+def test_labels_that_are_ignored_do_not_count() -> None:
+    labels = torch.tensor([[1, -100, -100], [2, 3, -100]])
+    assert loss_terms({"input_ids": labels, "labels": labels}) == 3
+    assert loss_terms({"x": [torch.zeros(5, 2)], "labels": torch.zeros(5)}) == 5
+    assert loss_terms(torch.zeros(7, 3)) == 7 and loss_terms({"labels": torch.full((2,), -100)}) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_gradients_survive_half_precision(dtype: torch.dtype) -> None:
+    """A loss whose gradient at the scan is near float16's smallest number gives the same directions as float32."""
+    model, batch = tiny_mamba(), token_batch()
+
+    def faint(model, batch):
+        with torch.autocast("cpu", dtype=dtype):
+            return model(**batch).loss * 1e-3
+
+    layers = find_layers(model)
+    exact, half = calibrate(model, layers, [batch]), calibrate(model, layers, [batch], loss_function=faint)
+    for name in exact.gramians:
+        a, b = (result.gramians[name].Q.flatten() for result in (exact, half))
+        assert float(torch.dot(a, b) / (a.norm() * b.norm())) > 0.999
+
+
 def test_a_loss_function_of_the_user_is_used() -> None:
     model, batch = tiny_mamba(), token_batch()
     labels = batch.pop("labels")
@@ -185,7 +230,8 @@ def test_a_loss_function_of_the_user_is_used() -> None:
     scaled = calibrate(model, find_layers(model), [batch], loss_function=loss)
     assert math.isclose(scaled.loss, 3 * plain.loss, rel_tol=1e-6)
     for name in plain.gramians:
-        torch.testing.assert_close(scaled.gramians[name].Q, 9 * plain.gramians[name].Q)
+        # Without labels in the batch its 4 examples count, with them 4 x 20 labels.
+        torch.testing.assert_close(scaled.gramians[name].Q, 9 / 20**2 * plain.gramians[name].Q)
     assert math.isclose(evaluate_loss(model, [batch], loss), scaled.loss, rel_tol=1e-6)
 
 

@@ -217,3 +217,60 @@ def test_analyze_changes_nothing_and_agrees_with_compress() -> None:
     assert spectrum.ranks(0.05) == wanted
     for layer in record.layers:
         assert layer.hankel_singular_values == pytest.approx(spectrum.sigma[layer.name].tolist())
+
+
+@pytest.mark.parametrize("after_rollback, sizes", [("stop", [8]), ("halve", [8, 6])])
+def test_a_cut_that_the_calibration_loss_refuses_is_taken_back(monkeypatch, after_rollback: str, sizes: list) -> None:
+    model = tiny_mamba()
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = snapshot(model)
+    config = CompreSSMConfig(strategy="fixed", rollback_tolerance=0.1, after_rollback=after_rollback)
+    compressor = Compressor(model, config, optimizer=optimizer, progress=False)
+    real = compressor_module.evaluate_loss
+    monkeypatch.setattr(compressor_module, "evaluate_loss", lambda *args: real(*args) + 0.2)
+    record = compressor.check([token_batch()], step=5)
+    assert [r.outcome for r in compressor.records] == ["cut", "rolled_back"] and record is compressor.records[1]
+    assert "calibration loss rose by 0." in record.reason and record.step == 5
+    after = snapshot(model)
+    assert after["config"] == before["config"] and after["sizes"] == before["sizes"]
+    assert all(torch.equal(before["tensors"][name], tensor) for name, tensor in after["tensors"].items())
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    assert compressor.is_finished == (after_rollback == "stop")
+
+    monkeypatch.setattr(compressor_module, "evaluate_loss", real)
+    if after_rollback == "halve":
+        assert compressor.check([token_batch()], step=6).outcome == "cut"
+    assert model.config.state_size == sizes[-1]
+
+
+def test_a_cut_that_the_calibration_loss_accepts_stays(monkeypatch) -> None:
+    monkeypatch.setattr(compressor_module, "evaluate_loss", lambda *args: 0.0)
+    compressor = Compressor(tiny_mamba(), CompreSSMConfig(strategy="pragmatic"), progress=False)
+    assert compressor.check([token_batch()]).outcome == "cut"
+    assert compressor.snapshot is None and not compressor.is_finished
+
+
+def test_a_settled_order_is_cut_before_the_window_ends() -> None:
+    config = CompreSSMConfig(strategy="fixed", when_stable=0.9)
+    compressor = Compressor(tiny_mamba(), config, progress=False)
+    outcomes = [compressor.check([token_batch()], step=s, number=s, total=9).outcome for s in range(1, 4)]
+    assert outcomes == ["kept", "kept", "cut"] and compressor.is_finished
+
+
+def test_scores_after_a_fold_are_those_that_the_next_check_finds() -> None:
+    model, batch = tiny_mamba(state_size=16), token_batch(batch=16, length=40)
+    with torch.no_grad():
+        for layer in model.backbone.layers:
+            layer.mixer.x_proj.weight.mul_(2)
+    compressor = Compressor(model, CompreSSMConfig(strategy="fixed"), progress=False)
+    first = compressor.check([batch], step=1)
+    assert 0 < max(layer.lost_energy for layer in first.layers) < 0.5
+    second = compressor.check([batch], step=2)
+    assert min(layer.rank_correlation for layer in second.layers) > 0.9
+
+
+def test_every_reductor_and_its_default_are_checked_when_the_compressor_is_made() -> None:
+    assert Compressor(tiny_mamba(), CompreSSMConfig(), progress=False)
+    with pytest.raises(UnsupportedModelError, match="cannot hold what the reductor 'balanced' gives"):
+        Compressor(tiny_mamba(), CompreSSMConfig(reductor="balanced"), progress=False)

@@ -11,7 +11,13 @@ from transformers import Adafactor
 
 from hf_compressm import CompreSSMConfig, compress
 from hf_compressm.architectures import AxisMap, ParameterChange, successor
-from hf_compressm.compression.optimizer import OptimizerChange, carry_state, require_matching_states, unwrap_optimizer
+from hf_compressm.compression.moments import carry_state
+from hf_compressm.compression.optimizer import (
+    OptimizerChange,
+    drop_stale_states,
+    require_matching_states,
+    unwrap_optimizer,
+)
 from hf_compressm.errors import UnsupportedModelError
 from tests.cases import tiny_mamba, token_batch
 
@@ -110,7 +116,74 @@ def test_factored_moments_are_mapped_along_the_axis_that_they_have(keep_axis: bo
     )
     expected = (M**2 @ row.double()).float()
     torch.testing.assert_close(state[names[0]], expected.reshape((3, 1) if keep_axis else (3,)))
-    assert torch.equal(state[names[1]].flatten(), column) and state["RMS"] == 0.1
+    torch.testing.assert_close(state[names[1]].flatten(), column * (expected.mean() / row.mean()))
+    assert state["RMS"] == 0.1
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("keep_axis", [False, True])
+def test_adafactor_estimates_the_kept_entries_as_before(axis: int, keep_axis: bool) -> None:
+    """A second moment of rank one is what Adafactor holds exactly; a selection must not change what it says."""
+    old, kept = nn.Parameter(torch.randn(5, 4)), torch.tensor([0, 2])
+    picked = torch.eye(old.shape[axis], dtype=torch.float64)[kept]
+    change = ParameterChange(old, successor(old, old.detach().index_select(axis, kept)), AxisMap(axis, picked, kept))
+    row, column = torch.rand(5) + 0.1, torch.rand(4) + 0.1
+    names = ("row_var", "col_var") if keep_axis else ("exp_avg_sq_row", "exp_avg_sq_col")
+    shapes = ((-1, 1), (1, -1)) if keep_axis else ((-1,), (-1,))
+    state = carry_state({names[0]: row.reshape(shapes[0]), names[1]: column.reshape(shapes[1])}, change)
+
+    def estimate(row, column):
+        return row.reshape(-1, 1) * column.reshape(1, -1) / row.mean()
+
+    expected = estimate(row, column).index_select(axis, kept)
+    torch.testing.assert_close(estimate(state[names[0]], state[names[1]]), expected)
+
+
+@pytest.mark.parametrize(
+    "state", [{"square_avg": torch.rand(5, 4), "name": "momentum_buffer"}, {"RMS": 1.0, "name": "exp_avg"}]
+)
+def test_averages_of_normalised_updates_keep_their_size(state: dict) -> None:
+    change = some_change()
+    name = state.pop("name")
+    updates = torch.randn(5, 4)
+    carried = carry_state({**state, name: updates}, change)
+    assert torch.equal(carried[name], updates[:3]), "the leading entries, where the map does not say which are kept"
+
+
+@pytest.mark.parametrize("moments", ["carry", "slice", "reset"])
+def test_the_setting_decides_what_happens_to_the_moments(moments: str) -> None:
+    model = tiny_mamba()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optimizer, 3)
+    old = model.backbone.layers[0].mixer.x_proj.weight
+    before = optimizer.state[old]["exp_avg"].clone()
+    other = model.backbone.layers[0].mixer.in_proj.weight
+    kept_elsewhere = optimizer.state[other]["exp_avg"].clone()
+    settings = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, optimizer_moments=moments)
+    compress(model, [token_batch()], settings, optimizer)
+    new = model.backbone.layers[0].mixer.x_proj.weight
+    assert torch.equal(optimizer.state[other]["exp_avg"], kept_elsewhere)
+    if moments == "reset":
+        assert optimizer.state[new] == {}
+        return
+    after = optimizer.state[new]["exp_avg"]
+    assert after.shape == new.shape and torch.equal(after[:3], before[:3]), "the time step's rows are untouched"
+    is_row_of_before = [(row == before).all(1).any().item() for row in after[3:7]]
+    assert all(is_row_of_before) == (moments == "slice")
+
+
+def test_states_of_parameters_that_changed_their_size_are_dropped() -> None:
+    model = tiny_mamba()
+    for name in OPTIMIZERS:
+        optimizer = OPTIMIZERS[name](model.parameters())
+        train(model, optimizer, 1)
+        assert drop_stale_states(optimizer) == 0
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, 1)
+    parameter = model.backbone.layers[0].mixer.A_log
+    parameter.data = parameter.data.new_zeros(32, 12)
+    others = len(optimizer.state) - 1
+    assert drop_stale_states(optimizer) == 1 and parameter not in optimizer.state and len(optimizer.state) == others
 
 
 def test_an_unknown_state_is_reset_with_a_warning_that_names_it(caplog) -> None:

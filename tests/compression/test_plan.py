@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hf_compressm import CompreSSMConfig
 from hf_compressm.compression import plan_reduction
+from hf_compressm.compression.moment import Moment
 
 
 def spectrum(*values: float) -> torch.Tensor:
@@ -77,3 +78,68 @@ def test_no_layer_drops_more_energy_than_the_tolerance(values, tolerance, multip
         assert sizes[name] == 6 or sizes[name] % multiple == 0
     if uniform:
         assert len(set(sizes.values())) == 1
+
+
+def rungs(config: CompreSSMConfig, total: int, size: int = 64) -> list[int]:
+    """The sizes after each of `total` checks."""
+    sizes, original = [], {"a": size}
+    for number in range(1, total + 1):
+        moment = Moment(number, total, original)
+        size = plan_reduction({"a": torch.ones(size, dtype=torch.float64)}, {"a": size}, config, moment)["a"].new_size
+        sizes.append(size)
+    return sizes
+
+
+def test_a_target_is_reached_in_equal_ratios_at_the_last_check() -> None:
+    assert rungs(CompreSSMConfig(strategy="target", target_state_size=8), 3) == [32, 16, 8]
+    assert rungs(CompreSSMConfig(strategy="target", target_ratio=0.1), 1) == [7]
+    assert rungs(CompreSSMConfig(strategy="target", target_ratio=0.25), 4)[-1] == 16
+    assert rungs(CompreSSMConfig(strategy="target", target_state_size=200), 2) == [64, 64]
+
+
+@given(st.integers(1, 64), st.integers(1, 12))
+def test_every_target_is_met_exactly_however_many_checks_there_are(target: int, total: int) -> None:
+    sizes = rungs(CompreSSMConfig(strategy="target", target_state_size=target), total)
+    assert sizes[-1] == target and sizes == sorted(sizes, reverse=True)
+
+
+def test_the_last_step_to_a_target_passes_the_gate_however_small() -> None:
+    assert rungs(CompreSSMConfig(strategy="target", target_state_size=63), 1) == [63]
+
+
+def test_layers_that_are_cut_when_settled_go_to_the_target_at_once() -> None:
+    config = CompreSSMConfig(strategy="target", target_state_size=8, when_stable=0.9)
+    plan = plan_reduction({"a": FLAT.repeat(8)}, {"a": 64}, config, Moment(2, 10, {"a": 64}))
+    assert plan["a"].new_size == 8
+
+
+def test_layers_that_wait_keep_their_size_and_hold_uniform_ones_back() -> None:
+    spectra, sizes = {"a": STEEP, "b": STEEP}, {"a": 8, "b": 8}
+    moment = Moment(1, 2, sizes, waiting=frozenset({"a"}))
+    free = plan_reduction(spectra, sizes, CompreSSMConfig(tolerance=0.005, uniform=False), moment)
+    assert (free["a"].new_size, free["a"].wanted, free["b"].new_size) == (8, 3, 3)
+    assert not any(layer.is_cut for layer in plan_reduction(spectra, sizes, CompreSSMConfig(), moment).values())
+
+
+@pytest.mark.parametrize(
+    "settings, full, half",
+    [
+        ({"tolerance": 0.2}, 5, 6),
+        ({"strategy": "fixed", "keep_ratio": 0.5}, 4, 6),
+        ({"strategy": "pragmatic", "keep_ratio": 0.5}, 4, 6),
+        ({"strategy": "target", "target_state_size": 2}, 2, 4),
+    ],
+)
+def test_half_a_step_drops_less(settings: dict, full: int, half: int) -> None:
+    sigma = spectrum(8, 4, 2, 2, 2, 2, 1.5, 0.5)
+    for scale, expected in ((1.0, full), (0.5, half)):
+        plan = plan_reduction({"a": sigma}, {"a": 8}, CompreSSMConfig(**settings), Moment(1, 1, {"a": 8}, scale=scale))
+        assert plan["a"].new_size == expected
+
+
+@pytest.mark.parametrize("size, new, gate", [(90, 63, 0.30), (75, 51, 0.32), (20, 19, 0.05)])
+def test_the_gate_is_not_decided_by_rounding(size: int, new: int, gate: float) -> None:
+    config = CompreSSMConfig(strategy="target", target_state_size=new, minimum_reduction=gate)
+    plan = plan_reduction({"a": torch.ones(size)}, {"a": size}, config, Moment(1, 1, {"a": size}))
+    fixed = CompreSSMConfig(strategy="fixed", keep_ratio=new / size, minimum_reduction=gate)
+    assert plan["a"].new_size == plan_reduction({"a": torch.ones(size)}, {"a": size}, fixed)["a"].new_size == new

@@ -47,7 +47,7 @@ def interpolative_truncation(P: torch.Tensor, Q: torch.Tensor, r: int, ridge: fl
 
     Returns:
         [`Truncation`]: With `indices` in ascending order, `T` in float64 (complex128 if a Gramian is complex), on the
-        device of `P`.
+        device of `P`, and the `shares` `T_ns P_sn / P_nn` of the explained variance.
 
     Raises:
         DimensionError: The shapes are not `(N, N)`, or differ, or `r` is not an integer from 1 to N.
@@ -79,10 +79,12 @@ def interpolative_truncation(P: torch.Tensor, Q: torch.Tensor, r: int, ridge: fl
     L_P, L_Q = L_P / deviation.unsqueeze(-1), L_Q * deviation.unsqueeze(-1)
     covariance = L_P @ L_P.mH
     kept = _greedy_selection(covariance, L_Q, r)
-    T = _regression(covariance[kept], kept, ridge) * (deviation.unsqueeze(-1) / deviation[kept])
+    regression = _regression(covariance[kept], kept, ridge)
     # Exact by definition; the ridge would shrink it.
-    T[kept] = torch.eye(r, dtype=T.dtype, device=T.device)
-    return Truncation.from_indices(kept, full_size=P.shape[-1], T=T)
+    regression[kept] = torch.eye(r, dtype=regression.dtype, device=regression.device)
+    shares = (regression.mT * covariance[kept]).real
+    T = regression * (deviation.unsqueeze(-1) / deviation[kept])
+    return Truncation.from_indices(kept, full_size=P.shape[-1], T=T, shares=shares)
 
 
 def interpolation_residual(P: torch.Tensor, Q: torch.Tensor, truncation: Truncation) -> float | torch.Tensor:
