@@ -282,9 +282,9 @@ def test_the_demo_is_found_and_passes_its_options_on(run, monkeypatch) -> None:
     assert demo.recipe().name == "demo.py"
     called = []
     monkeypatch.setattr(demo.subprocess, "run", lambda command, check: called.append(command) or _Finished)
-    result = run("demo", "--output-dir", "out", "--steps", "30", "--quiet")
+    result = run("demo", "--output-dir", "out", "--steps", "60", "--quiet")
     assert result.exit_code == 0 and called == [
-        [sys.executable, str(demo.recipe()), "--output-dir", "out", "--steps", "30"]
+        [sys.executable, str(demo.recipe()), "--output-dir", "out", "--steps", "60"]
     ]
 
 
