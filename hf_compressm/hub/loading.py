@@ -83,6 +83,12 @@ def model_class_of(folder: str | os.PathLike, trust_remote_code: bool = False) -
     folder = Path(folder)
     written = _config_of(folder)
     auto_map = written.get("auto_map") if isinstance(written.get("auto_map"), dict) else {}
+    kernel = _kernel_in(written)
+    if kernel is not None and not trust_remote_code:
+        raise UnsupportedModelError(
+            f"the configuration in {folder} asks for the kernel {kernel!r}, code of another repository, which was not "
+            "fetched. Remove that entry, or pass trust_remote_code (--trust-remote-code) if you trust it."
+        )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
@@ -179,6 +185,23 @@ def _config_of(folder: Path) -> dict[str, Any]:
     if not isinstance(written, dict):
         raise InconsistentModelError(f"{folder / 'config.json'} is a JSON {type(written).__name__}; give an object.")
     return written
+
+
+def _kernel_in(written: Any) -> str | None:
+    """The repository of compiled code that a configuration names; transformers would fetch and run it."""
+    if isinstance(written, list):
+        return next((found for value in written if (found := _kernel_in(value))), None)
+    if not isinstance(written, dict):
+        return None
+    for name, value in written.items():
+        named = value.values() if isinstance(value, dict) else [value]
+        if str(name).endswith("_implementation"):
+            for choice in named:
+                if isinstance(choice, str) and "/" in choice:
+                    return choice
+        if (found := _kernel_in(value)) is not None:
+            return found
+    return None
 
 
 def _registered_class(auto_class: Any, config: Any) -> Any:

@@ -243,6 +243,29 @@ def test_a_folders_own_code_is_not_run_unasked(run, folder) -> None:
     assert not Path("ran").exists()
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"_attn_implementation": "someone/kernel"},
+        {"attn_implementation": {"text_config": "someone/kernel@main:forward"}},
+        {"text_config": {"_attn_implementation": "someone/kernel"}},
+    ],
+)
+def test_a_kernel_of_another_repository_is_not_fetched_unasked(run, folder, entry: dict) -> None:
+    result = run("analyze", str(damaged(folder / "model", **entry)), *ROWS)
+    assert result.exit_code == 1 and "someone/kernel" in result.stderr and "was not fetched" in result.stderr
+
+
+def test_an_interrupt_is_told_and_has_its_exit_code(run, monkeypatch) -> None:
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MambaForCausalLM, "save_pretrained", interrupted)
+    result = run("compress", "model", "-o", "small", "--ratio", "0.5", *ROWS)
+    assert result.exit_code == 130 and "interrupted" in result.stderr
+    assert not [name for name in os.listdir() if "small" in name]
+
+
 def test_a_history_that_is_none_is_refused(run, folder) -> None:
     target = damaged(folder / "model")
     for content in ("[]", "{", '{"checks": [{"outcome": "cut", "path": "../x"}]}', '{"checks": 3}'):
