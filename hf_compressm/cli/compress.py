@@ -168,9 +168,8 @@ def _announcement(
 def _show_plan(model: Any, batches: list, config: CompreSSMConfig, quiet: bool) -> None:
     from tabulate import tabulate
 
-    from .. import analyze
     from ..architectures import find_layers
-    from ..compression import plan_reduction
+    from ..compression import analyze, plan_reduction
 
     spectrum = analyze(model, batches or None, config, progress=False if quiet else None)
     sizes = {layer.name: layer.state_size for layer in find_layers(model)}
@@ -184,7 +183,7 @@ def _cut(
     model: Any, folder: Path, batches: Any, config: CompreSSMConfig, source: DataSource, name: str, quiet: bool
 ) -> tuple[Any, str]:
     """Evaluate, cut, evaluate again; returns the facts for the card and what to print."""
-    from .. import compress as cut
+    from ..compression import compress as cut
     from ..compression.cards import Evaluation, Provenance, evaluation_table
     from ..hub.loading import history_of
     from .evaluate import evaluate
@@ -195,7 +194,7 @@ def _cut(
     before = evaluate(model, unseen, show) if unseen else {}
     record = cut(model, batches.calibration or None, config, progress=None if show else False)
     after = evaluate(model, unseen, show) if unseen and record.outcome == "cut" else {}
-    inherited = _metadata(folder)
+    inherited = _inherited(folder)
     provenance = Provenance(
         records=[*history_of(folder), record],
         config=config,
@@ -211,19 +210,14 @@ def _cut(
     return provenance, "\n".join(lines)
 
 
-def _metadata(folder: Path) -> dict[str, str]:
+def _inherited(folder: Path) -> dict[str, str]:
     """License and base model that the model's card names; a card that cannot be read names none."""
-    import yaml
-    from huggingface_hub import RepoCard
+    from ..compression.cards import read_card, read_metadata
+    from ..errors import CardError
 
-    from ..compression.cards import read_card
-
-    card = read_card(folder)
-    if card is None:
-        return {}
     try:
-        data = RepoCard(card).data
-    except (yaml.YAMLError, ValueError, TypeError):
+        data = read_metadata(read_card(folder) or "")
+    except CardError:
         return {}
     return {name: data[name] for name in ("license", "base_model") if isinstance(data.get(name), str)}
 

@@ -3,7 +3,7 @@
 from .carry import carried_provenance, carry, describe, describe_folder
 from .consistency import require_one_model, require_safe_weights, state_sizes
 from .files import CARD_NAME, read_card, replace_file, spectrum_picture, write_card, write_model_files
-from .merge import is_machine_made, merge_card, merge_trainer_card, renamed
+from .merge import is_machine_made, merge_card, merge_trainer_card, read_metadata, renamed
 from .provenance import Evaluation, Provenance
 from .section import (
     PICTURE_NAME,
@@ -30,6 +30,7 @@ __all__ = [
     "merge_card",
     "merge_trainer_card",
     "read_card",
+    "read_metadata",
     "render_card",
     "renamed",
     "replace_file",

@@ -18,7 +18,8 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 
 from ...errors import CardError
-from .section import SOURCE_NAME, python_string
+from .escaping import python_string
+from .section import SOURCE_NAME
 
 _BEGIN = re.compile(
     r"<!-- hf_compressm:begin(?: section=(?P<section>[0-9a-f]{12}))?(?: rest=(?P<rest>[0-9a-f]{12}))? -->\n?"
@@ -52,7 +53,7 @@ def merge_card(existing: str | None, fresh: str) -> str:
     if existing is None or not existing.strip():
         return _seal(fresh, rest_is_ours=True)
     if is_machine_made(existing):
-        return _seal(_with_metadata(fresh, _metadata(existing), _metadata(fresh)), rest_is_ours=True)
+        return _seal(_with_metadata(fresh, read_metadata(existing), read_metadata(fresh)), rest_is_ours=True)
     return _insert(existing, fresh, rest_is_ours=False)
 
 
@@ -68,8 +69,8 @@ def merge_trainer_card(existing: str | None, trainer_card: str, fresh: str) -> s
     Raises:
         [`~errors.CardError`]: the metadata of a card is not YAML.
     """
-    present = {} if existing is None else _metadata(existing)
-    theirs = _joined(present, _metadata(trainer_card))
+    present = {} if existing is None else read_metadata(existing)
+    theirs = _joined(present, read_metadata(trainer_card))
     if existing is None or not existing.strip() or is_machine_made(existing):
         return _insert(_with_metadata(trainer_card, theirs), fresh, rest_is_ours=True)
     return _insert(_with_metadata(existing, theirs), fresh, rest_is_ours=False)
@@ -115,7 +116,7 @@ def _insert(card: str, fresh: str, rest_is_ours: bool) -> str:
             body = card[begin.end() : end].removesuffix(_END).replace(_NOTE, "").rstrip()
             section = f"{body}\n\n{section}"
         card = card[:start] + section + card[end:]
-    return _seal(_with_metadata(card, _metadata(card), _metadata(fresh)), rest_is_ours)
+    return _seal(_with_metadata(card, read_metadata(card), read_metadata(fresh)), rest_is_ours)
 
 
 def _find(card: str) -> tuple[int, int, re.Match[str]] | None:
@@ -143,7 +144,16 @@ def _digest(text: str) -> str:
     return hashlib.sha256(normal.encode()).hexdigest()[:12]
 
 
-def _metadata(card: str) -> dict:
+def read_metadata(card: str) -> dict:
+    """
+    The metadata at the head of a card; empty where it has none.
+
+    Args:
+        card (`str`): The card's text.
+
+    Raises:
+        [`~errors.CardError`]: it is not YAML, or would build something else than plain values.
+    """
     if REGEX_YAML_BLOCK.match(card) is None:
         return {}
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Callable
 from importlib import resources
@@ -12,6 +11,7 @@ from tabulate import tabulate
 
 from ...architectures import registered_families
 from ..record import CheckRecord
+from .escaping import code, escaped, one_line, python_string
 from .provenance import Evaluation, Provenance
 
 PICTURE_NAME = "compressm_spectrum.png"
@@ -190,26 +190,6 @@ def evaluation_table(evaluations: list[Evaluation] | tuple[Evaluation, ...]) -> 
     ]
     header = ["metric", "before the compression", "after it", "measured on"]
     return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
-
-
-def escaped(text: str) -> str:
-    """Text from elsewhere as plain words of a Markdown line: no markup, no HTML, no table cell."""
-    return re.sub(r"([\\`*\[\]|~#{}]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(one_line(text), quote=False))
-
-
-def code(text: str) -> str:
-    """Text from elsewhere as inline code in a table cell."""
-    return "`" + one_line(text).replace("`", "'").replace("|", "\\|") + "`"
-
-
-def python_string(text: str) -> str:
-    """Text from elsewhere as a string literal of the example, without the end of a code block."""
-    return '"' + one_line(text).replace("\\", "\\\\").replace('"', '\\"').replace("`", "'") + '"'
-
-
-def one_line(text: str) -> str:
-    """Text from elsewhere on one line, and without a comment that could pass for the section's own."""
-    return " ".join(str(text).split()).replace("<!--", "<! --").replace("-->", "-- >")
 
 
 def _short_name(provenance: Provenance) -> str:
