@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_compressm" / "__init__.py").read_text(), re.MULTILINE)[1]
 
-RECIPES = ["rich", "scikit-learn"]
+RECIPES = ["evaluate>=0.4.3", "pillow", "pyyaml", "rich", "scikit-learn"]
 BENCHMARKS = ["mambapy"]
 TEST = [
     "control",

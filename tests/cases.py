@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, MambaModel, PreTrainedModel
 
+from hf_compressm.models import LRUConfig, LRUForCausalLM, S4DConfig, S4DForSequenceClassification
+
 VOCABULARY = 24
+SELECTIVE = ("interpolative", "selection")
+TIME_INVARIANT = ("balanced", "selection")
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Case:
     layers: int = 2
     state_size: int = 8
     is_pretrained_model: bool = True
+    reductors: tuple[str, ...] = SELECTIVE
 
 
 def token_batch(batch: int = 4, length: int = 20, seed: int = 0) -> dict[str, Tensor]:
@@ -83,12 +88,29 @@ def real_valued_batch(batch: int = 4, length: int = 20, seed: int = 0) -> dict[s
     }
 
 
+def tiny_lru(state_size: int = 8, seed: int = 0, **overrides) -> LRUForCausalLM:
+    """An LRU language model whose states forget quickly, so that they differ on short sequences."""
+    torch.manual_seed(seed)
+    settings = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "state_size": state_size}
+    return LRUForCausalLM(LRUConfig(**{**settings, "r_min": 0.3, "r_max": 0.9, "dropout": 0.0, **overrides}))
+
+
+def tiny_s4d(state_size: int = 8, seed: int = 0, **overrides) -> S4DForSequenceClassification:
+    """An S4D classifier of real-valued sequences."""
+    torch.manual_seed(seed)
+    settings = {"input_size": 1, "hidden_size": 16, "num_hidden_layers": 2, "state_size": state_size, "num_labels": 3}
+    return S4DForSequenceClassification(S4DConfig(**{**settings, "dropout": 0.0, **overrides}))
+
+
 CASES = [
     Case("mamba-causal-lm", "mamba", tiny_mamba, token_batch),
     Case("mamba-inside-a-module", "mamba", real_valued_model, real_valued_batch, is_pretrained_model=False),
+    Case("lru-causal-lm", "lru", tiny_lru, token_batch, reductors=TIME_INVARIANT),
+    Case("s4d-classifier", "s4d", tiny_s4d, real_valued_batch, reductors=TIME_INVARIANT),
 ]
 
 PRETRAINED_CASES = [case for case in CASES if case.is_pretrained_model]
+SELECTIVE_CASES = [case for case in CASES if case.reductors == SELECTIVE]
 
 
 def case_id(case: Case) -> str:

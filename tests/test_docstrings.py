@@ -45,14 +45,15 @@ def documented_arguments(thing: object) -> list[str]:
         return []
     if inspect.isclass(thing):
         if dataclasses.is_dataclass(thing):
-            return [field.name for field in dataclasses.fields(thing) if field.init]
+            own = inspect.get_annotations(thing)
+            return [field.name for field in dataclasses.fields(thing) if field.init and field.name in own]
         if "__init__" not in vars(thing) or issubclass(thing, (torch.autograd.Function,)):
             return []
         signature = inspect.signature(thing.__init__)
     else:
         is_command = thing.__module__.startswith("hf_compressm.cli.") and hasattr(thing, "__wrapped__")
         signature = inspect.signature(thing, eval_str=is_command)
-names = [name for name in signature.parameters if name not in ("self", "cls", "ctx", "args", "kwargs")]
+    names = [name for name in signature.parameters if name not in ("self", "cls", "ctx", "args", "kwargs")]
     # An option of a command is documented where --help finds it.
     names = [name for name in names if not _help_of(signature.parameters[name])]
     is_event = getattr(thing, "__name__", "").startswith("on_")

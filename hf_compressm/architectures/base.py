@@ -41,6 +41,9 @@ class AxisMap:
     matrix: Tensor
     kept: Tensor | None = None
 
+    moves_factors: ClassVar[bool] = True
+    """Whether the map also moves factors of a second moment (Adafactor's), which lack one of the other axes."""
+
     def sliced(self) -> AxisMap:
         """The map that only picks the kept entries."""
         new, old = self.matrix.shape
@@ -249,6 +252,18 @@ class StateSpaceLayer(ABC):
             [`~errors.DimensionError`]: the truncation is for another state size.
             [`~errors.TruncationError`]: the layer's parameters cannot hold it.
         """
+
+    def reduce_alike(self, truncation: Truncation) -> LayerReduction:
+        """
+        Cut a copy of a layer, such as an average of its weights over steps, with the truncation of the layer itself.
+
+        The states of both keep standing for the same thing, so that the average can go on. Nothing is written.
+
+        Raises:
+            [`~errors.DimensionError`]: the truncation is for another state size.
+            [`~errors.TruncationError`]: the layer's parameters cannot hold it.
+        """
+        return self.reduce(truncation)
 
     def check_reducible(self) -> None:
         """

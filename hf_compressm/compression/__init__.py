@@ -7,12 +7,13 @@ from .compressor import Compressor
 from .gramians import ClosedFormGramians, EmpiricalGramians, LayerGramians
 from .optimizer import OptimizerChange, drop_stale_states, unwrap_optimizer
 from .plan import LayerPlan, plan_reduction
-from .record import HISTORY_NAME, CheckRecord, LayerRecord, read_history, write_history
+from .record import HISTORY_NAME, CheckRecord, LayerRecord, read_history, sizes_after, write_history
 from .report import Spectrum
-from .snapshot import SNAPSHOT_NAME, Snapshot
+from .snapshot import LAYERS_NAME, SNAPSHOT_NAME, Snapshot
 
 __all__ = [
     "HISTORY_NAME",
+    "LAYERS_NAME",
     "SNAPSHOT_NAME",
     "Calibration",
     "Change",
@@ -38,6 +39,7 @@ __all__ = [
     "plan_reduction",
     "read_history",
     "roll_back_together",
+    "sizes_after",
     "unwrap_optimizer",
     "write_history",
 ]

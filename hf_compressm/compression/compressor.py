@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..errors import TruncationError, UnsupportedModelError
 from ..systems import Truncation, rank_correlation
 from .apply import Change, ModelChange, commit_together, roll_back_together
 from .calibration import Calibration, LossFunction, calibrate, evaluate_loss
+from .copies import copy_changes
 from .moment import is_finished, moment_of
 from .optimizer import OptimizerChange
 from .plan import LayerPlan, plan_reduction
@@ -49,6 +50,8 @@ class Compressor:
             moments are carried over.
         followers (`Sequence[Follow]`, *optional*): What else changes together with the model.
         sum_over_processes (`Callable`, *optional*): Adds a tensor over all processes.
+        find_copies (`Callable`, *optional*): Returns modules, or dictionaries of tensors by parameter name, that may be
+            copies of the model's weights (an average over steps, say) and are cut with it where they are.
         progress (`bool`, *optional*): Show progress bars; when unset, only on a terminal.
 
     Raises:
@@ -64,6 +67,7 @@ class Compressor:
         optimizer: Any = None,
         followers: Sequence[Follow] = (),
         sum_over_processes: SumOverProcesses | None = None,
+        find_copies: Callable[[], Iterable[Any]] = tuple,
         progress: bool | None = None,
     ) -> None:
         self.model = model
@@ -75,6 +79,8 @@ class Compressor:
         self._optimizer = optimizer
         self._followers = list(followers)
         self._sum_over_processes = sum_over_processes
+        self._find_copies = find_copies
+        self._cut_copies: list[Change] = []
         self._progress = progress
         self._scores: dict[str, Tensor] = {}
         self._reductors = {layer.name: self._reductor_of(layer) for layer in self.layers}
@@ -197,6 +203,7 @@ class Compressor:
             raise RuntimeError("there is no snapshot of a cut to go back to")
         start, parameters, sizes = time.perf_counter(), self._count_parameters(), self.sizes
         commit_together(self._changes(self.snapshot.reductions(self.layers)))
+        roll_back_together(self._cut_copies)
         for name in self.snapshot.sizes:
             self._scores.pop(name, None)
         self.snapshot = None
@@ -232,6 +239,18 @@ class Compressor:
                 if layer.state_scores:
                     self._scores[layer.name] = torch.tensor(layer.state_scores, dtype=torch.float64)
 
+    def put_in(self, layers: Snapshot) -> None:
+        """
+        Give layers the sizes and tensors that a snapshot holds, as when a checkpoint did not hold them itself.
+
+        Args:
+            layers ([`Snapshot`]): Taken of the same model at any state size.
+
+        Raises:
+            [`~errors.DimensionError`]: a tensor of the snapshot has not the shape that its layer needs.
+        """
+        commit_together(self._changes(layers.reductions(self.layers)))
+
     def skip(self, reason: str, step: int | None = None) -> CheckRecord:
         """Record that a check could not be completed and that nothing was changed."""
         parameters = self._count_parameters()
@@ -249,7 +268,8 @@ class Compressor:
         if failures and (self.config.uniform or not reductions):
             return _Result("skipped", f"a truncation failed its checks: {'; '.join(failures)}", calibration.loss)
         snapshot = self._snapshot(reductions)
-        changes = self._changes(reductions)
+        self._cut_copies = copy_changes(self._find_copies(), self.model, self.layers, truncations)
+        changes = [*self._changes(reductions), *self._cut_copies]
         commit_together(changes)
         try:
             loss_after = None if calibration.loss is None else self._loss(batches)
@@ -260,6 +280,8 @@ class Compressor:
             roll_back_together(changes)
             return _Result("skipped", f"the loss after the cut was {loss_after}; the cut was taken back", None)
         self.snapshot = snapshot
+        if snapshot is None:
+            self._cut_copies = []
         reason = "the spectra allow it" if not failures else f"some layers stay as they are: {'; '.join(failures)}"
         return _Result("cut", reason, loss_after, truncations)
 

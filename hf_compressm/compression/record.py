@@ -130,6 +130,11 @@ def _span(sizes: set[int]) -> str:
     return str(min(sizes)) if len(sizes) == 1 else f"{min(sizes)}..{max(sizes)}"
 
 
+def sizes_after(records: list[CheckRecord]) -> dict[str, int]:
+    """The state size that each layer has after the records, by name; layers that no record knows are missing."""
+    return {layer.name: layer.size_after for record in records for layer in record.layers}
+
+
 def write_history(records: list[CheckRecord], folder: str | os.PathLike) -> Path:
     """
     Write all records to `compressm_history.json` in a folder, replacing the file as a whole.

@@ -19,6 +19,7 @@ from ..errors import DimensionError
 from .optimizer import unwrap_optimizer
 
 SNAPSHOT_NAME = "compressm_snapshot.safetensors"
+LAYERS_NAME = "compressm_layers.safetensors"
 
 _PARAMETER, _STATE = "parameter:", "state:"
 
@@ -96,8 +97,14 @@ class Snapshot:
         tensors = [*self.parameters.values(), *(v for s in self.states.values() for v in s.values())]
         return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
-    def save(self, folder: str | os.PathLike) -> Path:
-        """Write `compressm_snapshot.safetensors` to a folder, replacing the file as a whole."""
+    def save(self, folder: str | os.PathLike, file_name: str = SNAPSHOT_NAME) -> Path:
+        """
+        Write the snapshot to a folder, replacing the file as a whole.
+
+        Args:
+            folder (`str` or `os.PathLike`): An existing folder.
+            file_name (`str`, *optional*, defaults to `"compressm_snapshot.safetensors"`): The file's name.
+        """
         tensors = {_PARAMETER + name: value.contiguous() for name, value in self.parameters.items()}
         plain: dict[str, dict[str, Any]] = {}
         for name, state in self.states.items():
@@ -106,7 +113,7 @@ class Snapshot:
                     tensors[f"{_STATE}{key}:{name}"] = value.contiguous()
                 else:
                     plain.setdefault(name, {})[key] = value
-        path = Path(folder) / SNAPSHOT_NAME
+        path = Path(folder) / file_name
         temporary = path.with_suffix(".partial")
         metadata = {"format": "pt", "sizes": json.dumps(dict(self.sizes)), "plain": json.dumps(plain)}
         save_file(tensors, temporary, metadata=metadata)
@@ -114,14 +121,18 @@ class Snapshot:
         return path
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> Snapshot:
+    def load(cls, folder: str | os.PathLike, file_name: str = SNAPSHOT_NAME) -> Snapshot:
         """
         Read the snapshot in a folder, onto the CPU.
+
+        Args:
+            folder (`str` or `os.PathLike`): Where [`~Snapshot.save`] wrote it.
+            file_name (`str`, *optional*, defaults to `"compressm_snapshot.safetensors"`): The file's name.
 
         Raises:
             `FileNotFoundError`: there is none.
         """
-        path = Path(folder) / SNAPSHOT_NAME
+        path = Path(folder) / file_name
         parameters: dict[str, Tensor] = {}
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()

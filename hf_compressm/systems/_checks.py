@@ -25,6 +25,9 @@ def clear_deviation(tensor: torch.Tensor) -> float:
 
 def require_finite(name: str, tensor: torch.Tensor) -> None:
     """Raises `NotFiniteError` naming the first entry that is NaN or infinite."""
+    # A sum is finite only where all entries are; it takes a tenth of the time, and overflow is looked at again.
+    if torch.isfinite(tensor.sum()):
+        return
     bad = ~torch.isfinite(tensor)
     if bad.any():
         index = tuple(bad.nonzero()[0].tolist())

@@ -10,7 +10,7 @@ from hf_compressm.systems.lti import DiagonalLTI
 from hf_compressm.systems.truncation import Truncation
 
 
-def project(system: DiagonalLTI, truncation: Truncation) -> DiagonalLTI:
+def project(system: DiagonalLTI, truncation: Truncation, neglect_coupling: bool = False) -> DiagonalLTI:
     """The reduced system `(W^H A T, W^H B, C T, D)`, for a truncation that keeps the state matrix diagonal.
 
     Every reductor of this package returns such a truncation for a diagonal system: selections and interpolations keep
@@ -20,6 +20,8 @@ def project(system: DiagonalLTI, truncation: Truncation) -> DiagonalLTI:
         system ([`DiagonalLTI`]): The full system.
         truncation ([`Truncation`]): With `full_size` equal to the system's order. Leading dimensions broadcast, so one
             truncation serves a whole batch of systems.
+        neglect_coupling (`bool`, *optional*, defaults to `False`): Leave out what `W^H A T` has off its diagonal, for a
+            system that is close to the one that the truncation was made for.
 
     Returns:
         [`DiagonalLTI`]: Of order `truncation.state_size`, in the same time domain.
@@ -43,7 +45,7 @@ def project(system: DiagonalLTI, truncation: Truncation) -> DiagonalLTI:
     lam = A.diagonal(dim1=-2, dim2=-1)
     coupling, size = (A - torch.diag_embed(lam)).abs().amax().item(), system.lam.abs().amax().item()
     allowed = clear_deviation(truncation.T) * max(size, 1.0)
-    if coupling > allowed:
+    if coupling > allowed and not neglect_coupling:
         raise TruncationError(
             f"W^H A T couples its states: the largest off-diagonal entry is {coupling:.3g}, allowed is {allowed:.1g}. "
             f"Use a truncation that keeps poles (selection, interpolation), or balanced_truncation, which diagonalises."

@@ -36,6 +36,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             loss when unset.
         calibration_batches (`Iterable`, *optional*): Batches to calibrate on. When unset, they are drawn from the
             training set, or, where that is a stream, kept from the training steps.
+        averaged_weights (`Iterable`, *optional*): Averages of the model's weights that are kept elsewhere and have to
+            be cut with it: modules, or dictionaries of tensors by parameter name; read at each cut. A
+            `torch.optim.swa_utils.AveragedModel` in an attribute of another callback is found without it.
 
     Raises:
         [`~errors.ConfigurationError`]: `config` is of another type, or a setting in it is not allowed.
@@ -58,6 +61,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         config: CompreSSMConfig | dict[str, Any] | None = None,
         loss_function: LossFunction | None = None,
         calibration_batches: Iterable[Any] | None = None,
+        averaged_weights: Iterable[Any] = (),
     ) -> None:
         if isinstance(config, dict):
             config = CompreSSMConfig.from_dict(config)
@@ -66,6 +70,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.config = config or CompreSSMConfig()
         self._loss_function = loss_function
         self._given_batches = calibration_batches
+        self._averaged_weights = averaged_weights
         self._run: CompressionRun | None = None
 
     @property
@@ -94,6 +99,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Find the layers and the steps to check; everything that cannot work is refused here."""
+        # A search over hyperparameters makes a new model, a smaller batch after a lack of memory a new start.
+        follow_checkpoints(model)
+        if self._run is not None:
+            self._run.ended()
         keep_card(self)
         self._run = CompressionRun(
             self.config,
@@ -107,6 +116,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             saved_run(state, self),
             loss_function=self._loss_function,
             calibration_batches=self._given_batches,
+            averaged_weights=self._averaged_weights,
         )
 
     def on_step_begin(

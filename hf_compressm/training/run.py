@@ -8,23 +8,41 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..architectures import enable_fast_cpu_scan
-from ..compression import CheckRecord, Compressor, LossFunction, Snapshot, drop_stale_states, write_history
+from ..compression import (
+    LAYERS_NAME,
+    CheckRecord,
+    Compressor,
+    LossFunction,
+    Snapshot,
+    drop_stale_states,
+    sizes_after,
+    write_history,
+)
 from ..config import CompreSSMConfig
-from ..errors import CalibrationError, NotFiniteError, TruncationError, UnstableSystemError
+from ..errors import (
+    CalibrationError,
+    NotFiniteError,
+    TruncationError,
+    UnstableSystemError,
+    UnsupportedModelError,
+)
 from ..ops import compile_kernels
 from .batches import training_batches
 from .requirements import require_plain_run
 from .resume import SavedRun
 from .rollback import EvaluationWatch
 from .schedule import check_steps
-from .trackers import find_trackers, report
+from .trackers import neighbours, report, trackers_among
 
 logger = logging.getLogger(__name__)
+
+_ADAPTER_CONFIG = "adapter_config.json"
 
 
 class CompressionRun:
@@ -38,6 +56,7 @@ class CompressionRun:
         saved ([`~training.resume.SavedRun`]): What the checkpoint of a resumed run holds.
         loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss.
         calibration_batches (`Iterable`, *optional*): Batches that the user gave.
+        averaged_weights (`Iterable`, *optional*): Averages of the weights that the user keeps.
 
     Raises:
         [`~errors.UnsupportedModelError`]: the model or the kind of run cannot be compressed.
@@ -57,15 +76,23 @@ class CompressionRun:
         saved: SavedRun,
         loss_function: LossFunction | None = None,
         calibration_batches: Iterable[Any] | None = None,
+        averaged_weights: Iterable[Any] = (),
     ) -> None:
         require_plain_run(args)
         self.config = config
         self.steps = check_steps(config, state.max_steps)
         self._args, self._state, self._control, self._model = args, state, control, model
         self._watch = EvaluationWatch(config, args, self.steps) if config.judged_by_evaluation else None
+        self._neighbours = neighbours(callback)
+        self._averaged_weights = averaged_weights
         show = state.is_world_process_zero and not args.disable_tqdm
         self._compressor = Compressor(
-            model, config, loss_function=loss_function, optimizer=optimizer, progress=None if show else False
+            model,
+            config,
+            loss_function=loss_function,
+            optimizer=optimizer,
+            find_copies=self._averages,
+            progress=None if show else False,
         )
         self._resume(saved)
         stale = drop_stale_states(optimizer)
@@ -82,7 +109,7 @@ class CompressionRun:
             args.seed + config.seed,
             given=calibration_batches,
         )
-        self._trackers = find_trackers(callback)
+        self._trackers = trackers_among(self._neighbours)
         if config.fast_cpu_scan:
             enable_fast_cpu_scan()
             if next(model.parameters()).device.type == "cpu":
@@ -127,28 +154,57 @@ class CompressionRun:
             self._compressor.snapshot = None
 
     def saved(self) -> None:
-        """Keep what is needed to take a cut back beside the checkpoint that was written before its judgement."""
-        snapshot = self._compressor.snapshot
-        folder = Path(self._args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self._state.global_step}"
-        if snapshot is not None and self._state.is_world_process_zero and folder.is_dir():
+        """Add to a checkpoint what the Trainer does not write: what is needed to take a cut back, and a frozen base."""
+        folder, snapshot = self._checkpoint_folder(), self._compressor.snapshot
+        if not (self._state.is_world_process_zero and folder.is_dir()):
+            return
+        if snapshot is not None:
             snapshot.save(folder)
+        if (folder / _ADAPTER_CONFIG).is_file() and self.records:
+            # Of a model with an adapter the Trainer saves the adapter alone; the cut changed the base below it.
+            Snapshot.of(self._compressor.layers).save(folder, LAYERS_NAME)
+
+    def _checkpoint_folder(self) -> Path:
+        return Path(self._args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self._state.global_step}"
 
     def ended(self) -> None:
         """Let go of the training data."""
         self._batches.close()
+
+    def _averages(self) -> list[Any]:
+        """What the user named, and every averaged model that another callback holds."""
+        held = [value for other in self._neighbours for value in vars(other).values()]
+        return [*self._averaged_weights, *(value for value in held if isinstance(value, AveragedModel))]
 
     def _resume(self, saved: SavedRun) -> None:
         snapshot = None
         if self._watch is not None and saved.pending is not None:
             self._watch.restore(saved.pending)
             if self._watch.judge_at is not None:
-                folder = Path(self._args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self._state.global_step}"
                 try:
-                    snapshot = Snapshot.load(folder)
+                    snapshot = Snapshot.load(self._checkpoint_folder())
                 except FileNotFoundError:
                     self._watch.judge_at = None
-                    logger.warning("%s holds no snapshot; the cut made before it can no longer be taken back.", folder)
+                    logger.warning(
+                        "%s holds no snapshot; the cut made before it can no longer be taken back.",
+                        self._checkpoint_folder(),
+                    )
         self._compressor.restore(saved.records, snapshot)
+        expected = sizes_after(saved.records)
+        if any(self._compressor.sizes.get(name, size) != size for name, size in expected.items()):
+            self._put_base_in(expected)
+
+    def _put_base_in(self, expected: dict[str, int]) -> None:
+        """The checkpoint did not bring the sizes that its records tell, as one that holds an adapter alone."""
+        try:
+            base = Snapshot.load(self._checkpoint_folder(), LAYERS_NAME)
+        except FileNotFoundError as error:
+            raise UnsupportedModelError(
+                f"the checkpoint's records say that the state sizes are {expected}, the model has "
+                f"{self._compressor.sizes}, and {self._checkpoint_folder()} holds no {LAYERS_NAME} to make up for it. "
+                "Resume inside the run's output_dir, or give the Trainer a model with these state sizes."
+            ) from error
+        self._compressor.put_in(base)
 
     def _check(self, step: int) -> None:
         if self._watch is not None:

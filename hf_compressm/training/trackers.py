@@ -10,9 +10,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
 
-def find_trackers(callback: TrainerCallback) -> list[TrainerCallback]:
+def neighbours(callback: TrainerCallback) -> list[TrainerCallback]:
     """
-    The tracker callbacks of the Trainer that a callback belongs to.
+    The other callbacks of the Trainer that a callback belongs to.
 
     A callback is not told its Trainer and cannot send logs of its own, so the handler that holds the callback is looked
     up among the live objects. It takes tens of milliseconds; call it once per training.
@@ -20,11 +20,16 @@ def find_trackers(callback: TrainerCallback) -> list[TrainerCallback]:
     Args:
         callback (`transformers.TrainerCallback`): A callback of the Trainer.
     """
-    kinds = tuple(INTEGRATION_TO_CALLBACK.values())
     # The type is asked instead of the object: isinstance would wake dead weak proxies.
     handlers = [thing for thing in gc.get_objects() if issubclass(type(thing), CallbackHandler)]
     holders = [handler for handler in handlers if any(held is callback for held in handler.callbacks)]
-    return [tracker for handler in holders for tracker in handler.callbacks if isinstance(tracker, kinds)]
+    return [other for handler in holders for other in handler.callbacks if other is not callback]
+
+
+def trackers_among(callbacks: list[TrainerCallback]) -> list[TrainerCallback]:
+    """Those of the callbacks that send logs to a tracker."""
+    kinds = tuple(INTEGRATION_TO_CALLBACK.values())
+    return [callback for callback in callbacks if isinstance(callback, kinds)]
 
 
 def report(
@@ -40,7 +45,7 @@ def report(
 
     Args:
         scalars (`dict[str, float]`): The figures by name.
-        trackers (`list[TrainerCallback]`): From [`find_trackers`].
+        trackers (`list[TrainerCallback]`): From [`trackers_among`].
         args, state, control, model: What the Trainer gave to the callback's event.
     """
     epoch = {} if state.epoch is None else {"epoch": state.epoch}

@@ -6,7 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("cpu_scan.py", "step_time.py", "reduction_cost.py", "cut_accuracy.py")
+BENCHMARKS = (
+    "cpu_scan.py",
+    "step_time.py",
+    "reduction_cost.py",
+    "cut_accuracy.py",
+    "diagonal_scan.py",
+    "lti_reduction.py",
+)
 
 if __name__ == "__main__":
     for script in BENCHMARKS:

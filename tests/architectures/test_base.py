@@ -53,7 +53,7 @@ def test_successor_keeps_everything_but_the_values(dtype: torch.dtype, requires_
 
 
 def test_an_unsupported_model_is_told_what_was_found_and_what_is_supported() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"Supported families: mamba\. Found: Linear x2, Sequential, ReLU"):
+    with pytest.raises(UnsupportedModelError, match=r"Supported families: .*mamba.*\. Found: Linear x2, "):
         find_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
 
 

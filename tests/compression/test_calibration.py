@@ -14,7 +14,7 @@ from hf_compressm.compression import calibrate, evaluate_loss
 from hf_compressm.compression.calibration import loss_terms
 from hf_compressm.errors import CalibrationError
 from hf_compressm.systems import DiagonalLTI
-from tests.cases import CASES, case_id, real_valued_batch, real_valued_model, tiny_mamba, token_batch
+from tests.cases import SELECTIVE_CASES, case_id, real_valued_batch, real_valued_model, tiny_mamba, token_batch
 
 GRAMIANS = ["loss_gradient", "white_noise", "averaged"]
 
@@ -76,7 +76,7 @@ def _loop(inputs, output):
     return H.T @ H / len(H), G.T @ G / len(G), energy
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", SELECTIVE_CASES, ids=case_id)
 @pytest.mark.parametrize("fast", [True, False])
 def test_loss_gradient_gramians_equal_those_of_a_loop(case, fast: bool) -> None:
     model, batch = case.build(), case.batch()

@@ -12,7 +12,7 @@ from hf_compressm import CompreSSMConfig, analyze, compress
 from hf_compressm.compression import Compressor, EmpiricalGramians, commit_together
 from hf_compressm.compression import compressor as compressor_module
 from hf_compressm.errors import CalibrationError, TruncationError, UnsupportedModelError
-from tests.cases import CASES, PRETRAINED_CASES, case_id, logits_of, tiny_mamba, token_batch
+from tests.cases import CASES, PRETRAINED_CASES, SELECTIVE_CASES, case_id, logits_of, tiny_mamba, token_batch
 
 HALF = CompreSSMConfig(strategy="fixed", keep_ratio=0.5)
 
@@ -36,9 +36,15 @@ def assert_unchanged(model: nn.Module, before: dict) -> None:
     assert all(torch.equal(before["tensors"][name], tensor) for name, tensor in after["tensors"].items())
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
-@pytest.mark.parametrize("reductor", ["interpolative", "selection"])
-@pytest.mark.parametrize("gramians", ["loss_gradient", "white_noise", "averaged"])
+EVERY_WAY = [
+    pytest.param(case, reductor, gramians, id=f"{case.name}-{reductor}-{gramians}")
+    for case in CASES
+    for reductor in ("auto", *case.reductors)
+    for gramians in (("loss_gradient", "white_noise", "averaged") if case in SELECTIVE_CASES else ("loss_gradient",))
+]
+
+
+@pytest.mark.parametrize("case, reductor, gramians", EVERY_WAY)
 def test_every_family_is_cut_by_every_reductor(case, reductor: str, gramians: str) -> None:
     model, batch = case.build(), case.batch()
     config = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, reductor=reductor, gramians=gramians)

@@ -204,3 +204,8 @@ class TestArguments:
             system.simulate(torch.zeros(5, 2), torch.zeros(11))
         with pytest.raises(DimensionError, match="length is 0"):
             system.impulse_response(0)
+
+
+def test_large_finite_entries_are_finite() -> None:
+    huge = torch.full((3, 1), 1e308, dtype=torch.float64)
+    assert DiagonalLTI(torch.full((3,), 0.5), huge, huge.mT).order == 3

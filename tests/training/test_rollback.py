@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, disable_fast_cpu_scan, read_history
+from hf_compressm.architectures import find_layers
 from hf_compressm.compression import SNAPSHOT_NAME
 from hf_compressm.errors import ConfigurationError
 from tests.cases import CASES, case_id, token_batch
@@ -36,7 +37,7 @@ class Judge(TrainerCallback):
         self.least, self.name, self.seen = least, name, []
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
-        size = next(m.A_log.shape[1] for m in model.modules() if hasattr(m, "A_log"))
+        size = find_layers(model)[0].state_size
         self.seen.append((state.global_step, size))
         metrics[self.name] = float(size >= self.least)
 
@@ -65,7 +66,7 @@ def test_a_cut_that_hurts_is_taken_back_and_no_other_follows(case, tmp_path) -> 
     # One evaluation before each check and one at each cut; none for the third check, which is not made. The last one
     # is the Trainer's own.
     assert judge.seen == [(3, 8), (4, 4), (7, 4), (8, 2), (20, 4)]
-    assert next(m.A_log.shape[1] for m in model.modules() if hasattr(m, "A_log")) == 4
+    assert find_layers(model)[0].state_size == 4
     assert read_history(tmp_path) == callback.records
     assert {entry["compressm/state_size"] for entry in trainer.state.log_history if "compressm/cut" in entry} == {4, 2}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from hf_compressm.training.trackers import find_trackers
+from hf_compressm.training.trackers import neighbours, trackers_among
 from tests.cases import tiny_mamba
 
 
@@ -18,7 +18,7 @@ def test_only_the_own_trainers_trackers_are_found(tmp_path) -> None:
     mine, other = TrainerCallback(), TrainerCallback()
     trainer = trainer_with(mine, tmp_path, ["tensorboard"])
     stranger = trainer_with(other, tmp_path, ["tensorboard"])
-    trackers = find_trackers(mine)
+    trackers = trackers_among(neighbours(mine))
     assert [type(tracker) for tracker in trackers] == [TensorBoardCallback]
     assert trackers[0] in trainer.callback_handler.callbacks
     assert trackers[0] not in stranger.callback_handler.callbacks
@@ -27,5 +27,5 @@ def test_only_the_own_trainers_trackers_are_found(tmp_path) -> None:
 def test_without_trackers_there_are_none(tmp_path) -> None:
     mine = TrainerCallback()
     trainer = trainer_with(mine, tmp_path, "none")
-    assert find_trackers(mine) == [] and trainer is not None
-    assert find_trackers(TrainerCallback()) == []
+    assert trackers_among(neighbours(mine)) == [] and trainer is not None
+    assert neighbours(TrainerCallback()) == []

@@ -1,0 +1,1 @@
+"""What the recipes share: data, methods, metrics, one runner, and grids of runs with their tables and pictures."""

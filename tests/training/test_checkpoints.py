@@ -1,0 +1,158 @@
+"""Checkpoints that a crash left behind are recognised, set aside, and never resumed from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from hf_compressm import CompreSSMCallback, disable_fast_cpu_scan
+from hf_compressm.training.checkpoints import before_replacing, problem_with, set_aside_incomplete
+from tests.cases import tiny_mamba
+from tests.training.test_callback import make_trainer
+from tests.training.test_resume import SAVES, TWO_CUTS, StopAt
+
+
+@pytest.fixture(autouse=True)
+def _switch_off_afterwards():
+    yield
+    disable_fast_cpu_scan()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    make_trainer(folder, CompreSSMCallback(TWO_CUTS), callbacks=[StopAt(6)], **{**SAVES, "save_steps": 3}).train()
+    return folder
+
+
+@pytest.fixture
+def checkpoint(run, tmp_path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "run")) / "checkpoint-6"
+
+
+def truncate(file: Path, share: float = 0.5) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+
+
+def test_a_whole_checkpoint_has_no_problem(checkpoint) -> None:
+    assert problem_with(checkpoint) is None
+    assert set_aside_incomplete(checkpoint.parent) == []
+
+
+DAMAGES = {
+    "state is missing": (lambda c: (c / "trainer_state.json").unlink(), "has no trainer_state.json"),
+    "state is half": (lambda c: truncate(c / "trainer_state.json"), "trainer_state.json ends too early"),
+    "weights are half": (lambda c: truncate(c / "model.safetensors"), "model.safetensors ends too early"),
+    "weights are empty": (lambda c: (c / "model.safetensors").write_bytes(b""), "model.safetensors ends too early"),
+    "weights' header is half": (lambda c: truncate(c / "model.safetensors", 0.02), "model.safetensors ends too early"),
+    "weights are missing": (lambda c: (c / "model.safetensors").unlink(), "has no weights"),
+    "optimizer is half": (lambda c: truncate(c / "optimizer.pt"), "optimizer.pt ends too early"),
+    "optimizer is missing": (lambda c: (c / "optimizer.pt").unlink(), "lacks the optimizer's state"),
+    "scheduler is empty": (lambda c: (c / "scheduler.pt").write_bytes(b""), "scheduler.pt ends too early"),
+    "random state is half": (lambda c: truncate(c / "rng_state.pth"), "rng_state.pth ends too early"),
+    "random state is missing": (lambda c: (c / "rng_state.pth").unlink(), "lacks the random state"),
+}
+
+
+@pytest.mark.parametrize("damage, problem", DAMAGES.values(), ids=DAMAGES)
+def test_every_kind_of_damage_is_recognised_and_nothing_is_deleted(damage, problem: str, checkpoint, caplog) -> None:
+    damage(checkpoint)
+    assert problem in problem_with(checkpoint)
+    files = sorted(path.name for path in checkpoint.iterdir())
+    (moved,) = set_aside_incomplete(checkpoint.parent)
+    assert moved.name == "incomplete-checkpoint-6" and sorted(path.name for path in moved.iterdir()) == files
+    assert problem in caplog.text
+    assert not checkpoint.exists() and (checkpoint.parent / "checkpoint-3").exists()
+
+
+def test_a_shard_that_is_missing(checkpoint) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    tiny_mamba().save_pretrained(checkpoint, max_shard_size="4KB")
+    assert problem_with(checkpoint) is None
+    next(checkpoint.glob("model-00002-*")).unlink()
+    assert "lacks model-00002-of" in problem_with(checkpoint)
+
+
+def test_a_checkpoint_without_the_training_state_is_whole_by_intention(checkpoint) -> None:
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (checkpoint / name).unlink()
+    assert problem_with(checkpoint) is None
+
+
+def test_an_empty_safetensors_file_is_whole(tmp_path, checkpoint) -> None:
+    save_file({}, checkpoint / "extra.safetensors")
+    assert problem_with(checkpoint) is None
+
+
+def test_names_that_are_taken_are_not_overwritten(checkpoint) -> None:
+    shutil.copytree(checkpoint, checkpoint.parent / "incomplete-checkpoint-6")
+    truncate(checkpoint / "optimizer.pt")
+    (moved,) = set_aside_incomplete(checkpoint.parent)
+    assert moved.name == "incomplete-checkpoint-6.1"
+
+
+def test_folders_of_other_names_and_absent_runs_are_left_alone(tmp_path) -> None:
+    (tmp_path / "checkpoint-final").mkdir()
+    (tmp_path / "checkpoint-3").write_text("a file")
+    assert set_aside_incomplete(tmp_path) == [] and set_aside_incomplete(tmp_path / "nowhere") == []
+    assert (tmp_path / "checkpoint-final").is_dir()
+
+
+def test_the_trainer_resumes_from_the_newest_checkpoint_that_is_whole(checkpoint) -> None:
+    truncate(checkpoint / "optimizer.pt")
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            seen.append((state.global_step, model.config.state_size))
+
+    trainer = make_trainer(checkpoint.parent, CompreSSMCallback(TWO_CUTS), callbacks=[Watch()], **SAVES)
+    trainer.train(resume_from_checkpoint=True)
+    assert seen == [(3, 8)] and trainer.model.config.state_size == 2
+
+
+def test_a_checkpoint_that_is_written_again_stays_whole_until_the_new_one_is(checkpoint) -> None:
+    """The run goes back to step 3 and crashes while it writes step 6 again: the old one is still there."""
+    old = (checkpoint / "model.safetensors").read_bytes()
+
+    class CrashesInSave(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                assert (checkpoint.parent / "replaced-checkpoint-6" / "model.safetensors").read_bytes() == old
+                checkpoint.mkdir()
+                (checkpoint / "model.safetensors").write_bytes(b"half")
+                raise KeyboardInterrupt
+
+    trainer = make_trainer(
+        checkpoint.parent, None, callbacks=[CompreSSMCallback(TWO_CUTS), CrashesInSave()], **{**SAVES, "save_steps": 3}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=str(checkpoint.parent / "checkpoint-3"))
+    set_aside_incomplete(checkpoint.parent)
+    assert (checkpoint / "model.safetensors").read_bytes() == old and problem_with(checkpoint) is None
+
+
+def test_a_checkpoint_that_was_written_again_replaces_the_old_one(checkpoint) -> None:
+    (checkpoint / "of_the_old_one").touch()
+    settings = {**SAVES, "save_steps": 3}
+    trainer = make_trainer(checkpoint.parent, CompreSSMCallback(TWO_CUTS), callbacks=[StopAt(6)], **settings)
+    trainer.train(resume_from_checkpoint=str(checkpoint.parent / "checkpoint-3"))
+    assert not (checkpoint / "of_the_old_one").exists()
+    assert not list(checkpoint.parent.glob("replaced-*"))
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 6
+
+
+def test_a_rename_that_the_crash_left_behind_is_undone_only_where_the_name_is_free(checkpoint) -> None:
+    before_replacing(checkpoint.parent, 6)
+    set_aside_incomplete(checkpoint.parent)
+    assert checkpoint.is_dir() and not list(checkpoint.parent.glob("replaced-*"))
+    before_replacing(checkpoint.parent, 6)
+    shutil.copytree(checkpoint.parent / "replaced-checkpoint-6", checkpoint)
+    set_aside_incomplete(checkpoint.parent)
+    assert checkpoint.is_dir() and not list(checkpoint.parent.glob("replaced-*"))
