@@ -45,7 +45,8 @@ def documented_arguments(thing: object) -> list[str]:
         return []
     if inspect.isclass(thing):
         if dataclasses.is_dataclass(thing):
-            return [field.name for field in dataclasses.fields(thing) if field.init]
+            own = inspect.get_annotations(thing)
+            return [field.name for field in dataclasses.fields(thing) if field.init and field.name in own]
         if "__init__" not in vars(thing) or issubclass(thing, (torch.autograd.Function,)):
             return []
         signature = inspect.signature(thing.__init__)

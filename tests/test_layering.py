@@ -21,6 +21,7 @@ ALLOWED_OUTSIDE = {
     "config": set(),
     "systems": {"torch"},
     "ops": {"torch", "numpy", "numba"},
+    "models": {"torch", "transformers", "huggingface_hub"},
     "architectures": {"torch"},
     "compression": {"torch", "tqdm", "matplotlib", "tabulate", "safetensors", "huggingface_hub", "yaml"},
     "training": {"torch", "tqdm", "numpy", "transformers", "accelerate"},

@@ -1,6 +1,6 @@
 """Model families behind one contract, and the switch that puts the fast scan into them."""
 
-from . import mamba
+from . import lru, mamba, s4d
 from .base import (
     AttributeChange,
     AxisMap,
@@ -12,6 +12,7 @@ from .base import (
     SumOverProcesses,
     successor,
 )
+from .modal_map import ModalMap
 from .registry import config_changes, find_layers, register, registered_families
 from .scan_switch import (
     disable_fast_cpu_scan,
@@ -25,6 +26,7 @@ __all__ = [
     "AttributeChange",
     "AxisMap",
     "LayerReduction",
+    "ModalMap",
     "ParameterChange",
     "ScanInputs",
     "ScanObserver",
@@ -36,9 +38,11 @@ __all__ = [
     "fast_cpu_scan",
     "fast_cpu_scan_enabled",
     "find_layers",
+    "lru",
     "mamba",
     "register",
     "register_scan",
     "registered_families",
+    "s4d",
     "successor",
 ]

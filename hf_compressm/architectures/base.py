@@ -41,6 +41,9 @@ class AxisMap:
     matrix: Tensor
     kept: Tensor | None = None
 
+    moves_factors: ClassVar[bool] = True
+    """Whether the map also moves factors of a second moment (Adafactor's), which lack one of the other axes."""
+
     def sliced(self) -> AxisMap:
         """The map that only picks the kept entries."""
         new, old = self.matrix.shape

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from ..config import CompreSSMConfig
 from ..systems import (
+    COARSE_RESOLUTION,
     DiagonalLTI,
+    HankelDecomposition,
     Truncation,
-    balanced_truncation,
+    balanced_truncation_of_each,
     diagonal_hankel_scores,
     hankel_singular_values,
     interpolation_residual,
@@ -123,12 +125,12 @@ class ClosedFormGramians(LayerGramians):
     system: DiagonalLTI
 
     @cached_property
-    def _channel_spectra(self) -> Tensor:
-        return self.system.hankel_singular_values()
+    def _decomposition(self) -> HankelDecomposition:
+        return self.system.hankel_decomposition(COARSE_RESOLUTION)
 
     def hankel_singular_values(self) -> Tensor:
         """The layer's joint Hankel singular values, `(N,)` float64, descending."""
-        return self._channel_spectra.reshape(-1, self.system.order).sum(0)
+        return self._decomposition.sigma.reshape(-1, self.system.order).sum(0)
 
     def state_scores(self) -> Tensor:
         """The Hankel singular value of each state alone, `(..., N)` float64."""
@@ -141,7 +143,7 @@ class ClosedFormGramians(LayerGramians):
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
         """Cut to `rank` states; `reductor` is `"balanced"` or `"selection"`, `config` and `seed` as above."""
         if reductor == "balanced":
-            return balanced_truncation(self.system, rank)[1]
+            return balanced_truncation_of_each(self.system, rank, self._decomposition)
         return self._select(self.state_scores(), rank, config, seed)
 
 

@@ -42,13 +42,15 @@ def carry_state(state: dict[str, Any], change: ParameterChange, optimizer_name: 
         `dict`: State of the new parameter; empty, so that the optimizer starts it afresh, where something in it is not
         known by name or the change has no moment map.
     """
+    if change.moment_map is None:
+        return {}
     carried: dict[str, Any] = {}
     update_averages = _update_averages(state)
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.ndim == 0 or value.numel() == 1 != change.old.numel():
             carried[name] = value
             continue
-        move = None if change.moment_map is None else _mover(name, value, change, name in update_averages)
+        move = _mover(name, value, change, name in update_averages)
         if move is None:
             logger.warning(
                 "%s keeps a state %r of shape %s for a parameter of shape %s that was cut to %s, and how it moves is "
@@ -57,7 +59,7 @@ def carry_state(state: dict[str, Any], change: ParameterChange, optimizer_name: 
             )  # fmt: skip
             return {}
         carried[name] = move(value)
-    if change.moment_map is not None and change.moment_map.axis == change.old.ndim - 2:
+    if change.moment_map.moves_factors and change.moment_map.axis == change.old.ndim - 2:
         _rescale_column_factors(state, carried, change.old.ndim)
     return carried
 
@@ -81,7 +83,7 @@ def _mover(
         if name in FIRST_MOMENTS:
             return axis_map.first
         return axis_map.second if name in SECOND_MOMENTS else None
-    if ndim < 2:
+    if ndim < 2 or not axis_map.moves_factors:
         return None
     # A factor lacks one axis of the parameter (transformers) or has length 1 there (torch).
     missing = ndim - 1 if name in ROW_FACTORS else ndim - 2 if name in COLUMN_FACTORS else None

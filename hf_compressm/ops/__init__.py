@@ -1,13 +1,27 @@
 """Fast recurrences, each with its slow reference beside it."""
 
+from .diagonal_convolution import channel_systems, channel_systems_reference, convolution_kernel
+from .diagonal_scan import (
+    diagonal_recurrence,
+    diagonal_recurrence_reference,
+    diagonal_scan,
+    diagonal_scan_reference,
+)
 from .selective_gramians import adjoint_gramian, default_sample_count, sample_times, state_gramian
 from .selective_scan import selective_scan, selective_scan_reference
 from .warm_up import compile_kernels
 
 __all__ = [
     "adjoint_gramian",
+    "channel_systems",
+    "channel_systems_reference",
     "compile_kernels",
+    "convolution_kernel",
     "default_sample_count",
+    "diagonal_recurrence",
+    "diagonal_recurrence_reference",
+    "diagonal_scan",
+    "diagonal_scan_reference",
     "sample_times",
     "selective_scan",
     "selective_scan_reference",

@@ -8,11 +8,12 @@ from torch import Tensor
 from ..errors import ConfigurationError, DimensionError
 
 
-def check_shapes(**arguments: tuple[Tensor, tuple[str, ...]]) -> dict[str, int]:
+def check_shapes(allow_complex: bool = False, **arguments: tuple[Tensor, tuple[str, ...]]) -> dict[str, int]:
     """
     Check tensors against named axes, as in `u=(u, ("batch", "length", "channels"))`, and against one another.
 
     Args:
+        allow_complex (`bool`, *optional*, defaults to `False`): Whether tensors may be complex.
         arguments (`tuple[torch.Tensor, tuple[str, ...]]`): For each argument, the tensor and the names of its axes. The
             first tensor that has an axis decides how long the axis is.
 
@@ -31,7 +32,7 @@ def check_shapes(**arguments: tuple[Tensor, tuple[str, ...]]) -> dict[str, int]:
         fits = fits and all(sizes.setdefault(axis, length) == length for axis, length in zip(axes, tensor.shape))
         if not fits:
             raise DimensionError(f"`{name}` has shape {tuple(tensor.shape)}; expected ({expected}).")
-        if not tensor.is_floating_point():
+        if not (tensor.is_floating_point() or (allow_complex and tensor.is_complex())):
             raise ConfigurationError(f"`{name}` has dtype {tensor.dtype}; convert it to a floating-point dtype.")
         device = tensor.device if device is None else device
         if tensor.device != device:

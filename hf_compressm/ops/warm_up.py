@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from .diagonal_scan import diagonal_recurrence
 from .selective_gramians import adjoint_gramian, state_gramian
 from .selective_scan import selective_scan
 
 
 def compile_kernels() -> None:
     """
-    Compile the float32 CPU kernels of the scan and of its Gramians, or load them where they were compiled before.
+    Compile the float32 CPU kernels of the scans and of their Gramians, or load them where they were compiled before.
 
     The first use of a kernel on a machine takes seconds; calling this at the start of a run keeps them out of the
     run's first steps and out of its first reduction.
@@ -19,6 +20,9 @@ def compile_kernels() -> None:
     A = torch.full((1, 1), -1.0)
     with torch.enable_grad():
         y, _ = selective_scan(u.clone().requires_grad_(), u, A, B, B)
+        y.sum().backward()
+        lam, B_lti = torch.full((1,), 0.5, dtype=torch.complex64), torch.ones(1, 1, dtype=torch.complex64)
+        y, _ = diagonal_recurrence(u.clone().requires_grad_(), lam, B_lti, B_lti)
         y.sum().backward()
     state_gramian(u, u, A, B, B)
     adjoint_gramian(u, A, B, u)

@@ -16,7 +16,9 @@ from hf_compressm.systems.lti import DiagonalLTI
 from hf_compressm.systems.projection import project
 from hf_compressm.systems.ranks import energy_rank, error_bound, rank_correlation
 from hf_compressm.systems.reductors import (
+    COARSE_RESOLUTION,
     balanced_truncation,
+    balanced_truncation_of_each,
     balancing_truncation,
     diagonal_hankel_scores,
     interpolation_residual,
@@ -28,11 +30,13 @@ from hf_compressm.systems.truncation import Truncation
 from hf_compressm.systems.verification import require_error_bound, response_error, verification_frequencies
 
 __all__ = [
+    "COARSE_RESOLUTION",
     "DiagonalLTI",
     "HankelDecomposition",
     "TimeDomain",
     "Truncation",
     "balanced_truncation",
+    "balanced_truncation_of_each",
     "balancing_truncation",
     "controllability_factor",
     "controllability_gramian",

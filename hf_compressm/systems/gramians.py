@@ -16,6 +16,9 @@ from hf_compressm.systems.time_domain import TimeDomain, lyapunov_denominator, r
 # lengths away from underflow, where a normalised direction would no longer have length one.
 _NEGLIGIBLE_LENGTH = 1e-140
 
+# Elimination is the faster way where a state has at least this many companions for each input.
+_FEW_INPUTS = 16
+
 
 def controllability_gramian(lam: torch.Tensor, B: torch.Tensor, time_domain: TimeDomain = "discrete") -> torch.Tensor:
     """State covariance under white input: `P = A P A^H + B B^H` with `A = diag(lam)`, solved elementwise.
@@ -111,6 +114,36 @@ def observability_factor(lam: torch.Tensor, C: torch.Tensor, time_domain: TimeDo
     """
     _check_inputs(lam, C.mT, "C transposed", time_domain)
     return _cauchy_factor(lam.to(torch.complex128).conj(), C.to(torch.complex128).mH, time_domain)
+
+
+def cauchy_or_product_factor(
+    lam: torch.Tensor, B: torch.Tensor, coarse: bool, time_domain: TimeDomain = "discrete"
+) -> torch.Tensor:
+    """The factor of [`controllability_factor`], or, where it may be `coarse`, a cheaper one that forms the Gramian.
+
+    Elimination costs `N^2 H` operations of elementwise arithmetic. With many inputs, a Cholesky factorisation of the
+    Gramian, scaled to a unit diagonal, takes a hundredth of the time; its backward error is `N eps` of every state's
+    own variance. Where the Gramian is not numerically definite, [`gramian_factor`] takes its place.
+
+    Args:
+        lam (`torch.Tensor` of shape `(..., N)`): Poles.
+        B (`torch.Tensor` of shape `(..., N, H_in)`): Input matrix.
+        coarse (`bool`): Whether directions of a relative variance below `N eps` may be lost.
+        time_domain (`str`, *optional*, defaults to `"discrete"`): `"discrete"` or `"continuous"`.
+
+    Returns:
+        `torch.Tensor` of shape `(..., N, N)`, complex128.
+
+    Raises:
+        DimensionError, NotFiniteError, UnstableSystemError: As in [`controllability_gramian`].
+    """
+    if not coarse or _FEW_INPUTS * B.shape[-1] < lam.shape[-1]:
+        return controllability_factor(lam, B, time_domain)
+    gramian = controllability_gramian(lam, B, time_domain)
+    diagonal = gramian.diagonal(dim1=-2, dim2=-1).real
+    scale = torch.where(diagonal > 0, diagonal, 1).sqrt().unsqueeze(-1)
+    factor, failed = torch.linalg.cholesky_ex(gramian / scale / scale.mT)
+    return gramian_factor(gramian) if failed.any() else scale * factor
 
 
 def gramian_factor(gramian: torch.Tensor, name: str = "gramian") -> torch.Tensor:

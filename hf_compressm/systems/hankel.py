@@ -13,6 +13,9 @@ import torch
 from hf_compressm.systems._checks import require_finite, require_same_shape
 from hf_compressm.systems.gramians import gramian_factor
 
+# Products of factors lose half of the digits of double precision; a resolution below this one is not kept by them.
+FINEST_RESOLUTION = 1e-6
+
 
 @dataclass(frozen=True, eq=False)
 class HankelDecomposition:
@@ -26,6 +29,8 @@ class HankelDecomposition:
         U (`torch.Tensor` of shape `(..., N, N)`): Left singular vectors, as columns.
         sigma (`torch.Tensor` of shape `(..., N)`): Hankel singular values, float64, descending.
         V (`torch.Tensor` of shape `(..., N, N)`): Right singular vectors, as columns.
+        resolution (`float`, *optional*, defaults to 0.0): Share of `sigma_1` below which singular values are known only
+            in size, and singular vectors not at all; 0 where everything is known to rounding.
     """
 
     L_P: torch.Tensor
@@ -33,14 +38,21 @@ class HankelDecomposition:
     U: torch.Tensor
     sigma: torch.Tensor
     V: torch.Tensor
+    resolution: float = 0.0
 
     @classmethod
-    def from_factors(cls, L_P: torch.Tensor, L_Q: torch.Tensor) -> HankelDecomposition:
+    def from_factors(cls, L_P: torch.Tensor, L_Q: torch.Tensor, resolution: float = 0.0) -> HankelDecomposition:
         """Decomposes the product of two Gramian factors.
+
+        With a `resolution`, the singular values and vectors come from the Hermitian eigenvectors of `M^H M` for the
+        product `M`, several times faster than a singular value decomposition: `sigma_i = |M v_i|`, accurate to
+        `eps sigma_1^2 / sigma_i`.
 
         Args:
             L_P (`torch.Tensor` of shape `(..., N, N)`): Factor of the controllability Gramian, float64 or complex128.
             L_Q (`torch.Tensor` of shape `(..., N, N)`): Factor of the observability Gramian, float64 or complex128.
+            resolution (`float`, *optional*, defaults to 0.0): Share of `sigma_1` down to which singular values are
+                needed; 0, or at least [`FINEST_RESOLUTION`].
 
         Raises:
             DimensionError: The shapes or devices differ.
@@ -51,6 +63,8 @@ class HankelDecomposition:
             L_P, L_Q = L_P.to(torch.complex128), L_Q.to(torch.complex128)
         product = L_Q.mH @ L_P
         require_finite("the product L_Q^H L_P of the Gramian factors", product)
+        if resolution >= FINEST_RESOLUTION:
+            return cls(L_P, L_Q, *_svd_by_eigenvectors(product), resolution)
         U, sigma, Vh = torch.linalg.svd(product)
         return cls(L_P, L_Q, U, sigma, Vh.mH)
 
@@ -58,12 +72,26 @@ class HankelDecomposition:
     def usable_rank(self) -> torch.Tensor:
         """How many Hankel singular values stand above rounding, `sigma_r > N eps sigma_1`: int64 of shape `(...)`.
 
+        Of a decomposition with a resolution, those count that stand above the resolution.
+
         It is 0 for a system whose output does not depend on its input. For measured Gramians the directions beyond it
         are made of rounding errors; a diagonal system may have some of them right, but what they add is below the
         rounding of what the others give.
         """
-        floor = self.sigma.shape[-1] * torch.finfo(torch.float64).eps * self.sigma[..., :1]
-        return (self.sigma > floor).sum(-1)
+        floor = max(self.sigma.shape[-1] * torch.finfo(torch.float64).eps, self.resolution)
+        return (self.sigma > floor * self.sigma[..., :1]).sum(-1)
+
+
+def _svd_by_eigenvectors(product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, sigma and V of a matrix, from the eigenvectors of its Hermitian square."""
+    size = product.abs().amax(dim=(-2, -1), keepdim=True)
+    scaled = product / torch.where(size > 0, size, 1)
+    V = torch.linalg.eigh(scaled.mH @ scaled).eigenvectors
+    images = scaled @ V
+    sigma, order = torch.linalg.vector_norm(images, dim=-2).sort(dim=-1, descending=True)
+    order = order.unsqueeze(-2).expand_as(V)
+    V, images, length = V.gather(-1, order), images.gather(-1, order), sigma.unsqueeze(-2)
+    return images / torch.where(length > 0, length, 1), sigma * size.squeeze(-1), V
 
 
 def hankel_decomposition(P: torch.Tensor, Q: torch.Tensor) -> HankelDecomposition:

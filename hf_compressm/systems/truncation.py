@@ -28,6 +28,9 @@ class Truncation:
         shares (`torch.Tensor` of shape `(..., r, N)`, *optional*): Which share of each full state's variance each kept
             state carries, where a reductor knows it; the identity on kept states. A quantity that belongs to single
             states and is summed over them moves with it.
+        active (`torch.Tensor` of shape `(..., r)` and dtype bool, *optional*): False for inert states, whose columns of
+            `T` and `W` are zero: nothing reaches them and nothing reads them. They fill a batch up to one size. All
+            states are active when unset.
 
     Raises:
         DimensionError: Shapes, dtypes or devices do not fit, or `indices` are out of range, repeated or unsorted.
@@ -49,6 +52,7 @@ class Truncation:
     W: torch.Tensor
     indices: torch.Tensor | None = None
     shares: torch.Tensor | None = None
+    active: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self._check_shapes()
@@ -57,6 +61,9 @@ class Truncation:
         if self.indices is not None:
             self._check_indices(self.indices)
         identity = torch.eye(self.state_size, dtype=self.T.dtype, device=self.T.device)
+        if self.active is not None:
+            self._check_active(self.active)
+            identity = torch.diag_embed(self.active.to(self.T.dtype))
         deviation = (self.W.mH @ self.T - identity).abs().amax().item()
         allowed = clear_deviation(self.T)
         if not deviation <= allowed:
@@ -77,6 +84,16 @@ class Truncation:
             raise DimensionError(f"shares have shape {tuple(self.shares.shape)}; they must be {tuple(T.mT.shape)}.")
         if T.device != W.device:
             raise DimensionError(f"T is on {T.device} and W on {W.device}; move them to one device.")
+
+    def _check_active(self, active: torch.Tensor) -> None:
+        expected = (*self.T.shape[:-2], self.state_size)
+        if active.dtype != torch.bool or tuple(active.shape) != expected or self.indices is not None:
+            raise DimensionError(
+                f"active has dtype {active.dtype} and shape {tuple(active.shape)}; it must be bool of shape "
+                f"{expected}, and None where indices name the kept states."
+            )
+        if (self.T.abs().amax(-2) + self.W.abs().amax(-2))[~active].any():
+            raise TruncationError("an inert state has an entry in T or W that is not zero.")
 
     def _check_indices(self, indices: torch.Tensor) -> None:
         _require_indices(indices, self.full_size)

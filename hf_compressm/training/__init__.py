@@ -1,6 +1,7 @@
 """The floor that knows the Trainer."""
 
 from .callback import CompreSSMCallback
+from .parameter_groups import state_space_parameter_groups
 from .schedule import check_steps
 
-__all__ = ["CompreSSMCallback", "check_steps"]
+__all__ = ["CompreSSMCallback", "check_steps", "state_space_parameter_groups"]

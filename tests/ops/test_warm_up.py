@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from hf_compressm.ops import _gramians_cpu, _selective_scan_numba, compile_kernels, selective_scan, state_gramian
+from hf_compressm.ops import (
+    _diagonal_scan_numba,
+    _gramians_cpu,
+    _selective_scan_numba,
+    compile_kernels,
+    diagonal_recurrence,
+    selective_scan,
+    state_gramian,
+)
 
 
 def test_nothing_is_left_to_compile_for_float32() -> None:
@@ -13,11 +21,15 @@ def test_nothing_is_left_to_compile_for_float32() -> None:
         _selective_scan_numba.scan_forward,
         _selective_scan_numba.scan_backward,
         _gramians_cpu.sum_outer_products,
+        _diagonal_scan_numba.scan_states,
+        _diagonal_scan_numba.scan_adjoints,
     )
     signatures = [len(kernel.signatures) for kernel in kernels]
     assert min(signatures) >= 1
     u, B = torch.rand(2, 70, 40, requires_grad=True), torch.rand(2, 70, 5)
     A = -torch.rand(40, 5)
     selective_scan(u, u.detach(), A, B, B)[0].sum().backward()
+    lam, B_lti = torch.rand(5) + 0j, torch.rand(5, 40) + 0j
+    diagonal_recurrence(u, lam, B_lti, B_lti.mT)[0].sum().backward()
     state_gramian(u.detach(), u.detach(), A, B, B)
     assert [len(kernel.signatures) for kernel in kernels] == signatures

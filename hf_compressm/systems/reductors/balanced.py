@@ -20,10 +20,16 @@ from hf_compressm.systems.verification import require_error_bound
 # times 6e-8 is an error of half a percent.
 DEFAULT_CONDITION_LIMIT = 1e5
 
+# Singular values below this share of the first are rarely kept; where they are, all digits are computed.
+COARSE_RESOLUTION = 1e-5
+
 
 @torch.no_grad()
 def balanced_truncation(
-    system: DiagonalLTI, r: int, condition_limit: float = DEFAULT_CONDITION_LIMIT
+    system: DiagonalLTI,
+    r: int,
+    condition_limit: float = DEFAULT_CONDITION_LIMIT,
+    decomposition: HankelDecomposition | None = None,
 ) -> tuple[DiagonalLTI, Truncation]:
     """Reduces a stable system to `r` states by square-root balanced truncation, in diagonal form again.
 
@@ -39,6 +45,8 @@ def balanced_truncation(
         r (`int`): Number of states to keep, from 1 to N. At N the system is returned as it is.
         condition_limit (`float`, *optional*, defaults to 1e5): Largest condition number of the eigenvectors `X`. Beyond
             it `A_r` is close to having no eigenvector basis, and a diagonal form amplifies every rounding error.
+        decomposition ([`HankelDecomposition`], *optional*): The system's own, where it is known already. One of limited
+            resolution is made good where `r` needs more, or where a check of its result fails.
 
     Returns:
         `tuple` of [`DiagonalLTI`] and [`Truncation`]: The reduced system of order `r` in the same time domain, and the
@@ -70,7 +78,20 @@ def balanced_truncation(
     if r == system.order:
         every_state = torch.arange(r, device=system.lam.device).expand(*system.batch_shape, r)
         return system, Truncation.from_indices(every_state, full_size=r, dtype=torch.complex128)
-    decomposition = system.hankel_decomposition()
+    if decomposition is None:
+        decomposition = system.hankel_decomposition(COARSE_RESOLUTION)
+    if decomposition.resolution == 0:
+        return _diagonalised(system, decomposition, r, condition_limit)
+    try:
+        return _diagonalised(system, decomposition, r, condition_limit)
+    except TruncationError:
+        return _diagonalised(system, system.hankel_decomposition(), r, condition_limit)
+
+
+def _diagonalised(
+    system: DiagonalLTI, decomposition: HankelDecomposition, r: int, condition_limit: float
+) -> tuple[DiagonalLTI, Truncation]:
+    """The reduced system and its truncation in the basis of the reduced state matrix's eigenvectors, checked."""
     balanced = balancing_truncation(decomposition, r)
     lam, X = torch.linalg.eig(balanced.W.mH @ (system.lam.unsqueeze(-1) * balanced.T))
     condition = _checked_condition(X, condition_limit)

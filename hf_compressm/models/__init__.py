@@ -1,0 +1,29 @@
+"""
+Models that transformers does not have: LRU, S4D, and sequence classifiers on Mamba and Mamba-2.
+
+Importing this package registers them with the Auto classes.
+"""
+
+from .lru import LRUConfig, LRUForCausalLM, LRUForSequenceClassification, LRUModel
+from .mamba_classifiers import (
+    Mamba2ClassifierConfig,
+    Mamba2ForSequenceClassification,
+    MambaClassifierConfig,
+    MambaForSequenceClassification,
+)
+from .s4d import S4DConfig, S4DForCausalLM, S4DForSequenceClassification, S4DModel
+
+__all__ = [
+    "LRUConfig",
+    "LRUForCausalLM",
+    "LRUForSequenceClassification",
+    "LRUModel",
+    "Mamba2ClassifierConfig",
+    "Mamba2ForSequenceClassification",
+    "MambaClassifierConfig",
+    "MambaForSequenceClassification",
+    "S4DConfig",
+    "S4DForCausalLM",
+    "S4DForSequenceClassification",
+    "S4DModel",
+]

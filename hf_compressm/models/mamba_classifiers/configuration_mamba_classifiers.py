@@ -1,0 +1,111 @@
+"""Configurations of the sequence classifiers on Mamba and Mamba-2."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import Mamba2Config, MambaConfig
+
+
+@strict
+class MambaClassifierConfig(MambaConfig):
+    r"""
+    A `MambaConfig` with what a sequence classifier needs beside it.
+
+    Args:
+        vocab_size (`int`, *optional*):
+            Number of tokens, for models that read `input_ids`.
+        input_size (`int`, *optional*):
+            Number of features of each step, for models that read `input_values`.
+        dropout (`float`, *optional*, defaults to 0.0):
+            Dropout of the pooled hidden state.
+        pooling (`str`, *optional*, defaults to `"mean"`):
+            How a sequence is summed up: `"mean"`, `"last"` or `"max"` over the steps that are not padding.
+        paired_inputs (`bool`, *optional*, defaults to `False`):
+            Whether two sequences are compared, given on a dimension of length 2 behind the batch.
+        pad_token_id (`int`, *optional*):
+            Token that fills sequences up; it matters only together with an `attention_mask`.
+        bos_token_id (`int`, *optional*):
+            Token that begins a sequence.
+        eos_token_id (`int` or `list[int]`, *optional*):
+            Tokens that end a sequence.
+
+    Raises:
+        `ValueError`: a setting is out of its range.
+    """
+
+    model_type = "mamba_classifier"
+
+    vocab_size: int | None = None
+    input_size: int | None = None
+    dropout: float = 0.0
+    pooling: str = "mean"
+    paired_inputs: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        _check(self)
+        super().__post_init__(**kwargs)
+
+
+@strict
+class Mamba2ClassifierConfig(Mamba2Config):
+    r"""
+    A `Mamba2Config` with what a sequence classifier needs beside it.
+
+    Args:
+        vocab_size (`int`, *optional*):
+            Number of tokens, for models that read `input_ids`.
+        input_size (`int`, *optional*):
+            Number of features of each step, for models that read `input_values`.
+        dropout (`float`, *optional*, defaults to 0.0):
+            Dropout of the pooled hidden state.
+        pooling (`str`, *optional*, defaults to `"mean"`):
+            How a sequence is summed up: `"mean"`, `"last"` or `"max"` over the steps that are not padding.
+        paired_inputs (`bool`, *optional*, defaults to `False`):
+            Whether two sequences are compared, given on a dimension of length 2 behind the batch.
+        pad_token_id (`int`, *optional*):
+            Token that fills sequences up; it matters only together with an `attention_mask`.
+        bos_token_id (`int`, *optional*):
+            Token that begins a sequence.
+        eos_token_id (`int` or `list[int]`, *optional*):
+            Tokens that end a sequence.
+
+    Raises:
+        `ValueError`: a setting is out of its range.
+    """
+
+    model_type = "mamba2_classifier"
+
+    vocab_size: int | None = None
+    input_size: int | None = None
+    dropout: float = 0.0
+    pooling: str = "mean"
+    paired_inputs: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        _check(self)
+        super().__post_init__(**kwargs)
+
+
+LARGEST_STATE_SIZE = 65536
+
+
+def _check(config: MambaClassifierConfig | Mamba2ClassifierConfig) -> None:
+    for name in ("vocab_size", "input_size", "hidden_size", "num_hidden_layers"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` is {value}; allowed is 1 or more.")
+    if not 1 <= config.state_size <= LARGEST_STATE_SIZE:
+        raise ValueError(f"`state_size` is {config.state_size}; allowed are 1 to {LARGEST_STATE_SIZE}.")
+    if config.pooling not in ("mean", "last", "max"):
+        raise ValueError(f"`pooling` is {config.pooling!r}; allowed are 'mean', 'last', 'max'.")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"`dropout` is {config.dropout}; allowed are 0 and above, below 1.")
+
+
+__all__ = ["Mamba2ClassifierConfig", "MambaClassifierConfig"]

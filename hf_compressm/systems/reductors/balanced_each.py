@@ -1,0 +1,122 @@
+"""Balanced truncation of every system of a batch to one size, each as far as its own spectrum carries.
+
+Error bound: that of [`~systems.reductors.balanced`] for every system, at the rank that it is really reduced to.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_compressm.errors import TruncationError
+from hf_compressm.systems._checks import checked_rank
+from hf_compressm.systems.hankel import HankelDecomposition
+from hf_compressm.systems.lti import DiagonalLTI
+from hf_compressm.systems.reductors.balanced import DEFAULT_CONDITION_LIMIT, balanced_truncation
+from hf_compressm.systems.truncation import Truncation
+
+# How far below the wanted rank to look where a truncation fails its checks.
+_NEIGHBOURS = 3
+
+
+@torch.no_grad()
+def balanced_truncation_of_each(
+    system: DiagonalLTI,
+    r: int,
+    decomposition: HankelDecomposition | None = None,
+    condition_limit: float = DEFAULT_CONDITION_LIMIT,
+) -> Truncation:
+    """Reduces every system of a batch to `r` states, of which some may be inert.
+
+    A system that has fewer than `r` Hankel singular values above rounding is reduced to those it has, which loses
+    nothing; one whose truncation fails a check at `r` is reduced to the next lower rank that passes. What is missing to
+    `r` states is filled with inert ones ([`Truncation`]), so that the result has one size and one such system does not
+    keep the others from being cut.
+
+    Args:
+        system ([`DiagonalLTI`]): A stable system, or a batch of them.
+        r (`int`): Number of states to keep, from 1 to N.
+        decomposition ([`HankelDecomposition`], *optional*): The system's own, where it is known already.
+        condition_limit (`float`, *optional*, defaults to 1e5): As in [`balanced_truncation`].
+
+    Returns:
+        [`Truncation`]: complex128; its `active` states come first in each system.
+
+    Raises:
+        DimensionError: `r` is not an integer from 1 to N.
+        UnstableSystemError: A pole of a system is not stable.
+        TruncationError: No system has a usable Hankel singular value, or one fails its checks at `r` and at the next
+            lower ranks.
+    """
+    r = checked_rank(r, system.order)
+    if r == system.order:
+        return balanced_truncation(system, r, condition_limit)[1]
+    batch = _flattened_system(system)
+    known = system.hankel_decomposition() if decomposition is None else decomposition
+    usable = known.usable_rank
+    if known.resolution and bool((usable < r).any()):
+        known = system.hankel_decomposition()
+        usable = known.usable_rank
+    decompositions = _flattened(known, batch.lam.shape[0])
+    ranks = usable.reshape(-1).clamp_max(r)
+    if not ranks.any():
+        raise TruncationError(
+            "no Hankel singular value stands above rounding: a response of zero has no balanced state"
+        )
+    T = batch.lam.new_zeros(batch.lam.shape[0], system.order, r)
+    W, active = torch.zeros_like(T), torch.zeros(*T.shape[::2], dtype=torch.bool, device=T.device)
+    for rank in ranks.unique().tolist():
+        if rank:
+            members = (ranks == rank).nonzero().squeeze(-1)
+            for found, truncation in _reduced(batch, decompositions, members, rank, condition_limit):
+                size = truncation.state_size
+                T[found, :, :size], W[found, :, :size], active[found, :size] = truncation.T, truncation.W, True
+    shape = system.batch_shape
+    T, W, active = T.reshape(*shape, -1, r), W.reshape(*shape, -1, r), active.reshape(*shape, r)
+    return Truncation(T=T, W=W, active=None if active.all() else active)
+
+
+def _reduced(
+    system: DiagonalLTI, decomposition: HankelDecomposition, members: torch.Tensor, rank: int, condition_limit: float
+) -> list[tuple[torch.Tensor, Truncation]]:
+    """Truncations of some members of a batch; those that fail are found by halving, and try the ranks below."""
+    try:
+        part, known = _members(system, members), _decomposition_of(decomposition, members)
+        return [(members, balanced_truncation(part, rank, condition_limit, known)[1])]
+    except TruncationError:
+        if members.numel() > 1:
+            halves = members.tensor_split(2)
+            return [pair for half in halves for pair in _reduced(system, decomposition, half, rank, condition_limit)]
+        for lower in range(rank - 1, max(0, rank - 1 - _NEIGHBOURS), -1):
+            try:
+                return [(members, balanced_truncation(part, lower, condition_limit, known)[1])]
+            except TruncationError:
+                continue
+        raise
+
+
+def _flattened_system(system: DiagonalLTI) -> DiagonalLTI:
+    """The same systems with one batch dimension."""
+    D = None if system.D is None else system.D.reshape(-1, *system.D.shape[-2:])
+    lam = system.lam.reshape(-1, system.order)
+    B, C = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (system.B, system.C))
+    return DiagonalLTI(lam, B, C, D, system.time_domain)
+
+
+def _members(system: DiagonalLTI, members: torch.Tensor) -> DiagonalLTI:
+    if members.numel() == system.lam.shape[0]:
+        return system
+    D = None if system.D is None else system.D[members]
+    return DiagonalLTI(system.lam[members], system.B[members], system.C[members], D, system.time_domain)
+
+
+def _flattened(known: HankelDecomposition, count: int) -> HankelDecomposition:
+    parts = {name: getattr(known, name) for name in ("L_P", "L_Q", "U", "V")}
+    matrices = {name: tensor.reshape(count, *tensor.shape[-2:]) for name, tensor in parts.items()}
+    return HankelDecomposition(sigma=known.sigma.reshape(count, -1), resolution=known.resolution, **matrices)
+
+
+def _decomposition_of(known: HankelDecomposition, members: torch.Tensor) -> HankelDecomposition:
+    if members.numel() == known.sigma.shape[0]:
+        return known
+    parts = (getattr(known, name)[members] for name in ("L_P", "L_Q", "U", "sigma", "V"))
+    return HankelDecomposition(*parts, known.resolution)
