@@ -19,7 +19,7 @@ _NEEDED = {"datasets": "datasets", "rich": "rich", "sklearn": "scikit-learn"}
 @command
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Where models, data and the picture go.")] = Path("demo_output"),
-    steps: Annotated[int, typer.Option(min=20, help="Training steps of each of the two runs.")] = 750,
+    steps: Annotated[int, typer.Option(min=60, help="Training steps of each of the two runs.")] = 750,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:

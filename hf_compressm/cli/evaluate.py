@@ -38,7 +38,7 @@ def evaluate(model: nn.Module, batches: Sequence[Mapping[str, Any]], progress: b
     negative_log_likelihood, right, count = 0.0, 0, 0
     is_language_model = False
     with torch.no_grad(), evaluation_mode(model), fast_cpu_scan():
-        for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not progress):
+        for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None if progress else True):
             if "labels" not in batch:
                 return {}
             logits, labels = _aligned(model(**batch).logits, batch["labels"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedModel
 
@@ -86,7 +86,7 @@ def model_class_of(folder: str | os.PathLike, trust_remote_code: bool = False) -
     auto_map = written.get("auto_map") if isinstance(written.get("auto_map"), dict) else {}
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         if auto_map and not trust_remote_code:
             raise UnsupportedModelError(
                 f"{folder} brings Python code of its own ({', '.join(sorted(map(str, auto_map.values())))}), which was "

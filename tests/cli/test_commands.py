@@ -195,6 +195,7 @@ ERRORS = [
     (["compress", "model", "-o", "s", *TEXT, "--method", "magic"], "reductor is 'magic'"),
     (["compress", "model", "-o", "s", *TEXT, "--method", "balanced"], "cannot hold"),
     (["compress", "model", "-o", "s", *TEXT, "--per-layer"], "uniform=False"),
+    (["analyze", "model", "--dataset", "me/data"], "me/data (split 'train') cannot be read"),
     (["report", "model"], "has no compressm_history.json"),
     (["push", "nowhere", "me/model"], "nowhere is no folder"),
 ]
@@ -281,9 +282,9 @@ def test_the_demo_is_found_and_passes_its_options_on(run, monkeypatch) -> None:
     assert demo.recipe().name == "demo.py"
     called = []
     monkeypatch.setattr(demo.subprocess, "run", lambda command, check: called.append(command) or _Finished)
-    result = run("demo", "--output-dir", "out", "--steps", "30", "--quiet")
+    result = run("demo", "--output-dir", "out", "--steps", "60", "--quiet")
     assert result.exit_code == 0 and called == [
-        [sys.executable, str(demo.recipe()), "--output-dir", "out", "--steps", "30"]
+        [sys.executable, str(demo.recipe()), "--output-dir", "out", "--steps", "60"]
     ]
 
 

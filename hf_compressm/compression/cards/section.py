@@ -28,6 +28,9 @@ _TASKS = {
     "Model": (None, "AutoModel"),
 }
 
+# More layers than this are folded away.
+_MOST_LAYERS_SHOWN = 8
+
 _CITATIONS = """```bibtex
 @inproceedings{chahine2026compressm,
   title     = {The Curious Case of In-Training Compression of State Space Models},
@@ -67,6 +70,7 @@ def render_card(provenance: Provenance, has_picture: bool = True) -> str:
         "is_from_training": provenance.is_from_training,
         "cuts": provenance.cuts,
         "n_layers": len(layers),
+        "most_layers_shown": _MOST_LAYERS_SHOWN,
         "family": escaped(", ".join(sorted({layer.family for _, layer in layers}))),
         "size_before": _span([first for first, _ in layers]),
         "size_after": _span([layer.size_after for _, layer in layers]),
@@ -213,7 +217,7 @@ def _short_name(provenance: Provenance) -> str:
 
 
 def _span(sizes: list[int]) -> str:
-    return str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+    return str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)}..{max(sizes)}"
 
 
 def _pair(before: float | None, after: float | None) -> str:

@@ -33,7 +33,7 @@ def facts(*records: CheckRecord, **others) -> Provenance:
 
 def test_it_tells_what_was_cut_when_and_how_to_load_it() -> None:
     card = render_card(facts(cut(10), cut(20, before=4, after=2)))
-    assert "from 8 to 2 states per channel" in card and "during training" in card
+    assert "from 8 to 2 states" in card and "during training" in card
     rows = [line for line in card.splitlines() if line.startswith("| step")]
     assert [re.split(r"\s*\|\s*", row)[1:4] for row in rows] == [
         ["step 10", "cut", "8 -> 4"],
