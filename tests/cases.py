@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, MambaModel, PreTrainedModel
 
+from hf_compressm.models import LRUConfig, LRUForCausalLM, S4DConfig, S4DForSequenceClassification
+
 VOCABULARY = 24
 
 
@@ -81,6 +83,20 @@ def real_valued_batch(batch: int = 4, length: int = 20, seed: int = 0) -> dict[s
         "input_values": torch.randn(batch, length, 1, generator=generator),
         "labels": torch.randint(0, 3, (batch,), generator=generator),
     }
+
+
+def tiny_lru(state_size: int = 8, seed: int = 0, **overrides) -> LRUForCausalLM:
+    """An LRU language model whose states forget quickly, so that they differ on short sequences."""
+    torch.manual_seed(seed)
+    settings = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "state_size": state_size}
+    return LRUForCausalLM(LRUConfig(**{**settings, "r_min": 0.3, "r_max": 0.9, "dropout": 0.0, **overrides}))
+
+
+def tiny_s4d(state_size: int = 8, seed: int = 0, **overrides) -> S4DForSequenceClassification:
+    """An S4D classifier of real-valued sequences."""
+    torch.manual_seed(seed)
+    settings = {"input_size": 1, "hidden_size": 16, "num_hidden_layers": 2, "state_size": state_size, "num_labels": 3}
+    return S4DForSequenceClassification(S4DConfig(**{**settings, "dropout": 0.0, **overrides}))
 
 
 CASES = [
