@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import sysconfig
-import textwrap
-import venv
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load
 
-import hf_compressm
 from hf_compressm.compression.cards import PICTURE_NAME
 
-from .loopback import EXPIRED_TOKEN, READ_TOKEN, LoopbackHub
+from .clients import client
+from .loopback import EXPIRED_TOKEN, READ_TOKEN
 
-ROOT = Path(hf_compressm.__file__).parents[1]
 FILES = {
     "README.md",
     "compressm_history.json",
@@ -30,36 +22,6 @@ FILES = {
 }
 
 pytestmark = pytest.mark.xdist_group("loopback")
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with LoopbackHub() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("work")
-
-
-def client(hub, work, script: str, *arguments: str, python: str = sys.executable):
-    """Run a script in a process of its own that talks to the loopback Hub; returns what it prints as JSON."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))}
-    home = hub.client_environment(work / f"home-{len(list(work.glob('home-*')))}")
-    Path(home["HF_HOME"]).mkdir()
-    paths = {"PYTHONPATH": str(ROOT)} if python == sys.executable else {}
-    result = subprocess.run(
-        [python, "-c", textwrap.dedent(script), *arguments],
-        env={**kept, **home, **paths, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"},
-        cwd=work,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 TRAIN = """
@@ -171,16 +133,6 @@ print(json.dumps({
     "exported": torch.equal(exported.module()(tokens, use_cache=False).logits, logits),
 }))
 """
-
-
-@pytest.fixture(scope="module")
-def stock_python(work) -> str:
-    """A Python with every library of this one but hf_compressm."""
-    venv.create(work / "stock", with_pip=False, symlinks=True)
-    scheme = sysconfig.get_paths(vars={"base": str(work / "stock"), "platbase": str(work / "stock")})
-    # A plain path: what an editable installation put there is not executed, so the library stays out of reach.
-    (Path(scheme["purelib"]) / "libraries.pth").write_text(sysconfig.get_path("purelib"))
-    return str(work / "stock" / "bin" / "python")
 
 
 def test_stock_transformers_loads_it_by_name_in_a_fresh_cache(hub, work, trained, stock_python) -> None:
