@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -140,7 +141,7 @@ class CardKeeper(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """
-        Put card, history and picture where the Trainer pushes from.
+        Put card, history, picture and a custom model's code where the Trainer pushes from.
 
         Raises:
             [`~errors.InconsistentModelError`]: the checkpoint that would be pushed is not one model.
@@ -150,6 +151,9 @@ class CardKeeper(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if (checkpoint / "config.json").is_file():
             require_one_model(checkpoint, type(model))
+            # The Trainer pushes the checkpoint's weights and configuration, but not the code that they name.
+            for code in checkpoint.glob("*.py"):
+                shutil.copyfile(code, Path(args.output_dir) / code.name)
         self._write_files(args.output_dir)
 
     def _shadowed(self, stock: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
