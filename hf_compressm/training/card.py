@@ -100,6 +100,7 @@ class CardKeeper(TrainerCallback):
         self.owner = owner
         self._trainer = trainer
         self._clock = StepClock()
+        self._changes_pushed = 0
         trainer.save_model = self._shadowed(trainer.save_model, self._saving)
         trainer.create_model_card = self._shadowed(trainer.create_model_card, self._writing_a_card)
 
@@ -148,6 +149,7 @@ class CardKeeper(TrainerCallback):
         """
         if not state.is_world_process_zero:
             return
+        self._let_upload_finish()
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if (checkpoint / "config.json").is_file():
             require_one_model(checkpoint, type(model))
@@ -155,6 +157,19 @@ class CardKeeper(TrainerCallback):
             for code in checkpoint.glob("*.py"):
                 shutil.copyfile(code, Path(args.output_dir) / code.name)
         self._write_files(args.output_dir)
+
+    def _let_upload_finish(self) -> None:
+        """
+        Where a cut was made since the last push, wait until that is done.
+
+        The Trainer uploads in the background from the folder that it is about to overwrite; a revision with the
+        configuration of one size and the weights of another could not be loaded.
+        """
+        cuts = sum(record.outcome in ("cut", "rolled_back") for record in self.owner.records)
+        running = getattr(self._trainer, "push_in_progress", None)
+        if cuts != self._changes_pushed and running is not None:
+            running.wait_until_done()
+        self._changes_pushed = cuts
 
     def _shadowed(self, stock: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(stock)

@@ -91,6 +91,22 @@ def test_a_checkpoint_that_is_not_one_model_is_not_pushed(trained) -> None:
         config.write_text(text)
 
 
+def test_a_push_waits_for_the_upload_of_another_size(trained) -> None:
+    trainer, _, _ = trained
+    waited = []
+
+    class Upload:
+        def wait_until_done(self) -> None:
+            waited.append(trainer.state.global_step)
+
+    [keeper] = [found for found in trainer.callback_handler.callbacks if isinstance(found, CardKeeper)]
+    keeper._changes_pushed = 0
+    trainer.push_in_progress = Upload()
+    for _ in range(2):
+        trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+    assert waited == [20], "once for the cut, and not again"
+
+
 def test_a_module_of_the_users_own_gets_a_card_too(tmp_path) -> None:
     torch.manual_seed(0)
     trainer = make_trainer(
