@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedModel
 
+from .. import models  # noqa: F401  (makes our own model types known to the Auto classes)
 from ..compression import HISTORY_NAME, read_history
 from ..compression.cards import Provenance, require_one_model, require_safe_weights
 from ..errors import InconsistentModelError, UnsupportedModelError
