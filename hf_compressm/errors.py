@@ -37,3 +37,15 @@ class UnsupportedModelError(CompreSSMError, TypeError):
 
 class CalibrationError(CompreSSMError, RuntimeError):
     """The data pass that estimates Gramians could not be completed."""
+
+
+class CardError(CompreSSMError, ValueError):
+    """A model card that is there cannot be read, so that nothing can be added to it."""
+
+
+class InconsistentModelError(CompreSSMError, ValueError):
+    """A folder's configuration, weights and history do not describe one model; it must not be loaded or pushed."""
+
+
+class HubError(CompreSSMError, OSError):
+    """The Hub refused an upload or could not be reached; the message says why and what to do. Local files are whole."""

@@ -13,7 +13,7 @@ PACKAGE = Path(hf_compressm.__file__).parent
 
 # From the ground up; a module may import from its own floor's package and from lower floors.
 FLOORS = ["errors", "validation", "config", "systems", "ops", "models", "architectures", "compression", "training"]
-FLOORS += ["hub", "cli"]
+FLOORS += ["hub", "cli", "__main__"]
 
 ALLOWED_OUTSIDE = {
     "errors": set(),
@@ -23,8 +23,21 @@ ALLOWED_OUTSIDE = {
     "ops": {"torch", "numpy", "numba"},
     "models": {"torch", "transformers", "huggingface_hub"},
     "architectures": {"torch"},
-    "compression": {"torch", "tqdm", "matplotlib", "tabulate", "safetensors"},
+    "compression": {"torch", "tqdm", "matplotlib", "tabulate", "safetensors", "huggingface_hub", "yaml"},
     "training": {"torch", "tqdm", "numpy", "transformers", "accelerate"},
+    "hub": {"torch", "transformers", "huggingface_hub"},
+    "__main__": set(),
+    "cli": {
+        "torch",
+        "transformers",
+        "huggingface_hub",
+        "datasets",
+        "typer",
+        "tqdm",
+        "jinja2",
+        "matplotlib",
+        "tabulate",
+    },
 }
 
 STANDARD_LIBRARY = __import__("sys").stdlib_module_names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from ..architectures import fast_cpu_scan, find_layers
 from ..config import CompreSSMConfig
 from .calibration import LossFunction, calibrate
+from .cards import Provenance, carried_provenance, carry
 from .compressor import Compressor
 from .record import CheckRecord
 from .report import Spectrum
@@ -83,8 +85,8 @@ def compress(
     Cut the state of a model's layers in place: after training, or between the steps of a training loop of your own.
 
     Args:
-        model (`torch.nn.Module`): A model with supported layers anywhere inside. `save_pretrained` afterwards writes an
-            ordinary checkpoint of the new size.
+        model (`torch.nn.Module`): A model with supported layers anywhere inside. `save_pretrained` and `push_to_hub`
+            afterwards write an ordinary checkpoint of the new size, with a model card, the history and a picture.
         batches (`Iterable`, *optional*): Calibration inputs; mappings are passed to the model as keyword arguments. All
             of them are used, so cut a long data loader short with `itertools.islice`. A model whose layers are all
             time-invariant needs none.
@@ -119,7 +121,9 @@ def compress(
 
     ```
     """
-    compressor = Compressor(
-        model, config or CompreSSMConfig(), loss_function=loss_function, optimizer=optimizer, progress=progress
-    )
-    return compressor.check(list(() if batches is None else batches))
+    config = config or CompreSSMConfig()
+    compressor = Compressor(model, config, loss_function=loss_function, optimizer=optimizer, progress=progress)
+    record = compressor.check(list(() if batches is None else batches))
+    earlier = carried_provenance(model) or Provenance([])
+    carry(model, replace(earlier, records=[*earlier.records, record], config=config))
+    return record

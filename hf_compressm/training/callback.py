@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 from ..compression import CheckRecord, LossFunction
 from ..config import CompreSSMConfig
 from ..errors import ConfigurationError
+from .card import keep_card
 from .checkpoints import after_replacing, before_replacing, set_aside_incomplete
 from .resume import follow_checkpoints, saved_run
 from .run import CompressionRun
@@ -90,6 +91,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Let the model take the state size of a checkpoint that is loaded later; set incomplete ones aside."""
         follow_checkpoints(model)
+        keep_card(self)
         if args.should_save:
             set_aside_incomplete(args.output_dir)
 
@@ -101,6 +103,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         follow_checkpoints(model)
         if self._run is not None:
             self._run.ended()
+        keep_card(self)
         self._run = CompressionRun(
             self.config,
             self,

@@ -22,6 +22,7 @@ import torch
 from data import PIXELS, VOCABULARY, augmented, digit_sequences
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
 from transformers import MambaConfig, MambaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, Spectrum, fast_cpu_scan
@@ -29,9 +30,10 @@ from hf_compressm import CompreSSMCallback, CompreSSMConfig, Spectrum, fast_cpu_
 STOCK_PROCESS = """
 import json, sys
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-folder, tokens = sys.argv[1], torch.load(sys.argv[2], weights_only=True)
+folder, tokens = sys.argv[1], load_file(sys.argv[2])["tokens"]
 model = AutoModelForCausalLM.from_pretrained(folder).eval()
 with torch.no_grad():
     predictions = torch.cat([model(part, use_cache=False).logits[:, -1].argmax(-1) for part in tokens.split(120)])
@@ -114,8 +116,9 @@ def train(options: argparse.Namespace, callbacks: list[TrainerCallback], folder:
 
 def load_with_stock_transformers(folder: Path, tokens: torch.Tensor) -> dict:
     """Load a folder in a new process that never imports hf_compressm, and return what it predicts."""
-    torch.save(tokens, folder / "test_tokens.pt")
-    command = [sys.executable, "-c", STOCK_PROCESS, str(folder), str(folder / "test_tokens.pt")]
+    path = folder.parent / "test_tokens.safetensors"
+    save_file({"tokens": tokens.contiguous()}, path)
+    command = [sys.executable, "-c", STOCK_PROCESS, str(folder), str(path)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
@@ -161,6 +164,9 @@ def main() -> None:
         console.print("2. The same run with the callback")
         callback = CompreSSMCallback(CompreSSMConfig(tolerance=options.tolerance))
         small = train(options, [callback], options.output_dir / "compressed")
+
+    for split, rows in zip(("train", "test"), digit_sequences()):
+        rows.to_parquet(options.output_dir / f"{split}.parquet")
 
     cuts = [record for record in callback.records if record.outcome == "cut"]
     if not cuts:

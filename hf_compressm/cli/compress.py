@@ -1,0 +1,265 @@
+"""`hf-compressm compress`: cut a trained model, evaluate it before and after, and save it with its card."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import NOTHING_TO_CUT, Debug, Quiet, Revision, TrustRemoteCode, command, quiet_libraries, say
+from .data import (
+    BatchSize,
+    DataFiles,
+    DatasetName,
+    DataSource,
+    Length,
+    Sequences,
+    Split,
+    TextColumn,
+    TextFiles,
+    Tokenizer,
+    read_batches,
+    told_how_to_give_data,
+)
+
+if TYPE_CHECKING:
+    from ..config import CompreSSMConfig
+
+# What belongs to a model beside its weights and configuration; read by nobody here, and never code.
+_COMPANIONS = (
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+    "chat_template.*", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+
+
+@command
+def compress(
+    model: Annotated[str, typer.Argument(help="A folder, or a model on the Hub (user/name).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the smaller model.")],
+    tolerance: Annotated[
+        float | None, typer.Option(help="Drop at most this share of the Hankel energy (default 0.01).")
+    ] = None,
+    state_size: Annotated[int | None, typer.Option(min=1, help="Keep this many states in every layer.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Keep this share of the states.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="interpolative, selection or balanced; by default what suits the family."),
+    ] = None,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Give each layer a size of its own, where the family can hold it.")
+    ] = False,
+    multiple_of: Annotated[int, typer.Option(min=1, help="Round sizes up to a multiple of this.")] = 1,
+    text_file: TextFiles = None,
+    dataset: DatasetName = None,
+    data_file: DataFiles = None,
+    split: Split = "train",
+    text_column: TextColumn = None,
+    tokenizer: Tokenizer = None,
+    sequences: Sequences = 64,
+    length: Length = 512,
+    batch_size: BatchSize = 8,
+    gramians: Annotated[
+        str, typer.Option(help="How selective layers are measured: loss_gradient, white_noise or averaged.")
+    ] = "loss_gradient",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure and say what would be cut; write nothing.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Push the result to this repository.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """
+    Compress a trained model.
+
+    The spectra are measured on calibration data, the rest of the state is cut out, and the model is evaluated before
+    and after on sequences that the calibration has not seen. What is saved loads like any other model.
+
+    **Examples**
+
+    ```console
+    hf-compressm compress state-spaces/mamba-130m-hf -o smaller --tolerance 0.01 --text-file book.txt
+    hf-compressm compress my-model -o smaller --state-size 8 --data-file train.parquet --push-to-hub me/smaller
+    ```
+    """
+    config = _config(tolerance, state_size, ratio, method, per_layer, multiple_of, gramians, seed)
+    source = DataSource(
+        text_file or (), dataset, data_file or (), split, text_column, tokenizer, sequences, length, batch_size
+    )
+    _require_free(output, overwrite or dry_run)
+    quiet_libraries()
+    from ..hub import fetch, load_model
+
+    say(_announcement(model, config, source, output, dry_run, push_to_hub), quiet)
+    folder = fetch(model, revision, trust_remote_code=trust_remote_code)
+    loaded = load_model(folder, trust_remote_code)
+    batches = read_batches(loaded, folder, source)
+    with told_how_to_give_data(source):
+        if dry_run:
+            _show_plan(loaded, batches.calibration, config, quiet)
+            return
+        provenance, summary = _cut(loaded, folder, batches, config, source, model, quiet)
+    if not provenance.cuts:
+        typer.echo(f"{provenance.records[-1].reason}; nothing was written.")
+        raise typer.Exit(NOTHING_TO_CUT)
+    _save(loaded, folder, output, provenance, overwrite)
+    typer.echo(summary)
+    typer.echo(f"Saved: {output}")
+    if push_to_hub is not None:
+        from ..hub import push_folder
+
+        address = push_folder(output, push_to_hub, private=private or None, trust_remote_code=trust_remote_code)
+        typer.echo(f"Pushed: {address}")
+
+
+def _config(
+    tolerance: float | None,
+    state_size: int | None,
+    ratio: float | None,
+    method: str | None,
+    per_layer: bool,
+    multiple_of: int,
+    gramians: str,
+    seed: int,
+) -> CompreSSMConfig:
+    from ..config import CompreSSMConfig
+    from ..errors import ConfigurationError
+
+    if sum(value is not None for value in (tolerance, state_size, ratio)) > 1:
+        raise ConfigurationError("give one of --tolerance, --state-size and --ratio, not several.")
+    if state_size is not None and per_layer:
+        raise ConfigurationError("--state-size gives every layer the same size; leave out --per-layer.")
+    amount: dict[str, Any] = {"tolerance": 0.01 if tolerance is None else tolerance}
+    if state_size is not None:
+        amount = {"strategy": "target", "target_state_size": state_size}
+    elif ratio is not None:
+        amount = {"strategy": "target", "target_ratio": ratio}
+    chosen = {} if method is None else {"reductor": method}
+    return CompreSSMConfig(
+        **amount, **chosen, uniform=not per_layer, multiple_of=multiple_of, gramians=gramians, seed=seed
+    )
+
+
+def _announcement(
+    model: str, config: CompreSSMConfig, source: DataSource, output: Path, dry_run: bool, push_to_hub: str | None
+) -> str:
+    amount = {
+        "tolerance": f"drop at most {config.tolerance:g} of each layer's Hankel energy",
+        "target": f"keep {config.target_state_size} states"
+        if config.target_state_size
+        else f"keep {config.target_ratio} of the states",
+    }[config.strategy]
+    sizes = "one size for all layers" if config.uniform else "each layer its own size"
+    data = f"measured on {source.sequences} sequences of {source.describe()}" if source.is_given else "without data"
+    then = "write nothing" if dry_run else f"save to {output}" + (f", push to {push_to_hub}" if push_to_hub else "")
+    return f"{model}: {amount}, {sizes}, {data}; then {then}."
+
+
+def _show_plan(model: Any, batches: list, config: CompreSSMConfig, quiet: bool) -> None:
+    from tabulate import tabulate
+
+    from ..architectures import find_layers
+    from ..compression import analyze, plan_reduction
+
+    spectrum = analyze(model, batches or None, config, progress=False if quiet else None)
+    sizes = {layer.name: layer.state_size for layer in find_layers(model)}
+    plan = plan_reduction(spectrum.sigma, sizes, config)
+    rows = [[name, layer.size, layer.wanted, layer.new_size] for name, layer in plan.items()]
+    typer.echo(tabulate(rows, headers=["layer", "N", "its spectrum asks for", "would become"]))
+    typer.echo("Dry run: nothing was written.")
+
+
+def _cut(
+    model: Any, folder: Path, batches: Any, config: CompreSSMConfig, source: DataSource, name: str, quiet: bool
+) -> tuple[Any, str]:
+    """Evaluate, cut, evaluate again; returns the facts for the card and what to print."""
+    from ..compression import compress as cut
+    from ..compression.cards import Evaluation, Provenance, evaluation_table
+    from ..hub.loading import history_of
+    from .evaluate import evaluate
+
+    unseen = batches.evaluation or batches.calibration
+    on = source.describe() + (" (sequences after the calibration)" if batches.evaluation else " (the calibration data)")
+    show = not quiet
+    before = evaluate(model, unseen, show) if unseen else {}
+    record = cut(model, batches.calibration or None, config, progress=None if show else False)
+    after = evaluate(model, unseen, show) if unseen and record.outcome == "cut" else {}
+    inherited = _inherited(folder)
+    provenance = Provenance(
+        records=[*history_of(folder), record],
+        config=config,
+        base_model=inherited.get("base_model") if Path(name).is_dir() else name,
+        license=inherited.get("license"),
+        datasets=[source.dataset_name] if source.dataset_name else [],
+        calibration_data=source.describe() or None,
+        evaluations=[Evaluation(m, before.get(m), after[m], on, source.dataset_name) for m in after],
+    )
+    lines = [record.summary(), f"{record.parameters_before:,} -> {record.parameters_after:,} parameters"]
+    if provenance.evaluations:
+        lines += ["", evaluation_table(provenance.evaluations), ""]
+    return provenance, "\n".join(lines)
+
+
+def _inherited(folder: Path) -> dict[str, str]:
+    """License and base model that the model's card names; a card that cannot be read names none."""
+    from ..compression.cards import read_card, read_metadata
+    from ..errors import CardError
+
+    try:
+        data = read_metadata(read_card(folder) or "")
+    except CardError:
+        return {}
+    return {name: data[name] for name in ("license", "base_model") if isinstance(data.get(name), str)}
+
+
+def _require_free(output: Path, overwrite: bool) -> None:
+    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} is there already; give another folder, or --overwrite.")
+
+
+def _save(model: Any, source: Path, output: Path, provenance: Any, overwrite: bool) -> None:
+    """Write everything into a folder beside the output and put that in its place as a whole."""
+    from ..compression.cards import carry
+
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    try:
+        for pattern in _COMPANIONS:
+            for path in source.glob(pattern):
+                shutil.copyfile(path, staging / path.name)
+        carry(model, replace(provenance, name=output.name))
+        model.save_pretrained(staging)
+        os.chmod(staging, 0o755)
+        _put_in_place(staging, output)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _put_in_place(staging: Path, output: Path) -> None:
+    """Rename the new folder to its name; an old one is deleted only after that."""
+    try:
+        os.replace(staging, output)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        old = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.old."))
+        os.replace(output, old / output.name)
+        try:
+            os.replace(staging, output)
+        except OSError:
+            os.replace(old / output.name, output)
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)

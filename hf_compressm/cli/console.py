@@ -1,0 +1,105 @@
+"""What all commands share: options, messages, progress, and errors in one line."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from ..errors import CompreSSMError
+
+NOTHING_TO_CUT = 3
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks; results and errors only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model's folder brings along.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")]
+
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """A remark to a person, on the error stream, so that results can be piped."""
+    if not quiet:
+        typer.echo(text, err=True)
+
+
+def command(function: _Command) -> _Command:
+    """Give a command quiet libraries and errors of one line; it takes `quiet` and `debug`."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, quiet: bool, debug: bool, **kwargs: Any) -> None:
+        _hush(quiet, debug)
+        try:
+            function(*args, quiet=quiet, debug=debug, **kwargs)
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt:
+            typer.echo("hf-compressm: interrupted; nothing was left half-written.", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if debug:
+                raise
+            typer.echo(f"hf-compressm: error: {explanation(error)}", err=True)
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def explanation(error: Exception) -> str:
+    """One line that says what went wrong and what to do."""
+    text = " ".join(str(error).split())
+    if isinstance(error, CompreSSMError):
+        return text
+    if _is_full_disk(error):
+        return "the disk is full. Free some space and run it again; files that were there before are whole."
+    if isinstance(error, PermissionError):
+        return f"no permission: {text}. Choose another folder, or change its rights."
+    if isinstance(error, (FileNotFoundError, FileExistsError)):
+        return text
+    if isinstance(error, ModuleNotFoundError):
+        return f'{text}. Install it with `pip install "hf_compressm[recipes]"`.'
+    return f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether the disk is full; safetensors says so in words only."""
+    if error is None:
+        return False
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return True
+    return "No space left on device" in str(error) or _is_full_disk(error.__cause__)
+
+
+def _hush(quiet: bool, debug: bool) -> None:
+    """Let other libraries speak of errors only, and show progress only to a person who wants it."""
+    if debug:
+        return
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+
+
+def quiet_libraries() -> None:
+    """Set the same for libraries that have to be imported for it; call it before they work."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity_error()
+    # Reading a file is over before a bar for it could be read.
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

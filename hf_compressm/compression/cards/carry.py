@@ -1,0 +1,129 @@
+"""A model that carries its provenance: wherever it is saved or pushed, card, history and picture go along."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...config import CONFIG_NAME, CompreSSMConfig
+from ...errors import CardError
+from .consistency import require_one_model
+from .files import write_model_files
+from .provenance import Provenance
+
+logger = logging.getLogger(__name__)
+
+# The last thing that transformers calls before it uploads what `model.push_to_hub` or `save_pretrained` wrote.
+_UPLOAD = "_upload_modified_files"
+_CARRIED = "_hf_compressm_carried"
+
+
+def carry(model: nn.Module, provenance: Provenance) -> None:
+    """
+    From now on `model.save_pretrained` and `model.push_to_hub` write the model's card, history and picture too.
+
+    The two methods are shadowed on this one object, and only once; later calls replace the facts. A model without
+    `save_pretrained` (a module of the user's own) is left as it is. A pushed model is checked first: nothing is
+    uploaded whose configuration disagrees with its weights.
+
+    Args:
+        model (`torch.nn.Module`): The model that was compressed.
+        provenance ([`Provenance`]): The facts.
+    """
+    if not callable(getattr(model, "save_pretrained", None)):
+        return
+    carried = vars(model).get(_CARRIED)
+    if carried is not None:
+        carried.provenance = provenance
+        return
+    carried = _Carried(model, provenance, model.save_pretrained, getattr(model, _UPLOAD, None))
+    # Past nn.Module.__setattr__, which would look for parameters and modules in it.
+    vars(model)[_CARRIED] = carried
+    vars(model)["save_pretrained"] = carried.save_pretrained
+    if carried.stock_upload is not None:
+        vars(model)[_UPLOAD] = carried.upload
+
+
+def carried_provenance(model: nn.Module) -> Provenance | None:
+    """The facts that a model carries, or None."""
+    carried = vars(model).get(_CARRIED)
+    return None if carried is None else carried.provenance
+
+
+@dataclass
+class _Carried:
+    """The facts and the stock methods; plain attributes, so that a copy of the model gets a copy of its own."""
+
+    model: nn.Module
+    provenance: Provenance
+    stock_save: Callable[..., Any]
+    stock_upload: Callable[..., Any] | None
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `save_pretrained`, and the files of its provenance."""
+        result = self.stock_save(save_directory, *args, **kwargs)
+        is_main_process = kwargs.get("is_main_process", args[0] if args else True)
+        if is_main_process and os.path.isdir(save_directory):
+            name = self.provenance.name or Path(save_directory).absolute().name
+            self._write(save_directory, replace(self.provenance, name=name))
+        return result
+
+    def upload(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """The model's own upload, of a folder that was checked and whose card names the repository."""
+        require_one_model(working_dir, type(self.model), self.provenance.sizes())
+        self._write(working_dir, replace(self.provenance, name=repo_id))
+        return self.stock_upload(working_dir, repo_id, *args, **kwargs)
+
+    def _write(self, folder: str | os.PathLike, provenance: Provenance) -> None:
+        try:
+            write_model_files(folder, describe(self.model, provenance))
+        except CardError as error:
+            # The weights are saved; a card that cannot be read is no reason to lose them.
+            logger.warning("the model card in %s was left as it is: %s", folder, error)
+
+
+def describe(model: nn.Module, provenance: Provenance) -> Provenance:
+    """
+    The facts, with what the model itself tells where they leave it open: its class, its type and where it came from.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        provenance ([`Provenance`]): What is known.
+    """
+    config = getattr(model, "config", None)
+    source = getattr(config, "_name_or_path", None) or None
+    is_local = source is not None and (os.path.exists(source) or source.count("/") != 1)
+    return replace(
+        provenance,
+        model_class=provenance.model_class or type(model).__name__.removeprefix("FSDP"),
+        model_type=provenance.model_type or getattr(config, "model_type", None),
+        needs_code=provenance.needs_code or bool(getattr(config, "auto_map", None)),
+        base_model=provenance.base_model or (None if is_local else source),
+    )
+
+
+def describe_folder(folder: str | os.PathLike, provenance: Provenance) -> Provenance:
+    """
+    The facts, with what a saved folder tells where they leave it open: the model's class and type, and the settings.
+
+    Args:
+        folder (`str` or `os.PathLike`): A folder with `config.json`.
+        provenance ([`Provenance`]): What is known.
+    """
+    folder = Path(folder)
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = CompreSSMConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
+    return replace(
+        provenance,
+        config=provenance.config or settings,
+        model_class=provenance.model_class or next(iter(written.get("architectures") or []), None),
+        model_type=provenance.model_type or written.get("model_type"),
+        needs_code=provenance.needs_code or bool(written.get("auto_map")),
+    )

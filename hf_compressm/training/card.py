@@ -1,0 +1,293 @@
+"""The model card in a training run: written with every save and push, and into the card that the Trainer writes."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..compression import CheckRecord
+from ..compression.cards import (
+    Evaluation,
+    Provenance,
+    carry,
+    describe,
+    merge_trainer_card,
+    read_card,
+    render_card,
+    require_one_model,
+    write_card,
+    write_model_files,
+)
+from ..config import CompreSSMConfig
+from ..errors import CardError
+
+logger = logging.getLogger(__name__)
+
+# Metrics that say how fast an evaluation was, not how good the model is.
+_NOT_A_QUALITY = ("runtime", "per_second", "epoch", "step", "num_input_tokens", "memory")
+
+
+class _Compressing(Protocol):
+    """What this file needs of the callback that cuts."""
+
+    config: CompreSSMConfig
+
+    @property
+    def records(self) -> list[CheckRecord]:
+        """Every check so far."""
+        ...
+
+
+def keep_card(owner: TrainerCallback) -> None:
+    """
+    Have a callback's Trainer write the model card of a compression with everything that it saves or pushes.
+
+    The Trainer is looked up by the callback that it holds, which takes about a tenth of a second; asking again changes
+    nothing.
+
+    Args:
+        owner ([`CompreSSMCallback`]): The callback that cuts; its settings and records fill the card.
+    """
+    for trainer in find_trainers(owner):
+        held = trainer.callback_handler.callbacks
+        if not any(isinstance(callback, CardKeeper) and callback.owner is owner for callback in held):
+            trainer.add_callback(CardKeeper(owner, trainer))
+
+
+def find_trainers(callback: TrainerCallback) -> list[Trainer]:
+    """
+    The Trainers that hold a callback (one, as a rule); a callback is not told.
+
+    Args:
+        callback (`transformers.TrainerCallback`): A callback of the Trainer.
+    """
+    # The type is asked instead of the object: isinstance would wake dead weak proxies.
+    trainers = [thing for thing in gc.get_objects() if issubclass(type(thing), Trainer)]
+    handlers = [(trainer, getattr(trainer, "callback_handler", None)) for trainer in trainers]
+    return [
+        trainer
+        for trainer, handler in handlers
+        if handler is not None and any(held is callback for held in handler.callbacks)
+    ]
+
+
+class CardKeeper(TrainerCallback):
+    """
+    Keeps the facts of a compressing run up to date and hands them to everything that is saved or pushed.
+
+    Two methods of the Trainer give callbacks no say: `save_model` calls none, and `create_model_card` overwrites
+    README.md after `on_push_begin`. Both are shadowed on this one Trainer.
+
+    Args:
+        owner ([`CompreSSMCallback`]): The callback that cuts.
+        trainer (`transformers.Trainer`): The Trainer that holds it.
+    """
+
+    def __init__(self, owner: _Compressing, trainer: Trainer) -> None:
+        self.owner = owner
+        self._trainer = trainer
+        self._clock = StepClock()
+        self._changes_pushed = 0
+        trainer.save_model = self._shadowed(trainer.save_model, self._saving)
+        trainer.create_model_card = self._shadowed(trainer.create_model_card, self._writing_a_card)
+
+    def provenance(self) -> Provenance:
+        """The facts as they are now."""
+        trainer, records = self._trainer, self.owner.records
+        dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+        facts = Provenance(
+            records=records,
+            config=self.owner.config,
+            calibration_data="batches of the training data",
+            evaluations=evaluations(trainer.state.log_history, records, _dataset_name(dataset) or "the evaluation set"),
+            step_seconds=self._clock.before_and_after(),
+            name=getattr(trainer, "hub_model_id", None),
+        )
+        return describe(trainer.model, facts)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the time."""
+        self._clock.tick(cuts=sum(record.outcome == "cut" for record in self.owner.records))
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """An evaluation is no part of a training step."""
+        self._clock.pause()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Nor is a save."""
+        self._clock.pause()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """From now on the model can be saved without the Trainer."""
+        carry(model, self.provenance())
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """
+        Put card, history, picture and a custom model's code where the Trainer pushes from.
+
+        Raises:
+            [`~errors.InconsistentModelError`]: the checkpoint that would be pushed is not one model.
+        """
+        if not state.is_world_process_zero:
+            return
+        self._let_upload_finish()
+        checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if (checkpoint / "config.json").is_file():
+            require_one_model(checkpoint, type(model))
+            # The Trainer pushes the checkpoint's weights and configuration, but not the code that they name.
+            for code in checkpoint.glob("*.py"):
+                shutil.copyfile(code, Path(args.output_dir) / code.name)
+        self._write_files(args.output_dir)
+
+    def _let_upload_finish(self) -> None:
+        """
+        Where a cut was made since the last push, wait until that is done.
+
+        The Trainer uploads in the background from the folder that it is about to overwrite; a revision with the
+        configuration of one size and the weights of another could not be loaded.
+        """
+        cuts = sum(record.outcome in ("cut", "rolled_back") for record in self.owner.records)
+        running = getattr(self._trainer, "push_in_progress", None)
+        if cuts != self._changes_pushed and running is not None:
+            running.wait_until_done()
+        self._changes_pushed = cuts
+
+    def _shadowed(self, stock: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(stock)
+        def shadow(*args: Any, **kwargs: Any) -> Any:
+            return around(stock, *args, **kwargs)
+
+        return shadow
+
+    def _saving(self, stock: Callable[..., Any], output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        trainer = self._trainer
+        carry(trainer.model, self.provenance())
+        result = stock(output_dir, *args, **kwargs)
+        # A module of the user's own has no save_pretrained that could carry the facts.
+        if trainer.args.should_save and not hasattr(trainer.model, "save_pretrained"):
+            self._write_files(output_dir or trainer.args.output_dir)
+        return result
+
+    def _writing_a_card(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        trainer, folder = self._trainer, self._trainer.args.output_dir
+        if not trainer.is_world_process_zero():
+            return stock(*args, **kwargs)
+        existing = read_card(folder)
+        result = stock(*args, **kwargs)
+        provenance = self.provenance()
+        if provenance.layers():
+            try:
+                provenance = replace(provenance, name=provenance.name or Path(folder).absolute().name)
+                write_card(folder, merge_trainer_card(existing, read_card(folder), render_card(provenance)))
+            except CardError as error:
+                write_card(folder, existing)
+                logger.warning("the model card in %s was left as it is: %s", folder, error)
+        if os.path.isfile(os.path.join(folder, "config.json")):
+            require_one_model(folder, type(trainer.model), provenance.sizes())
+        return result
+
+    def _write_files(self, folder: str) -> None:
+        if not os.path.isdir(folder):
+            return
+        try:
+            facts = self.provenance()
+            write_model_files(folder, replace(facts, name=facts.name or Path(folder).absolute().name))
+        except CardError as error:
+            logger.warning("the model card in %s was left as it is: %s", folder, error)
+
+
+class StepClock:
+    """
+    Measures what a training step takes before the first cut and after the last one, start-up steps left out.
+
+    Args:
+        now (`Callable`, *optional*): Gives the time in seconds.
+    """
+
+    _WARM_UP = 3
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._last: float | None = None
+        self._cuts: int | None = None
+        self._seconds: dict[int, list[float]] = {}
+
+    def tick(self, cuts: int) -> None:
+        """A step begins, after so many cuts."""
+        now = self._now()
+        # The interval in which a cut happened belongs to neither side.
+        if self._last is not None and cuts == self._cuts:
+            self._seconds.setdefault(cuts, []).append(now - self._last)
+        self._last, self._cuts = now, cuts
+
+    def pause(self) -> None:
+        """Something else than training happens until the next step begins."""
+        self._last = None
+
+    def before_and_after(self) -> tuple[float, float] | None:
+        """Median seconds of a step before the first cut and after the last; None where one side was not seen."""
+        if not self._cuts:
+            return None
+        before, after = (self._seconds.get(cuts, [])[self._WARM_UP :] for cuts in (0, self._cuts))
+        return (statistics.median(before), statistics.median(after)) if before and after else None
+
+
+def evaluations(
+    log_history: Sequence[dict[str, Any]], records: Sequence[CheckRecord], data: str
+) -> tuple[Evaluation, ...]:
+    """
+    What the Trainer's own evaluations say about the cuts.
+
+    An evaluation in the step of a cut already sees the smaller model, as the Trainer evaluates after the cut.
+
+    Args:
+        log_history (`Sequence[dict]`): The Trainer's log history.
+        records (`Sequence[CheckRecord]`): Every check.
+        data (`str`): What was evaluated on, in words.
+
+    Returns:
+        `tuple[Evaluation, ...]`: One entry a metric of the latest evaluation; `before` is that of the last evaluation
+        before the first cut, where there was one.
+    """
+    cuts = [record.step for record in records if record.outcome == "cut" and record.step is not None]
+    if not cuts:
+        return ()
+    evaluated = [entry for entry in log_history if any(name.startswith("eval_") for name in entry)]
+    before = [entry for entry in evaluated if entry.get("step", 0) < min(cuts)]
+    after = [entry for entry in evaluated if entry.get("step", 0) >= max(cuts)]
+    if not after:
+        return ()
+    return tuple(
+        Evaluation(name.removeprefix("eval_"), _number(before[-1].get(name)) if before else None, _number(value), data)
+        for name, value in after[-1].items()
+        if name.startswith("eval_") and _number(value) is not None and not any(word in name for word in _NOT_A_QUALITY)
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _dataset_name(dataset: Any) -> str | None:
+    """The name by which a `datasets.Dataset` was loaded, or None."""
+    info = getattr(dataset, "info", None)
+    return getattr(info, "dataset_name", None) or None
