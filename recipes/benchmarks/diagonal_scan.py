@@ -21,12 +21,11 @@ SHAPES = (
     (64, 64, 8, 8),
     (16, 256, 64, 64),
     (4, 1024, 256, 8),
-    (4, 1024, 256, 128),
-    (4, 1024, 512, 512),
-    (1, 16384, 64, 64),
+    (2, 1024, 256, 64),
+    (1, 4096, 64, 32),
 )
 # The loop keeps every state, and the impulse responses have H x H x length entries: skipped where they would not fit.
-_LONGEST_LOOP = 1024
+_LONGEST_LOOP = 256
 _LARGEST_KERNEL = 2**25
 
 
