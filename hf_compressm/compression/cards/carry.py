@@ -104,6 +104,7 @@ def describe(model: nn.Module, provenance: Provenance) -> Provenance:
         provenance,
         model_class=provenance.model_class or type(model).__name__.removeprefix("FSDP"),
         model_type=provenance.model_type or getattr(config, "model_type", None),
+        reads_tokens=provenance.reads_tokens and getattr(config, "vocab_size", True) is not None,
         needs_code=provenance.needs_code or bool(getattr(config, "auto_map", None)),
         base_model=provenance.base_model or (None if is_local else source),
     )
@@ -125,5 +126,6 @@ def describe_folder(folder: str | os.PathLike, provenance: Provenance) -> Proven
         config=provenance.config or settings,
         model_class=provenance.model_class or next(iter(written.get("architectures") or []), None),
         model_type=provenance.model_type or written.get("model_type"),
+        reads_tokens=provenance.reads_tokens and written.get("vocab_size", True) is not None,
         needs_code=provenance.needs_code or bool(written.get("auto_map")),
     )
