@@ -280,3 +280,10 @@ def test_every_reductor_and_its_default_are_checked_when_the_compressor_is_made(
     assert Compressor(tiny_mamba(), CompreSSMConfig(), progress=False)
     with pytest.raises(UnsupportedModelError, match="cannot hold what the reductor 'balanced' gives"):
         Compressor(tiny_mamba(), CompreSSMConfig(reductor="balanced"), progress=False)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_long_work_says_what_it_does_unless_told_not_to(progress: bool, capsys) -> None:
+    Compressor(tiny_mamba(), CompreSSMConfig(strategy="fixed"), progress=progress).check([token_batch()])
+    printed = capsys.readouterr().err
+    assert ("calibrating" in printed) == ("cutting" in printed) == progress

@@ -250,6 +250,19 @@ def test_one_line_for_a_person_unless_progress_is_disabled(tmp_path, capsys) -> 
     assert "[compressm]" not in printed.out + printed.err
 
 
+def test_other_processes_are_silent_and_write_nothing(tmp_path, capsys) -> None:
+    class NotTheFirst(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            state.is_world_process_zero = False
+
+    callback = CompreSSMCallback(HALF)
+    make_trainer(tmp_path, None, callbacks=[NotTheFirst(), callback], disable_tqdm=False).train()
+    printed = capsys.readouterr()
+    assert callback.records[0].outcome == "cut"
+    assert "[compressm]" not in printed.out + printed.err and "calibrating" not in printed.err
+    assert not (tmp_path / "compressm_history.json").exists()
+
+
 def test_a_second_training_compresses_again(tmp_path) -> None:
     callback = CompreSSMCallback(HALF)
     trainer = make_trainer(tmp_path, callback)
