@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from data import PIXELS, VOCABULARY, augmented, digit_sequences
+from datasets import disable_progress_bars
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -155,6 +156,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bars()
     console = Console(width=100)
     options.output_dir.mkdir(parents=True, exist_ok=True)
 
@@ -180,7 +182,8 @@ def main() -> None:
     same = sum(a == b for a, b in zip(stock["predictions"], small["predicted"].tolist()))
     console.print(
         f"A new process loaded {options.output_dir / 'compressed'} as stock {stock['class']} with state size "
-        f"{stock['state_size']}, without hf_compressm: {same} of {len(stock['predictions'])} predictions are the same."
+        f"{stock['state_size']}, without hf_compressm: {same} of {len(stock['predictions'])} predictions are the same.",
+        soft_wrap=True,
     )
     if same != len(stock["predictions"]):
         raise SystemExit("the reloaded model predicts something else")

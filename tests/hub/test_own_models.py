@@ -18,7 +18,7 @@ from hf_compressm.models import (
 
 from .clients import client
 
-pytestmark = pytest.mark.xdist_group("loopback")
+pytestmark = pytest.mark.xdist_group("loopback-own-models")
 
 PUSH = """
 import json

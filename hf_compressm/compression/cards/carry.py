@@ -14,7 +14,7 @@ from torch import nn
 
 from ...config import CONFIG_NAME, CompreSSMConfig
 from ...errors import CardError
-from .consistency import require_one_model
+from .consistency import INDEX_NAME, WEIGHTS_NAME, require_one_model
 from .files import write_model_files
 from .provenance import Provenance
 
@@ -77,7 +77,10 @@ class _Carried:
 
     def upload(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """The model's own upload, of a folder that was checked and whose card names the repository."""
-        require_one_model(working_dir, type(self.model), self.provenance.sizes())
+        # Adapters have no configuration of the model, and variants other names; they are pushed as they are.
+        found = {name for name in ("config.json", WEIGHTS_NAME, INDEX_NAME) if (Path(working_dir) / name).is_file()}
+        if "config.json" in found and len(found) > 1:
+            require_one_model(working_dir, type(self.model), self.provenance.sizes())
         self._write(working_dir, replace(self.provenance, name=repo_id))
         return self.stock_upload(working_dir, repo_id, *args, **kwargs)
 
@@ -104,6 +107,7 @@ def describe(model: nn.Module, provenance: Provenance) -> Provenance:
         provenance,
         model_class=provenance.model_class or type(model).__name__.removeprefix("FSDP"),
         model_type=provenance.model_type or getattr(config, "model_type", None),
+        reads_tokens=provenance.reads_tokens and getattr(config, "vocab_size", True) is not None,
         needs_code=provenance.needs_code or bool(getattr(config, "auto_map", None)),
         base_model=provenance.base_model or (None if is_local else source),
     )
@@ -125,5 +129,6 @@ def describe_folder(folder: str | os.PathLike, provenance: Provenance) -> Proven
         config=provenance.config or settings,
         model_class=provenance.model_class or next(iter(written.get("architectures") or []), None),
         model_type=provenance.model_type or written.get("model_type"),
+        reads_tokens=provenance.reads_tokens and written.get("vocab_size", True) is not None,
         needs_code=provenance.needs_code or bool(written.get("auto_map")),
     )

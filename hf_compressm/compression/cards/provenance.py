@@ -39,6 +39,7 @@ class Provenance:
         config ([`CompreSSMConfig`], *optional*): The settings of the checks.
         model_class (`str`, *optional*): Name of the model's class.
         model_type (`str`, *optional*): The `model_type` of its configuration.
+        reads_tokens (`bool`): Whether the model reads tokens rather than measured values.
         needs_code (`bool`): Whether loading needs `trust_remote_code=True`.
         base_model (`str`, *optional*): Hub name of the model that was compressed or trained further.
         license (`str`, *optional*): License of the base model, which a compressed model inherits.
@@ -54,6 +55,7 @@ class Provenance:
     config: CompreSSMConfig | None = None
     model_class: str | None = None
     model_type: str | None = None
+    reads_tokens: bool = True
     needs_code: bool = False
     base_model: str | None = None
     license: str | None = None

@@ -222,17 +222,19 @@ def _settings(provenance: Provenance) -> str:
     return ", ".join([*told, f"reductor `{config.reductor}`", f"Gramians `{config.gramians}`", f"seed {config.seed}"])
 
 
+def _reductors(provenance: Provenance) -> set[str]:
+    """The methods that cut the layers."""
+    chosen = "auto" if provenance.config is None else provenance.config.reductor
+    families = {layer.family for _, layer in provenance.layers()}
+    if chosen != "auto":
+        return {chosen}
+    known = registered_families()
+    return {known[family].default_reductor if family in known else "unknown" for family in families}
+
+
 def _has_error_bound(provenance: Provenance) -> bool:
     """Whether every layer was cut by balanced truncation, whose error has a bound."""
-    if provenance.config is None or not provenance.cuts:
-        return False
-    chosen = provenance.config.reductor
-    families = registered_families()
-    reductors = {
-        families[layer.family].default_reductor if chosen == "auto" and layer.family in families else chosen
-        for _, layer in provenance.layers()
-    }
-    return reductors == {"balanced"}
+    return bool(provenance.cuts) and _reductors(provenance) == {"balanced"}
 
 
 def _bound_note(provenance: Provenance) -> str:
@@ -253,7 +255,8 @@ def _speed(provenance: Provenance) -> str:
 
 def _task(provenance: Provenance) -> tuple[str | None, str | None]:
     name = provenance.model_class or ""
-    return next(((task, auto) for ending, (task, auto) in _TASKS.items() if name.endswith(ending)), (None, None))
+    task, auto = next((found for ending, found in _TASKS.items() if name.endswith(ending)), (None, None))
+    return task if provenance.reads_tokens or task is None or not task.startswith("text") else None, auto
 
 
 def _loading(provenance: Provenance) -> str:
@@ -280,7 +283,9 @@ def _loading_note(provenance: Provenance) -> str:
 
 def _limits(provenance: Provenance) -> str:
     data = escaped(provenance.calibration_data) if provenance.calibration_data else None
-    if data is None and provenance.records[-1].loss_before is None:
+    families = {layer.family for _, layer in provenance.layers()}
+    known = registered_families()
+    if all(family in known and known[family].default_reductor == "balanced" for family in families):
         return (
             "The spectra were computed from the weights alone. They bound what a layer's linear recurrence loses, not "
             "what the whole model does on a task; evaluate it on your own data."

@@ -116,6 +116,21 @@ def test_a_link_in_the_place_of_a_card_is_replaced_and_not_followed(saved, tmp_p
     assert outside.read_text() == "mine" and not (folder / PICTURE_NAME).is_symlink()
 
 
+def test_an_upload_is_checked_where_it_is_a_whole_model(saved, tmp_path, monkeypatch) -> None:
+    model, folder = saved
+    sent = []
+    monkeypatch.setattr(model.save_pretrained.__self__, "stock_upload", lambda folder, repo_id: sent.append(repo_id))
+    with pytest.raises(InconsistentModelError):
+        model._upload_modified_files(changed_config(folder, tmp_path / "other", state_size=5), "me/other")
+    whole, variant = tmp_path / "whole", tmp_path / "variant"
+    model.save_pretrained(whole)
+    model._upload_modified_files(whole, "me/whole")
+    assert 'from_pretrained("me/whole")' in (whole / "README.md").read_text()
+    model.save_pretrained(variant, variant="fp16")
+    model._upload_modified_files(variant, "me/variant")
+    assert sent == ["me/whole", "me/variant"]
+
+
 def test_a_module_without_save_pretrained_is_left_alone() -> None:
     module = nn.Linear(2, 2)
     carry(module, Provenance([]))

@@ -82,8 +82,8 @@ def test_an_error_bound_is_told_for_balanced_truncation_only() -> None:
 
 
 def test_weights_alone_have_other_limits_than_data() -> None:
-    record = CheckRecord("cut", "", [layer()], None, None, None, 0.1, 100, 60)
-    assert "computed from the weights alone" in render_card(facts(record))
+    record = CheckRecord("cut", "", [layer(family="lru")], None, None, None, 0.1, 100, 60)
+    assert "computed from the weights alone" in render_card(facts(record, calibration_data="book.txt"))
     assert "measured on book.txt" in render_card(facts(calibration_data="book.txt"))
 
 
@@ -130,6 +130,13 @@ def test_escaping_keeps_ordinary_names_readable() -> None:
     assert escaped("mamba_130m-hf v2.0") == "mamba_130m-hf v2.0"
     assert code("backbone.layers.0.mixer") == "`backbone.layers.0.mixer`"
     assert python_string('a"b\\c') == '"a\\"b\\\\c"'
+
+
+def test_a_classifier_of_measured_values_is_no_text_classifier() -> None:
+    classifier = {"model_class": "LRUForSequenceClassification", "model_type": "lru"}
+    assert "pipeline_tag: text-classification" in render_card(facts(**classifier))
+    card = render_card(facts(**classifier, reads_tokens=False))
+    assert "pipeline_tag" not in card and "AutoModelForSequenceClassification" in card
 
 
 def test_many_layers_are_folded_away() -> None:
