@@ -14,6 +14,8 @@ TEST = [
     "control",
     "hypothesis",
     "mpmath",
+    "optuna",
+    "peft",
     "pymor",
     "pytest",
     "pytest-xdist",
@@ -21,6 +23,7 @@ TEST = [
     "scipy",
     "slycot",
     "tensorboard",
+    "trackio",
 ]
 
 setup(
