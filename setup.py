@@ -14,7 +14,7 @@ TEST = [
     "control",
     "hypothesis",
     "mpmath",
-    "optuna",
+    'optuna; python_version >= "3.11"',
     "peft",
     "pymor",
     "pytest",
@@ -23,7 +23,7 @@ TEST = [
     "scipy",
     "slycot",
     "tensorboard",
-    "trackio",
+    'trackio; python_version >= "3.11"',
 ]
 
 setup(

@@ -10,7 +10,12 @@ from .errors import ConfigurationError
 
 def is_number(value: Any) -> bool:
     """Whether the value is a finite real number (and not a bool)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond the largest float
+        return False
 
 
 def is_integer(value: Any) -> bool:

@@ -220,12 +220,16 @@ class StateSpaceLayer(ABC):
         return []
 
     def resize(self, size: int) -> None:
-        """Give the state parameters the shapes of another state size, in place and without values, before a load."""
+        """
+        Give the state parameters the shapes of another state size, in place, before a load.
+
+        They hold NaN until they are loaded: a load that brings only some of them shows at once.
+        """
         shapes = self.state_shapes(size)
         with torch.no_grad():
             for name, parameter in self.state_parameters().items():
                 # The parameter's identity stays, so that an optimizer that the user has made keeps it.
-                parameter.data = parameter.data.new_empty(shapes[name])
+                parameter.data = parameter.data.new_full(shapes[name], float("nan"))
                 parameter.grad = None
         for change in self.size_changes(size):
             setattr(change.owner, change.name, change.value)
@@ -293,6 +297,8 @@ def _unreducible(parameter: Any) -> str | None:
         return f"holds a {type(parameter.data).__name__}, a sharded or quantised form"
     if not parameter.is_floating_point():
         return f"has dtype {parameter.dtype}, a quantised form"
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        return "has hooks on its gradient, which its replacement would not have; remove them"
     if parameter.is_meta:
         return "is on the meta device and has no values (it may be offloaded)"
     return None

@@ -132,13 +132,13 @@ class MambaLayer(StateSpaceLayer):
 
     @classmethod
     def config_changes(cls, layers: Sequence[StateSpaceLayer], sizes: Sequence[int]) -> list[AttributeChange]:
-        """`state_size` of the config that the mixers share, the largest of the layers' sizes."""
-        configs = {id(config): config for layer in layers if (config := getattr(layer.module, "config", None))}
-        return [
-            AttributeChange(config, "state_size", max(sizes))
-            for config in configs.values()
-            if hasattr(config, "state_size")
-        ]
+        """`state_size` of the config that mixers share, the largest of their sizes."""
+        found: dict[int, tuple[Any, int]] = {}
+        for layer, size in zip(layers, sizes):
+            config = getattr(layer.module, "config", None)
+            if hasattr(config, "state_size"):
+                found[id(config)] = (config, max(int(size), found.get(id(config), (config, 0))[1]))
+        return [AttributeChange(config, "state_size", size) for config, size in found.values()]
 
     @contextmanager
     def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:

@@ -5,9 +5,17 @@ from .apply import Change, ModelChange, commit_together, roll_back_together
 from .calibration import Calibration, LossFunction, calibrate, evaluate_loss, model_loss
 from .compressor import Compressor
 from .gramians import ClosedFormGramians, EmpiricalGramians, LayerGramians
-from .optimizer import OptimizerChange, drop_stale_states, unwrap_optimizer
+from .optimizer import OptimizerChange, drop_stale_states, require_trained, unwrap_optimizer
 from .plan import LayerPlan, plan_reduction
-from .record import HISTORY_NAME, CheckRecord, LayerRecord, read_history, sizes_after, write_history
+from .record import (
+    HISTORY_NAME,
+    CheckRecord,
+    LayerRecord,
+    keep_old_history,
+    read_history,
+    sizes_after,
+    write_history,
+)
 from .report import Spectrum
 from .snapshot import LAYERS_NAME, SNAPSHOT_NAME, Snapshot
 
@@ -35,9 +43,11 @@ __all__ = [
     "compress",
     "drop_stale_states",
     "evaluate_loss",
+    "keep_old_history",
     "model_loss",
     "plan_reduction",
     "read_history",
+    "require_trained",
     "roll_back_together",
     "sizes_after",
     "unwrap_optimizer",

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..architectures import fast_cpu_scan, find_layers
 from ..config import CompreSSMConfig
+from ..errors import ConfigurationError
 from .calibration import LossFunction, calibrate
 from .cards import Provenance, carried_provenance, carry
 from .compressor import Compressor
@@ -21,7 +22,7 @@ from .report import Spectrum
 def analyze(
     model: nn.Module,
     batches: Iterable[Any] | None = None,
-    config: CompreSSMConfig | None = None,
+    config: CompreSSMConfig | dict[str, Any] | None = None,
     loss_function: LossFunction | None = None,
     progress: bool | None = None,
 ) -> Spectrum:
@@ -33,7 +34,7 @@ def analyze(
         batches (`Iterable`, *optional*): Calibration inputs; mappings are passed to the model as keyword arguments. All
             of them are used, so cut a long data loader short with `itertools.islice`. A model whose layers are all
             time-invariant needs none.
-        config ([`CompreSSMConfig`], *optional*): Its `gramians`, `seed` and `fast_cpu_scan` are used.
+        config ([`CompreSSMConfig`] or its `dict`, *optional*): Its `gramians`, `seed` and `fast_cpu_scan` are used.
         loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
             loss when unset.
         progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
@@ -57,7 +58,7 @@ def analyze(
 
     ```
     """
-    config = config or CompreSSMConfig()
+    config = _checked(config)
     layers = find_layers(model)
     with fast_cpu_scan(config.fast_cpu_scan):
         calibration = calibrate(
@@ -76,7 +77,7 @@ def analyze(
 def compress(
     model: nn.Module,
     batches: Iterable[Any] | None = None,
-    config: CompreSSMConfig | None = None,
+    config: CompreSSMConfig | dict[str, Any] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     loss_function: LossFunction | None = None,
     progress: bool | None = None,
@@ -90,8 +91,8 @@ def compress(
         batches (`Iterable`, *optional*): Calibration inputs; mappings are passed to the model as keyword arguments. All
             of them are used, so cut a long data loader short with `itertools.islice`. A model whose layers are all
             time-invariant needs none.
-        config ([`CompreSSMConfig`], *optional*): What to cut and how; its schedule (`window`, `interval`) is not
-            used.
+        config ([`CompreSSMConfig`] or its `dict`, *optional*): What to cut and how; its schedule (`window`,
+            `interval`) is not used.
         optimizer (`torch.optim.Optimizer`, *optional*): Keeps training the model: its groups get the new parameters,
             its moments are carried over.
         loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
@@ -121,9 +122,22 @@ def compress(
 
     ```
     """
-    config = config or CompreSSMConfig()
+    config = _checked(config)
+    if config.judged_by_evaluation:
+        raise ConfigurationError(
+            f"rollback_metric is {config.rollback_metric!r}, a metric of the Trainer's evaluation; compress() "
+            "makes none. Set rollback_metric='calibration_loss'."
+        )
     compressor = Compressor(model, config, loss_function=loss_function, optimizer=optimizer, progress=progress)
     record = compressor.check(list(() if batches is None else batches))
     earlier = carried_provenance(model) or Provenance([])
     carry(model, replace(earlier, records=[*earlier.records, record], config=config))
     return record
+
+
+def _checked(config: CompreSSMConfig | dict[str, Any] | None) -> CompreSSMConfig:
+    if isinstance(config, dict):
+        return CompreSSMConfig.from_dict(config)
+    if config is not None and not isinstance(config, CompreSSMConfig):
+        raise ConfigurationError(f"config is a {type(config).__name__}; give a CompreSSMConfig or a dict.")
+    return config or CompreSSMConfig()

@@ -120,7 +120,8 @@ def calibrate(
             if needs_gradient and loss.requires_grad:
                 for observer in observers:
                     observer.loss_terms = terms
-                torch.autograd.grad(LOSS_SCALE * loss, trigger, allow_unused=True)
+                with torch.enable_grad():
+                    torch.autograd.grad(LOSS_SCALE * loss, trigger, allow_unused=True)
     if selective and not losses:
         raise CalibrationError(
             f"there is no calibration batch; {selective[0].name} ({selective[0].family}) is a selective layer, whose "
@@ -175,7 +176,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         if getattr(config, "use_cache", False) is True
     ]
     devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    # A compiled forward pass would go past the scan that is watched, and be compiled again for evaluation mode.
+    with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
         try:
             model.eval()
             for config in cached:
@@ -212,7 +214,8 @@ def _tensors_in(batch: Any) -> Iterator[Tensor]:
 def move_to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in it on the device; other entries are kept as they are."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        # What was made in inference mode cannot take part in a backward pass.
+        return batch.clone().to(device) if batch.is_inference() else batch.to(device)
     if isinstance(batch, Mapping):
         return {name: move_to_device(value, device) for name, value in batch.items()}
     if isinstance(batch, (list, tuple)):
@@ -221,7 +224,10 @@ def move_to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _finite(loss: Tensor) -> float:
+def _finite(loss: Any) -> float:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise CalibrationError(f"the loss function returned {found}; it must return a tensor with a single number.")
     value = float(loss.detach())
     if not math.isfinite(value):
         raise CalibrationError(

@@ -22,7 +22,7 @@ from ..architectures import (
     find_layers,
 )
 from ..config import CompreSSMConfig
-from ..errors import TruncationError, UnsupportedModelError
+from ..errors import CalibrationError, TruncationError, UnsupportedModelError
 from ..systems import Truncation, rank_correlation
 from .apply import Change, ModelChange, commit_together, roll_back_together
 from .calibration import Calibration, LossFunction, calibrate, evaluate_loss
@@ -136,7 +136,7 @@ class Compressor:
         start = time.perf_counter()
         seed = _combined_seed(self.config.seed, step)
         parameters = self._count_parameters()
-        with fast_cpu_scan(self.config.fast_cpu_scan):
+        with torch.inference_mode(False), fast_cpu_scan(self.config.fast_cpu_scan):
             calibration = calibrate(
                 self.model,
                 self.layers,
@@ -147,6 +147,7 @@ class Compressor:
                 seed=seed,
                 progress=self._progress,
             )
+            self._require_judge(calibration.loss)
             spectra = {name: gramians.hankel_singular_values() for name, gramians in calibration.gramians.items()}
             scores = {name: gramians.state_scores().flatten() for name, gramians in calibration.gramians.items()}
             correlations = {name: _correlation(self._scores.get(name), scores[name]) for name in scores}
@@ -174,11 +175,15 @@ class Compressor:
         self.records.append(record)
         return self._judged(record)
 
+    def _require_judge(self, loss: float | None) -> None:
+        if loss is None and self.config.can_roll_back and not self.config.judged_by_evaluation:
+            raise CalibrationError(
+                f"rollback_tolerance is {self.config.rollback_tolerance:g}, but the calibration batches give no loss "
+                "that a cut could be judged by. Give batches with labels, or a loss_function."
+            )
+
     def _judged(self, record: CheckRecord) -> CheckRecord:
         if record.outcome != "cut" or self.config.judged_by_evaluation or self.snapshot is None:
-            return record
-        if record.loss_before is None or record.loss_after is None:
-            self.snapshot = None
             return record
         worse = record.loss_after - record.loss_before
         if worse <= self.config.rollback_tolerance:

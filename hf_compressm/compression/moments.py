@@ -55,7 +55,8 @@ def carry_state(state: dict[str, Any], change: ParameterChange, optimizer_name: 
         if not isinstance(value, Tensor) or value.ndim == 0 or value.numel() == 1 != change.old.numel():
             carried[name] = value
             continue
-        move = _mover(name, value, change, name in update_averages)
+        # Quantised states are subclasses of a tensor that know few operations.
+        move = _mover(name, value, change, name in update_averages) if type(value) is Tensor else None
         if move is None:
             logger.warning(
                 "%s keeps a state %r of shape %s for a parameter of shape %s that was cut to %s, and how it moves is "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..architectures import ParameterChange
 from ..errors import UnsupportedModelError
@@ -33,7 +33,7 @@ class OptimizerChange:
         self._optimizer = unwrap_optimizer(optimizer)
         self._changes = {id(change.old): change for change in changes}
         self._groups = [list(group["params"]) for group in self._optimizer.param_groups]
-        self._require_known(changes)
+        require_trained(self._optimizer, [change.old for change in changes])
         self._old_states = {
             change.old: self._optimizer.state[change.old] for change in changes if change.old in self._optimizer.state
         }
@@ -42,16 +42,6 @@ class OptimizerChange:
             for change in changes
             if change.old in self._old_states or change.optimizer_state
         }
-
-    def _require_known(self, changes: Sequence[ParameterChange]) -> None:
-        held = {id(parameter) for group in self._groups for parameter in group}
-        strays = [change for change in changes if change.old.requires_grad and id(change.old) not in held]
-        if strays and len(strays) == len([change for change in changes if change.old.requires_grad]):
-            raise UnsupportedModelError(
-                f"none of the {len(strays)} trained parameters that would be cut is in "
-                f"{type(self._optimizer).__name__}; it may train flattened or partitioned copies (DeepSpeed, FSDP with "
-                "original parameters off), which a cut cannot follow. Compress in a run without such a wrapper."
-            )
 
     def _state_after(self, change: ParameterChange, state: dict[str, Any], moments: str) -> dict[str, Any]:
         if change.optimizer_state is not None:
@@ -65,7 +55,8 @@ class OptimizerChange:
     def commit(self) -> None:
         """Let the parameter groups hold the new parameters, with their carried state."""
         for group, parameters in zip(self._optimizer.param_groups, self._groups):
-            group["params"] = [
+            # In place, as some optimizers keep a second reference to the list.
+            group["params"][:] = [
                 self._changes[id(parameter)].new if id(parameter) in self._changes else parameter
                 for parameter in parameters
             ]
@@ -77,16 +68,55 @@ class OptimizerChange:
     def rollback(self) -> None:
         """Put the old parameters and their state back."""
         for group, parameters in zip(self._optimizer.param_groups, self._groups):
-            group["params"] = list(parameters)
+            group["params"][:] = parameters
         for new in self._new_states:
             self._optimizer.state.pop(new, None)
         self._optimizer.state.update(self._old_states)
 
 
+def require_trained(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
+    """
+    Check that an optimizer trains parameters that may be cut, in a form that a cut can follow.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer, or a wrapper of it.
+        parameters (`Iterable[torch.nn.Parameter]`): What may be cut; frozen ones need no optimizer.
+
+    Raises:
+        [`~errors.UnsupportedModelError`]: a parameter is in no group of the optimizer, so that its replacement would
+            not be trained, or the optimizer keeps one flat history of all parameters (L-BFGS).
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UnsupportedModelError(
+            "LBFGS keeps one flat history of all parameters, which a cut cannot follow. Train with another optimizer, "
+            "or compress after the training."
+        )
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    strays = [parameter for parameter in trained if id(parameter) not in held]
+    if strays:
+        raise UnsupportedModelError(
+            f"{len(strays)} of the {len(trained)} parameters that would be cut are not in {type(optimizer).__name__}, "
+            "so that their replacements would not be trained. Give the optimizer that trains all of them, freeze them "
+            "with requires_grad_(False), or, where it trains flattened or partitioned copies (DeepSpeed), compress "
+            "in a run without that wrapper."
+        )
+
+
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The innermost optimizer of nested wrappers that hold it in their attribute `optimizer`."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    """
+    The innermost optimizer of nested wrappers that hold it in their attribute `optimizer` or `base_optimizer`.
+
+    Raises:
+        [`~errors.UnsupportedModelError`]: there is no object with parameter groups inside.
+    """
+    while (inner := getattr(optimizer, "optimizer", getattr(optimizer, "base_optimizer", None))) is not None:
+        optimizer = inner
+    if not hasattr(optimizer, "param_groups"):
+        raise UnsupportedModelError(
+            f"the optimizer is a {type(optimizer).__name__} without parameter groups; give a torch.optim.Optimizer."
+        )
     return optimizer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,9 @@ class CheckRecord:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CheckRecord:
-        """The record that [`~CheckRecord.to_dict`] gave."""
-        return cls(**{**values, "layers": [LayerRecord(**layer) for layer in values.get("layers", [])]})
+        """The record that [`~CheckRecord.to_dict`] gave; fields of a later version are left out."""
+        layers = [LayerRecord(**_known(LayerRecord, layer)) for layer in values.get("layers", [])]
+        return cls(**{**_known(cls, values), "layers": layers})
 
     def summary(self) -> str:
         """One line for a person."""
@@ -126,6 +127,11 @@ class CheckRecord:
         return {name: float(value) for name, value in values.items() if value is not None}
 
 
+def _known(record: type, values: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(record)}
+    return {name: value for name, value in values.items() if name in names}
+
+
 def _span(sizes: set[int]) -> str:
     return str(min(sizes)) if len(sizes) == 1 else f"{min(sizes)}..{max(sizes)}"
 
@@ -158,6 +164,25 @@ def write_history(records: list[CheckRecord], folder: str | os.PathLike) -> Path
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def keep_old_history(folder: str | os.PathLike) -> Path | None:
+    """
+    Rename the history of an earlier run in a folder, before a new one writes there.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder, which need not exist.
+
+    Returns:
+        `Path` or `None`: The file's new path, `compressm_history.N.json`, where there was one.
+    """
+    path = Path(folder) / HISTORY_NAME
+    if not path.is_file():
+        return None
+    number = 1
+    while (renamed := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return path.rename(renamed)
 
 
 def read_history(folder: str | os.PathLike) -> list[CheckRecord]:

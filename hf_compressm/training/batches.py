@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+
+from ..errors import ConfigurationError
+
+# Of torch, accelerate and transformers; each of them goes through the whole data set.
+_COMPLETE_SAMPLERS = frozenset(
+    {"RandomSampler", "SequentialSampler", "DistributedSampler", "SeedableRandomSampler", "LengthGroupedSampler"}
+)
 
 
 class SampledBatches:
@@ -67,6 +74,8 @@ class CapturedBatches:
 
     def _keep(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._armed and module.training:
+            # The Trainer divides by this number what several accumulated batches add up to.
+            kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
             self._kept.append({**dict(zip(self._names, args)), **kwargs})
 
     def arm(self, due: bool) -> None:
@@ -120,6 +129,9 @@ def training_batches(
     """
     The source of a run's calibration batches: what the user gave, else sampled where possible, else captured.
 
+    Batches are sampled from data with random access that the loader goes through as a whole; of a stream, or where a
+    sampler of the user's own chooses, they are captured from the training steps.
+
     Args:
         model (`torch.nn.Module`): The model in training.
         dataloader (`torch.utils.data.DataLoader`): The loader of its training data.
@@ -132,9 +144,62 @@ def training_batches(
         return GivenBatches(given)
     dataset = getattr(dataloader, "dataset", None)
     readable = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    if readable and not isinstance(dataset, IterableDataset):
+    if readable and not isinstance(dataset, IterableDataset) and _draws_from_everything(dataloader):
         return SampledBatches(dataloader, batch_size, count, seed)
     return CapturedBatches(model, count)
+
+
+def require_batches(name: str, batches: Any) -> Any:
+    """
+    Raise unless the value is unset or can be gone through again and again, batch by batch; returns it.
+
+    Args:
+        name (`str`): The argument.
+        batches (`object`): Its value.
+
+    Raises:
+        [`~errors.ConfigurationError`]: it is a number, a single batch, or used up after one check.
+    """
+    if batches is None:
+        return None
+    if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
+        raise ConfigurationError(
+            f"{name} is a {type(batches).__name__}; give a list of batches (their number is a setting of "
+            "CompreSSMConfig)."
+        )
+    if isinstance(batches, Iterator):
+        raise ConfigurationError(
+            f"{name} is a {type(batches).__name__}, which is used up after one check; give list({name}), cut short "
+            "where it has no end."
+        )
+    return batches
+
+
+def require_function(name: str, function: Any) -> Any:
+    """
+    Raise unless the value is unset or callable; returns it.
+
+    Args:
+        name (`str`): The argument.
+        function (`object`): Its value.
+
+    Raises:
+        [`~errors.ConfigurationError`]: it cannot be called.
+    """
+    if function is not None and not callable(function):
+        raise ConfigurationError(f"{name} is {function!r}; give a function of the model and a batch.")
+    return function
+
+
+def _draws_from_everything(dataloader: DataLoader) -> bool:
+    """Whether a loader makes batches of all examples; a sampler of the user's own may leave some out."""
+    batch_sampler = getattr(dataloader, "batch_sampler", None)
+    if batch_sampler is None:
+        return False
+    while hasattr(batch_sampler, "batch_sampler"):
+        batch_sampler = batch_sampler.batch_sampler
+    sampler = getattr(batch_sampler, "sampler", None)
+    return type(sampler).__name__ in _COMPLETE_SAMPLERS
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 from ..compression import CheckRecord, LossFunction
 from ..config import CompreSSMConfig
 from ..errors import ConfigurationError
+from .batches import require_batches, require_function
 from .card import keep_card
 from .checkpoints import after_replacing, before_replacing, set_aside_incomplete
 from .resume import follow_checkpoints, saved_run
@@ -68,9 +69,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if config is not None and not isinstance(config, CompreSSMConfig):
             raise ConfigurationError(f"config is a {type(config).__name__}; give a CompreSSMConfig.")
         self.config = config or CompreSSMConfig()
-        self._loss_function = loss_function
-        self._given_batches = calibration_batches
-        self._averaged_weights = averaged_weights
+        self._loss_function = require_function("loss_function", loss_function)
+        self._given_batches = require_batches("calibration_batches", calibration_batches)
+        # One average by itself is meant as a list of one.
+        single = isinstance(averaged_weights, (nn.Module, Mapping))
+        self._averaged_weights = [averaged_weights] if single else averaged_weights
         self._run: CompressionRun | None = None
 
     @property
@@ -83,8 +86,17 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         attributes = {
             "saved_records": [record.to_dict() for record in self.records],
             "saved_judgement": None if self._run is None else self._run.pending(),
+            "saved_arguments": self._arguments_json_cannot_hold(),
         }
         return {"args": {"config": self.config.to_dict()}, "attributes": attributes}
+
+    def _arguments_json_cannot_hold(self) -> list[str]:
+        given = {
+            "loss_function": self._loss_function is not None,
+            "calibration_batches": self._given_batches is not None,
+            "averaged_weights": bool(self._averaged_weights),
+        }
+        return [name for name, present in given.items() if present]
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -101,6 +113,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Find the layers and the steps to check; everything that cannot work is refused here."""
         # A search over hyperparameters makes a new model, a smaller batch after a lack of memory a new start.
         follow_checkpoints(model)
+        lost = sorted(set(getattr(self, "saved_arguments", [])) - set(self._arguments_json_cannot_hold()))
+        if lost:
+            raise ConfigurationError(
+                f"restore_callback_states_from_checkpoint=True has put a new callback without its {', '.join(lost)} in "
+                "the place of the one that you gave. Leave it at False: the callback restores its state by itself."
+            )
         if self._run is not None:
             self._run.ended()
         keep_card(self)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
+import socket
 import struct
 import zipfile
 from pathlib import Path
@@ -16,12 +18,13 @@ logger = logging.getLogger(__name__)
 
 INCOMPLETE_PREFIX = "incomplete-"
 REPLACED_PREFIX = "replaced-"
+LOCK_NAME = ".compressm_running"
 
 # One file, shards of the Hub's form, of FSDP's and of DeepSpeed's.
 _WEIGHTS = ("*.safetensors", "*.bin", "**/*.distcp", "**/*.pt")
 
-# Where the Trainer, FSDP and DeepSpeed keep the optimizer's state.
-_OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+# What the Trainer writes beside the weights, all of it in torch's zip form; files of other names are the user's.
+_TRAINING_STATE = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
 
 def problem_with(folder: str | os.PathLike) -> str | None:
@@ -35,42 +38,48 @@ def problem_with(folder: str | os.PathLike) -> str | None:
     Args:
         folder (`str` or `os.PathLike`): A folder that the Trainer wrote.
     """
-    folder = Path(folder)
     try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return _problem_with(Path(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"a file in it cannot be read: {error!r}"
+
+
+def _problem_with(folder: Path) -> str | None:
+    state = folder / "trainer_state.json"
+    if not state.is_file():
         return "it has no trainer_state.json, which is written last"
-    except ValueError:
+    if not _is_whole_json(state):
         return "its trainer_state.json ends too early"
     for file in folder.glob("*.safetensors"):
         if not _is_whole_safetensors(file):
             return f"its {file.name} ends too early"
-    for file in folder.glob("*.pt*"):
+    for file in (file for pattern in _TRAINING_STATE for file in folder.glob(pattern)):
         if file.stat().st_size == 0 or not zipfile.is_zipfile(file):
             return f"its {file.name} ends too early"
     return _missing_part(folder)
 
 
+def _is_whole_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
+
+
 def _missing_part(folder: Path) -> str | None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except ValueError:
+        if not _is_whole_json(index):
             return f"its {index.name} ends too early"
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         missing = sorted(shard for shard in shards if not (folder / shard).is_file())
         if missing:
             return f"it lacks {missing[0]}"
     found = [file.name for pattern in _WEIGHTS for file in folder.glob(pattern)]
     if set(found) <= {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"}:
         return "it has no weights"
-    # With save_only_model none of the three is there; one without the others was lost.
-    training_state = {
-        "the optimizer's state": any(list(folder.glob(pattern)) for pattern in _OPTIMIZER_STATES),
-        "the random state": bool(list(folder.glob("rng_state*.pth"))),
-    }
-    absent = [name for name, present in training_state.items() if not present]
-    return f"it lacks {absent[0]}" if len(absent) == 1 else None
+    return None
 
 
 def _is_whole_safetensors(file: Path) -> bool:
@@ -92,7 +101,8 @@ def set_aside_incomplete(output_dir: str | os.PathLike) -> list[Path]:
     """
     Rename the checkpoints of a run that a crash left incomplete, so that none is resumed from; nothing is deleted.
 
-    A checkpoint that was whole and was being replaced when the crash came gets its name back.
+    A checkpoint that was whole and was being replaced when the crash came gets its name back. Nothing is touched while
+    a training of another process on this machine writes to the folder.
 
     Args:
         output_dir (`str` or `os.PathLike`): The run's folder, which need not exist.
@@ -100,6 +110,9 @@ def set_aside_incomplete(output_dir: str | os.PathLike) -> list[Path]:
     Returns:
         `list[Path]`: The folders' new paths, `incomplete-checkpoint-N`.
     """
+    if is_active(output_dir):
+        logger.info("%s belongs to a training that is under way; its checkpoints are left alone.", output_dir)
+        return []
     moved = []
     for folder in sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         if not folder.is_dir() or not folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdigit():
@@ -146,6 +159,36 @@ def after_replacing(output_dir: str | os.PathLike, step: int) -> None:
     aside = Path(output_dir) / f"{REPLACED_PREFIX}{PREFIX_CHECKPOINT_DIR}-{step}"
     if aside.is_dir():
         shutil.rmtree(aside)
+
+
+def mark_active(output_dir: str | os.PathLike) -> None:
+    """Tell other processes that a training writes to a folder, until [`mark_ended`] or the end of this process."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        owner = {"pid": os.getpid(), "host": socket.gethostname()}
+        (Path(output_dir) / LOCK_NAME).write_text(json.dumps(owner), encoding="utf-8")
+    except OSError as error:
+        logger.warning("%s cannot be written to: %s", output_dir, error)
+
+
+def mark_ended(output_dir: str | os.PathLike) -> None:
+    """Take back what [`mark_active`] told."""
+    with contextlib.suppress(OSError):
+        (Path(output_dir) / LOCK_NAME).unlink(missing_ok=True)
+
+
+def is_active(output_dir: str | os.PathLike) -> bool:
+    """Whether another process of this machine that still runs has marked a folder as its own."""
+    try:
+        owner = json.loads((Path(output_dir) / LOCK_NAME).read_text(encoding="utf-8"))
+        if owner["host"] != socket.gethostname() or owner["pid"] == os.getpid():
+            return False
+        os.kill(int(owner["pid"]), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
 
 
 def _free_name(path: Path) -> Path:

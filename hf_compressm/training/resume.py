@@ -44,8 +44,16 @@ def _take_saved_size(
     prefix: str,
     *_: Any,
 ) -> None:
+    entries = {name: state_dict[prefix + name] for name in layer.state_parameters() if prefix + name in state_dict}
+    present = layer.state_shapes(layer.state_size)
+    # Tensors of another kind of model are left to the load, which refuses them and changes nothing.
+    if any(len(entry.shape) != len(present[name]) for name, entry in entries.items()):
+        return
     saved = layer.saved_state_size(state_dict, prefix)
-    if saved is not None and saved != layer.state_size:
+    if saved is None or saved == layer.state_size:
+        return
+    wanted = layer.state_shapes(saved)
+    if saved > 0 and all(tuple(entry.shape) == wanted[name] for name, entry in entries.items()):
         layer.resize(saved)
         for change in config_changes(layers, {}):
             setattr(change.owner, change.name, change.value)

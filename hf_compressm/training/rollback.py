@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ class EvaluationWatch:
         self._due = due
         self._sign = 1 if _greater_is_better(self.name, args) else -1
         self._before: float | None = None
-        self._seen: list[str] = []
+        self._seen: set[str] = set()
         self.judge_at: int | None = None
 
     def wants_evaluation(self, step: int) -> bool:
@@ -56,7 +57,7 @@ class EvaluationWatch:
         if self._before is None:
             raise ConfigurationError(
                 f"rollback_metric is {self._config.rollback_metric!r}, but the evaluation gives no {self.name!r}"
-                f"{': it gives ' + ', '.join(self._seen) if self._seen else ''}. Name one of its metrics."
+                f"{': it gives ' + ', '.join(sorted(self._seen)) if self._seen else ''}. Name one of its metrics."
             )
 
     def cut_made(self, step: int) -> None:
@@ -74,16 +75,17 @@ class EvaluationWatch:
         Returns:
             `str` or `None`: Why the cut has to be taken back, where it has to.
         """
-        self._seen = sorted(name for name, value in metrics.items() if isinstance(value, (int, float)))
+        self._seen |= {name for name, value in metrics.items() if isinstance(value, (int, float))}
         value = metrics.get(self.name)
         if value is None or (self.judge_at is not None and step < self.judge_at):
             return None
         if self.judge_at is None:
-            self._before = float(value)
+            self._before = float(value) if math.isfinite(value) else self._before
             return None
         self.judge_at = None
         worse = self._sign * (self._before - float(value))
-        if worse > self._config.rollback_tolerance:
+        # Written this way round, a value that is not a number counts as worse.
+        if not worse <= self._config.rollback_tolerance:
             return (
                 f"{self.name} went from {self._before:.4g} to {float(value):.4g}, "
                 f"allowed is {self._config.rollback_tolerance:g}"

@@ -15,18 +15,22 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..architectures import enable_fast_cpu_scan
 from ..compression import (
+    HISTORY_NAME,
     LAYERS_NAME,
     CheckRecord,
     Compressor,
     LossFunction,
     Snapshot,
     drop_stale_states,
+    keep_old_history,
+    require_trained,
     sizes_after,
     write_history,
 )
 from ..config import CompreSSMConfig
 from ..errors import (
     CalibrationError,
+    ConfigurationError,
     NotFiniteError,
     TruncationError,
     UnstableSystemError,
@@ -34,6 +38,7 @@ from ..errors import (
 )
 from ..ops import compile_kernels
 from .batches import training_batches
+from .checkpoints import mark_active, mark_ended
 from .requirements import require_plain_run
 from .resume import SavedRun
 from .rollback import EvaluationWatch
@@ -85,6 +90,8 @@ class CompressionRun:
         self._watch = EvaluationWatch(config, args, self.steps) if config.judged_by_evaluation else None
         self._neighbours = neighbours(callback)
         self._averaged_weights = averaged_weights
+        if any(type(other) is type(callback) for other in self._neighbours):
+            raise ConfigurationError("the Trainer has two CompreSSMCallbacks; one has to hold all settings.")
         show = state.is_world_process_zero and not args.disable_tqdm
         self._compressor = Compressor(
             model,
@@ -94,6 +101,8 @@ class CompressionRun:
             find_copies=self._averages,
             progress=None if show else False,
         )
+        parameters = [p for layer in self._compressor.layers for p in layer.state_parameters().values()]
+        require_trained(optimizer, parameters)
         self._resume(saved)
         stale = drop_stale_states(optimizer)
         if stale:
@@ -114,6 +123,10 @@ class CompressionRun:
             enable_fast_cpu_scan()
             if next(model.parameters()).device.type == "cpu":
                 compile_kernels()
+        if args.should_save:
+            mark_active(args.output_dir)
+            if state.global_step == 0:
+                keep_old_history(args.output_dir)
         sizes = sorted(set(self._compressor.sizes.values()))
         self._tell(
             f"{len(self._compressor.layers)} layers with state size {', '.join(map(str, sizes))}; "
@@ -170,6 +183,10 @@ class CompressionRun:
     def ended(self) -> None:
         """Let go of the training data."""
         self._batches.close()
+        mark_ended(self._args.output_dir)
+        if self._compressor.snapshot is not None:
+            self._compressor.snapshot = None
+            logger.warning("the training ended before the latest cut was judged; the cut stays.")
 
     def _averages(self) -> list[Any]:
         """What the user named, and every averaged model that another callback holds."""
@@ -226,7 +243,11 @@ class CompressionRun:
             self._tell(record.summary())
             report(record.scalars(), self._trackers, self._args, self._state, self._control, self._model)
         if self._state.is_world_process_zero:
-            write_history(self._compressor.records, self._args.output_dir)
+            try:
+                write_history(self._compressor.records, self._args.output_dir)
+            except OSError as error:
+                # The records are in every checkpoint too; a full disk is no reason to lose a run.
+                logger.warning("%s could not be written: %s", HISTORY_NAME, error)
 
     def _tell(self, line: str) -> None:
         logger.info(line)

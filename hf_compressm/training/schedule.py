@@ -34,7 +34,7 @@ def check_steps(config: CompreSSMConfig, max_steps: int) -> list[int]:
     >>> from hf_compressm.training.schedule import check_steps
 
     >>> check_steps(CompreSSMConfig(), 1000)
-    [100]
+    [300]
     >>> check_steps(CompreSSMConfig(window=(0.1, 0.3), interval=50), 1000)
     [150, 200, 250, 300]
     >>> check_steps(CompreSSMConfig(window=(0, 500), interval=200, strategy="target", target_state_size=8), 1000)

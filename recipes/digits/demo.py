@@ -164,7 +164,7 @@ def main() -> None:
         console.print("1. The uncompressed run, for comparison")
         full = train(options, [], options.output_dir / "uncompressed")
         console.print("2. The same run with the callback")
-        callback = CompreSSMCallback(CompreSSMConfig(tolerance=options.tolerance))
+        callback = CompreSSMCallback(CompreSSMConfig(tolerance=options.tolerance, window=(0.0, 0.1)))
         small = train(options, [callback], options.output_dir / "compressed")
 
     for split, rows in zip(("train", "test"), digit_sequences()):

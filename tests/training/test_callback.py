@@ -19,7 +19,7 @@ from hf_compressm.errors import ConfigurationError, UnsupportedModelError
 from tests.cases import CASES, case_id, logits_of, tiny_mamba, token_batch
 
 STEPS = 20
-HALF = CompreSSMConfig(strategy="fixed", keep_ratio=0.5)
+HALF = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, window=(0.0, 0.1))
 
 
 @pytest.fixture(autouse=True)

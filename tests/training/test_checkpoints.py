@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,13 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMCallback, disable_fast_cpu_scan
-from hf_compressm.training.checkpoints import before_replacing, problem_with, set_aside_incomplete
+from hf_compressm.training.checkpoints import (
+    LOCK_NAME,
+    before_replacing,
+    is_active,
+    problem_with,
+    set_aside_incomplete,
+)
 from tests.cases import tiny_mamba
 from tests.training.test_callback import make_trainer
 from tests.training.test_resume import SAVES, TWO_CUTS, StopAt
@@ -53,10 +62,17 @@ DAMAGES = {
     "weights' header is half": (lambda c: truncate(c / "model.safetensors", 0.02), "model.safetensors ends too early"),
     "weights are missing": (lambda c: (c / "model.safetensors").unlink(), "has no weights"),
     "optimizer is half": (lambda c: truncate(c / "optimizer.pt"), "optimizer.pt ends too early"),
-    "optimizer is missing": (lambda c: (c / "optimizer.pt").unlink(), "lacks the optimizer's state"),
     "scheduler is empty": (lambda c: (c / "scheduler.pt").write_bytes(b""), "scheduler.pt ends too early"),
     "random state is half": (lambda c: truncate(c / "rng_state.pth"), "rng_state.pth ends too early"),
-    "random state is missing": (lambda c: (c / "rng_state.pth").unlink(), "lacks the random state"),
+    "state is a folder": (
+        lambda c: ((c / "trainer_state.json").unlink(), (c / "trainer_state.json").mkdir()),
+        "has no",
+    ),
+    "header is a list": (
+        lambda c: (c / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"[]"),
+        "a file in it cannot be read",
+    ),
+    "index is a list": (lambda c: (c / "model.safetensors.index.json").write_text("[]"), "a file in it cannot be read"),
 }
 
 
@@ -79,10 +95,37 @@ def test_a_shard_that_is_missing(checkpoint) -> None:
     assert "lacks model-00002-of" in problem_with(checkpoint)
 
 
-def test_a_checkpoint_without_the_training_state_is_whole_by_intention(checkpoint) -> None:
+def test_what_was_left_out_on_purpose_and_files_of_the_users_own_are_no_damage(checkpoint) -> None:
+    (checkpoint / "ema.pt").write_bytes(b"a form of their own")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (checkpoint / name).unlink()
-    assert problem_with(checkpoint) is None
+        assert problem_with(checkpoint) is None
+
+
+def test_a_training_of_another_process_is_left_alone_while_it_runs(checkpoint) -> None:
+    truncate(checkpoint / "optimizer.pt")
+    run = checkpoint.parent
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        owner = {"pid": other.pid, "host": socket.gethostname()}
+        (run / LOCK_NAME).write_text(json.dumps(owner))
+        assert is_active(run) and set_aside_incomplete(run) == []
+    finally:
+        other.kill()
+        other.wait()
+    assert not is_active(run) and len(set_aside_incomplete(run)) == 1
+
+
+def test_a_running_training_is_marked_and_an_ended_one_is_not(tmp_path) -> None:
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(json.loads((tmp_path / LOCK_NAME).read_text())["pid"])
+
+    make_trainer(tmp_path, None, callbacks=[CompreSSMCallback(TWO_CUTS), Watch()]).train()
+    assert set(seen) == {os.getpid()} and not (tmp_path / LOCK_NAME).exists()
+    assert not is_active(tmp_path), "one's own mark of an interrupted training is no obstacle"
 
 
 def test_an_empty_safetensors_file_is_whole(tmp_path, checkpoint) -> None:

@@ -32,7 +32,7 @@ def test_known_schedules(window, interval, max_steps, expected) -> None:
 
 
 def test_a_window_without_a_check_is_refused_with_its_steps() -> None:
-    with pytest.raises(ConfigurationError, match=r"covers the steps 0 to 10, and the interval is 2000"):
+    with pytest.raises(ConfigurationError, match=r"covers the steps 0 to 30, and the interval is 2000"):
         check_steps(CompreSSMConfig(interval=2000), 100)
 
 
