@@ -16,6 +16,7 @@ _HOMES = {
     "CompreSSMCallback": ".training",
     "CompreSSMConfig": ".config",
     "CompreSSMError": ".errors",
+    "RunReport": ".compression",
     "Spectrum": ".compression",
     "analyze": ".compression",
     "compress": ".compression",
@@ -30,6 +31,7 @@ __all__ = [
     "CompreSSMCallback",
     "CompreSSMConfig",
     "CompreSSMError",
+    "RunReport",
     "Spectrum",
     "analyze",
     "compress",
@@ -41,7 +43,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .architectures import disable_fast_cpu_scan, enable_fast_cpu_scan, fast_cpu_scan
-    from .compression import CheckRecord, Spectrum, analyze, compress, read_history
+    from .compression import CheckRecord, RunReport, Spectrum, analyze, compress, read_history
     from .config import CompreSSMConfig
     from .errors import CompreSSMError
     from .training import CompreSSMCallback

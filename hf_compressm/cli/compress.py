@@ -184,8 +184,8 @@ def _cut(
 ) -> tuple[Any, str]:
     """Evaluate, cut, evaluate again; returns the facts for the card and what to print."""
     from ..compression import compress as cut
+    from ..compression import history_of
     from ..compression.cards import Evaluation, Provenance, evaluation_table
-    from ..hub.loading import history_of
     from .evaluate import evaluate
 
     unseen = batches.evaluation or batches.calibration

@@ -31,13 +31,14 @@ def report(
     hf-compressm report runs/mamba
     ```
     """
+    from ..compression import RunReport
     from ..compression.cards import replace_file
-    from .run_report import draw_run, read_run, render_page, run_table
+    from .run_report import draw_run, render_page
 
-    run = read_run(run_dir)
+    run = RunReport.from_folder(run_dir)
     folder = output or run_dir
     folder.mkdir(parents=True, exist_ok=True)
-    typer.echo(run_table(run))
+    typer.echo(run.table())
     picture = draw_run(run)
     replace_file(folder / PICTURE_NAME, picture)
     replace_file(folder / PAGE_NAME, render_page(run, picture).encode("utf-8"))

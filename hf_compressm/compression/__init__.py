@@ -11,12 +11,14 @@ from .record import (
     HISTORY_NAME,
     CheckRecord,
     LayerRecord,
+    history_of,
     keep_old_history,
     read_history,
     sizes_after,
     write_history,
 )
 from .report import Spectrum
+from .run_report import RunReport
 from .snapshot import LAYERS_NAME, SNAPSHOT_NAME, Snapshot
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "LossFunction",
     "ModelChange",
     "OptimizerChange",
+    "RunReport",
     "Snapshot",
     "Spectrum",
     "analyze",
@@ -43,6 +46,7 @@ __all__ = [
     "compress",
     "drop_stale_states",
     "evaluate_loss",
+    "history_of",
     "keep_old_history",
     "model_loss",
     "plan_reduction",

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..errors import InconsistentModelError
+
 HISTORY_NAME = "compressm_history.json"
 HISTORY_VERSION = 1
 
@@ -189,3 +191,24 @@ def read_history(folder: str | os.PathLike) -> list[CheckRecord]:
     """The records in a folder's `compressm_history.json`, in the order in which the checks were made."""
     content = json.loads((Path(folder) / HISTORY_NAME).read_text(encoding="utf-8"))
     return [CheckRecord.from_dict(check) for check in content["checks"]]
+
+
+def history_of(folder: str | os.PathLike) -> list[CheckRecord]:
+    """
+    The records in a folder's history; none where it has no history.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder.
+
+    Raises:
+        [`~errors.InconsistentModelError`]: the file is there and is no history.
+    """
+    path = Path(folder) / HISTORY_NAME
+    if not path.is_file():
+        return []
+    try:
+        return read_history(folder)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InconsistentModelError(
+            f"{path} is not a history of hf_compressm: {error!r}. Remove or restore the file."
+        ) from error

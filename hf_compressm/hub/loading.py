@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedModel
 
 from .. import models  # noqa: F401  (makes our own model types known to the Auto classes)
-from ..compression import HISTORY_NAME, read_history
+from ..compression import history_of
 from ..compression.cards import Provenance, require_one_model, require_safe_weights
 from ..errors import InconsistentModelError, UnsupportedModelError
 from .errors import translated
@@ -152,26 +152,6 @@ def checked_class(folder: Path, trust_remote_code: bool = False) -> Any:
     sizes = Provenance(history_of(folder)).sizes()
     require_one_model(folder, model_class, sizes, trust_remote_code=trust_remote_code)
     return model_class
-
-
-def history_of(folder: Path) -> list:
-    """
-    The records in a folder's history; none where it has no history.
-
-    Args:
-        folder (`Path`): The folder.
-
-    Raises:
-        [`~errors.InconsistentModelError`]: the file is there and is no history.
-    """
-    if not (folder / HISTORY_NAME).is_file():
-        return []
-    try:
-        return read_history(folder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InconsistentModelError(
-            f"{folder / HISTORY_NAME} is not a history of hf_compressm: {error!r}. Remove or restore the file."
-        ) from error
 
 
 def _config_of(folder: Path) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..compression import history_of
 from ..compression.cards import Provenance, describe_folder, read_card, renamed, write_card, write_model_files
 from ..errors import ConfigurationError, HubError, InconsistentModelError
 from .errors import HTTP_ERRORS, is_passing, translated
-from .loading import checked_class, history_of
+from .loading import checked_class
 
 logger = logging.getLogger(__name__)
 
