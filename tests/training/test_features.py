@@ -170,15 +170,16 @@ def test_every_trial_of_a_hyperparameter_search_starts_from_a_fresh_model(tmp_pa
             if state.global_step in (1, 2):
                 seen.append((state.global_step, *state_sizes(model)))
 
-    settings = {
-        "eval_strategy": "steps",
-        "eval_steps": 4,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "loss",
-    }
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_loss"] = float(state.global_step)
+
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            seen.append(("best", *state_sizes(model)))
+
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     trainer = Trainer(
         model_init=lambda trial: tiny_mamba(),
-        args=arguments(tmp_path, max_steps=8, **{**settings, "save_strategy": "steps", "save_steps": 4}),
+        args=arguments(tmp_path, max_steps=4, load_best_model_at_end=True, metric_for_best_model="loss", **settings),
         train_dataset=Rows(token_batch(batch=32)),
         eval_dataset=Rows(token_batch(batch=4)),
         callbacks=[CompreSSMCallback(CompreSSMConfig(strategy="fixed", window=(0, 2))), Watch()],
@@ -190,7 +191,8 @@ def test_every_trial_of_a_hyperparameter_search_starts_from_a_fresh_model(tmp_pa
         direction="minimize",
     )
     assert math.isfinite(best.objective)
-    assert seen == [(1, 8), (2, 4)] * 2
+    # The best checkpoint of each trial is that of step 1, from before the cut.
+    assert seen == [(1, 8), (2, 4), ("best", 8)] * 2
 
 
 def test_early_stopping_goes_back_to_the_best_model_whatever_its_size(tmp_path) -> None:
