@@ -62,12 +62,20 @@ class Hook(TrainerCallback):
 
     def enter(self, phase: str) -> None:
         """A phase begins."""
+        now = time.perf_counter()
+        _SHORTEST[self.phase.value] = min(_SHORTEST[self.phase.value], now - _ENTERED[0])
+        _ENTERED[0] = now
         self.phase.value = PHASES.index(phase)
         kind = {"checking": MOMENTS[1], "saving": MOMENTS[2]}.get(phase)
         if kind is not None and kind == self.moment:
             self.skip -= 1
             if self.skip < 0:
                 kill_after(self.delay)
+
+
+# Shortest stay in each phase, in seconds, and the moment at which the present one was entered.
+_SHORTEST = multiprocessing.Array("d", [1.0] * len(PHASES))
+_ENTERED = [0.0]
 
 
 class Before(Hook):
@@ -119,6 +127,7 @@ def train(folder: Path, phase, moment: str | None, delay: float, skip: int) -> N
         callbacks=[hooks[0], CompreSSMCallback(CONFIG), hooks[1]],
     )
     started = any(folder.glob("checkpoint-*"))
+    _ENTERED[0] = time.perf_counter()
     trainer.train(resume_from_checkpoint=True if started else None)
     phase.value = PHASES.index("done")
     outcome = {
@@ -157,7 +166,9 @@ def killed_run(folder: Path, kills: int, durations: dict[str, float], generator:
         moment = MOMENTS[tally.attempts % 3]
         delay = generator.uniform(0, durations[moment])
         tally.attempts += 1
-        code, phase = attempt(folder, moment, delay, skip=generator.randrange(3))
+        # A resumed run may have a single check before it; saves it has many.
+        skip = 0 if moment == MOMENTS[1] else generator.randrange(3)
+        code, phase = attempt(folder, moment, delay, skip)
         if code == 0:
             break
         if code != -signal.SIGKILL:
@@ -192,7 +203,8 @@ def main() -> None:
         attempt(folder / "reference")
         whole = time.perf_counter() - start
         reference = json.loads((folder / "reference" / "outcome.json").read_text())
-        durations = {MOMENTS[0]: whole / 2, MOMENTS[1]: whole / STEPS * 3, MOMENTS[2]: whole / STEPS}
+        shortest = dict(zip(PHASES, _SHORTEST))
+        durations = {MOMENTS[0]: whole / 2, MOMENTS[1]: shortest["checking"], MOMENTS[2]: shortest["saving"]}
         while sum(row["kills"] for row in figures) < options.kills:
             left = options.kills - sum(row["kills"] for row in figures)
             tally = Tally()
