@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,13 @@ from ..architectures import StateSpaceLayer, SumOverProcesses
 from ..errors import CalibrationError
 from .gramians import ClosedFormGramians, LayerGramians
 from .observers import LOSS_SCALE, make_observer
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """A compiled forward pass would go past the scan that is watched, and be compiled again for evaluation mode."""
+    # Loading the compiler takes seconds, and without it nothing is compiled.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
 
 # What torch's cross entropy and transformers' collators leave out of the mean.
 _IGNORED_LABEL = -100
@@ -176,8 +184,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         if getattr(config, "use_cache", False) is True
     ]
     devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
-    # A compiled forward pass would go past the scan that is watched, and be compiled again for evaluation mode.
-    with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
+    with torch.random.fork_rng(devices=devices), _uncompiled():
         try:
             model.eval()
             for config in cached:
