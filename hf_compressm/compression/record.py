@@ -143,6 +143,29 @@ def sizes_after(records: list[CheckRecord]) -> dict[str, int]:
     return {layer.name: layer.size_after for record in records for layer in record.layers}
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """
+    Replace a file as a whole, so that an interruption or a full disk leaves the old one.
+
+    A symbolic link at that place is replaced and never followed.
+
+    Args:
+        path (`Path`): The file.
+        content (`bytes`): Its new content.
+    """
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
 def write_history(records: list[CheckRecord], folder: str | os.PathLike) -> Path:
     """
     Write all records to `compressm_history.json` in a folder, replacing the file as a whole.
@@ -154,17 +177,7 @@ def write_history(records: list[CheckRecord], folder: str | os.PathLike) -> Path
     text = json.dumps(content, indent=1, allow_nan=False)
     path = Path(folder) / HISTORY_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{HISTORY_NAME}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace_file(path, text.encode("utf-8"))
     return path
 
 

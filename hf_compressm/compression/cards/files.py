@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import io
 import os
-import tempfile
 from pathlib import Path
 
-from ..record import write_history
+from ..record import replace_file, write_history
 from ..report import Spectrum
 from .merge import merge_card
 from .provenance import Provenance
@@ -71,26 +70,3 @@ def read_card(folder: str | os.PathLike) -> str | None:
 def write_card(folder: str | os.PathLike, text: str) -> None:
     """Replace a folder's card as a whole."""
     replace_file(Path(folder) / CARD_NAME, text.encode("utf-8"))
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """
-    Replace a file as a whole, so that an interruption or a full disk leaves the old one.
-
-    A symbolic link at that place is replaced and never followed.
-
-    Args:
-        path (`Path`): The file.
-        content (`bytes`): Its new content.
-    """
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
