@@ -6,7 +6,6 @@ from .base import (
     AxisMap,
     LayerReduction,
     ParameterChange,
-    ScanInputs,
     ScanObserver,
     StateSpaceLayer,
     SumOverProcesses,
@@ -14,6 +13,7 @@ from .base import (
 )
 from .modal_map import ModalMap
 from .registry import config_changes, find_layers, register, registered_families
+from .scan_inputs import MultiHeadScanInputs, ScanInputs, SelectiveScanInputs
 from .scan_switch import (
     disable_fast_cpu_scan,
     enable_fast_cpu_scan,
@@ -27,9 +27,11 @@ __all__ = [
     "AxisMap",
     "LayerReduction",
     "ModalMap",
+    "MultiHeadScanInputs",
     "ParameterChange",
     "ScanInputs",
     "ScanObserver",
+    "SelectiveScanInputs",
     "StateSpaceLayer",
     "SumOverProcesses",
     "config_changes",

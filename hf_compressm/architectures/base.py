@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import DimensionError, UnsupportedModelError
 from ..systems import DiagonalLTI, Truncation
+from .scan_inputs import ScanInputs
 
 
 @dataclass(frozen=True)
@@ -123,31 +124,11 @@ class LayerReduction:
     state_size: int
 
 
-@dataclass(frozen=True)
-class ScanInputs:
-    r"""
-    What a selective layer hands to its scan, \\( h_t = e^{\Delta_t A} h_{t-1} + \Delta_t u_t B_t \\).
-
-    Args:
-        u (`torch.Tensor` of shape `(batch, length, channels)`): Input of the recurrence.
-        delta (`torch.Tensor` of shape `(batch, length, channels)`): Positive time steps, after the softplus.
-        A (`torch.Tensor` of shape `(channels, N)`): Negative state matrix, one diagonal a channel.
-        B (`torch.Tensor` of shape `(batch, length, N)`): Input matrix.
-        C (`torch.Tensor` of shape `(batch, length, N)`): Readout.
-    """
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-
-
 class ScanObserver(Protocol):
     """Something that watches the scans of one layer during a calibration pass."""
 
     def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
-        """Look at a scan and its raw output `(batch, length, channels)`; what is returned goes on in its place."""
+        """Look at a scan and its raw output, before any skip or gate; what is returned goes on in its place."""
         ...
 
 
@@ -163,14 +144,8 @@ class StateSpaceLayer(ABC):
     family: ClassVar[str]
     """Name of the family, as used in messages and records."""
 
-    reductors: ClassVar[frozenset[str]]
-    """Names of the reductors whose truncations the layer's parameters can hold."""
-
-    default_reductor: ClassVar[str]
-    """The one of `reductors` that a configuration with `reductor="auto"` means."""
-
-    sizes_may_differ: ClassVar[bool] = False
-    """Whether a checkpoint of the family can hold another state size in each layer."""
+    is_selective: ClassVar[bool] = True
+    """Whether the layer's system depends on its input, so that its Gramians have to be measured on data."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
@@ -180,6 +155,26 @@ class StateSpaceLayer(ABC):
     @abstractmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether this class can handle the module."""
+
+    @classmethod
+    @abstractmethod
+    def reductors(cls, stock: bool) -> frozenset[str]:
+        """
+        Names of the reductors whose truncations a layer can hold.
+
+        Args:
+            stock (`bool`): Whether the stock model class has to load the result.
+        """
+
+    @classmethod
+    @abstractmethod
+    def default_reductor(cls, stock: bool) -> str:
+        """The one of [`~StateSpaceLayer.reductors`] that a configuration with `reductor="auto"` means."""
+
+    @classmethod
+    def sizes_may_differ(cls, stock: bool) -> bool:
+        """Whether a checkpoint of the family can hold another state size in each layer."""
+        return False
 
     @property
     @abstractmethod

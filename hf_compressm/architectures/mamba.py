@@ -29,12 +29,12 @@ from .base import (
     AxisMap,
     LayerReduction,
     ParameterChange,
-    ScanInputs,
     ScanObserver,
     StateSpaceLayer,
     successor,
 )
 from .registry import register
+from .scan_inputs import SelectiveScanInputs
 from .scan_switch import (
     calls_registered_scan,
     current_observer,
@@ -54,8 +54,6 @@ class MambaLayer(StateSpaceLayer):
     """A Mamba mixer of transformers or of mamba-ssm, seen as a state-space system."""
 
     family = "mamba"
-    reductors = frozenset({"interpolative", "selection"})
-    default_reductor = "interpolative"
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -66,6 +64,16 @@ class MambaLayer(StateSpaceLayer):
         if any(hasattr(module, name) for name in ("b_layernorm", "c_layernorm", "rms_eps", "x_proj_weight")):
             return False
         return _named_size(module, _STATE_SIZE_NAMES) is not None and calls_registered_scan(module)
+
+    @classmethod
+    def reductors(cls, stock: bool) -> frozenset[str]:
+        """Interpolative, folded into the weights, and selection."""
+        return frozenset({"interpolative", "selection"})
+
+    @classmethod
+    def default_reductor(cls, stock: bool) -> str:
+        """Interpolative."""
+        return "interpolative"
 
     @property
     def state_size(self) -> int:
@@ -258,7 +266,7 @@ def _selective_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]
             )  # fmt: skip
         delta = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[..., None]
         delta = F.softplus(delta) if delta_softplus else delta
-        inputs = ScanInputs(hidden_states.mT, delta.mT, A, B.mT, C.mT)
+        inputs = SelectiveScanInputs(hidden_states.mT, delta.mT, A, B.mT, C.mT)
         if fast:
             output, state = selective_scan(inputs.u, inputs.delta, A, inputs.B, inputs.C)
         else:

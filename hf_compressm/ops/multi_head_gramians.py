@@ -104,9 +104,7 @@ def multi_head_adjoint_gramian(
 
 def _checked_times(times: Tensor | None, sizes: dict[str, int]) -> Tensor:
     if sizes["heads"] % sizes["groups"]:
-        raise DimensionError(
-            f"there are {sizes['heads']} heads and {sizes['groups']} groups, which do not divide them."
-        )
+        raise DimensionError(f"there are {sizes['heads']} heads; {sizes['groups']} groups do not divide them.")
     return check_times(times, sizes["batch"], sizes["length"])
 
 

@@ -122,7 +122,7 @@ def test_a_surrounding_autocast_is_not_followed() -> None:
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
     arguments = arguments_of((2, 5, 4, 3, 2, 4))
-    with pytest.raises(DimensionError, match="4 heads and 3 groups"):
+    with pytest.raises(DimensionError, match="4 heads; 3 groups"):
         multi_head_state_gramian(
             **{**arguments, "B": torch.zeros(2, 5, 3, 4).double(), "C": torch.zeros(2, 5, 3, 4).double()}
         )
