@@ -1,6 +1,20 @@
 """Model families behind one contract, and the switch that puts the fast scan into them."""
 
-from . import lru, mamba, s4d
+from . import (
+    bamba,
+    falcon_h1,
+    falcon_mamba,
+    granite_moe_hybrid,
+    jamba,
+    lru,
+    mamba,
+    mamba2,
+    nemotron_h,
+    s4d,
+    zamba,
+    zamba2,
+)
+from .axis_selection import AxisSelection
 from .base import (
     AttributeChange,
     AxisMap,
@@ -25,6 +39,7 @@ from .scan_switch import (
 __all__ = [
     "AttributeChange",
     "AxisMap",
+    "AxisSelection",
     "LayerReduction",
     "ModalMap",
     "MultiHeadScanInputs",
@@ -34,17 +49,26 @@ __all__ = [
     "SelectiveScanInputs",
     "StateSpaceLayer",
     "SumOverProcesses",
+    "bamba",
     "config_changes",
     "disable_fast_cpu_scan",
     "enable_fast_cpu_scan",
+    "falcon_h1",
+    "falcon_mamba",
     "fast_cpu_scan",
     "fast_cpu_scan_enabled",
     "find_layers",
+    "granite_moe_hybrid",
+    "jamba",
     "lru",
     "mamba",
+    "mamba2",
+    "nemotron_h",
     "register",
     "register_scan",
     "registered_families",
     "s4d",
     "successor",
+    "zamba",
+    "zamba2",
 ]

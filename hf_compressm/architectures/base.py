@@ -33,9 +33,10 @@ class AxisMap:
 
     Args:
         axis (`int`): The axis of the parameter that changes its length.
-        matrix (`torch.Tensor` of shape `(new, old)`, float64): The map \\( M \\).
-        kept (`torch.Tensor` of shape `(new,)`, int64, *optional*): The old entry that each new one stands for; the
-            leading ones when unset.
+        matrix (`torch.Tensor` of shape `(new, old)` or `(blocks, new, old)`, float64): The map \\( M \\), or one for
+            each entry along axis 0 of the parameter.
+        kept (`torch.Tensor` of shape `(new,)` or `(blocks, new)`, int64, *optional*): The old entry that each new one
+            stands for; the leading ones when unset.
     """
 
     axis: int
@@ -47,8 +48,9 @@ class AxisMap:
 
     def sliced(self) -> AxisMap:
         """The map that only picks the kept entries."""
-        new, old = self.matrix.shape
+        new, old = self.matrix.shape[-2:]
         kept = torch.arange(new, device=self.matrix.device) if self.kept is None else self.kept
+        kept = kept.expand(*self.matrix.shape[:-2], new)
         return AxisMap(self.axis, torch.eye(old, dtype=torch.float64, device=self.matrix.device)[kept], kept)
 
     def first(self, moment: Tensor, axis: int | None = None) -> Tensor:
@@ -61,14 +63,15 @@ class AxisMap:
 
     def _along_axis(self, matrix: Tensor, moment: Tensor, axis: int | None) -> Tensor:
         axis = self.axis if axis is None else axis
-        if moment.shape[axis] != matrix.shape[1]:
+        if moment.shape[axis] != matrix.shape[-1]:
             raise DimensionError(
                 f"a moment of shape {tuple(moment.shape)} has {moment.shape[axis]} entries along axis {axis}; "
-                f"the map takes {matrix.shape[1]}."
+                f"the map takes {matrix.shape[-1]}."
             )
-        rows = moment.movedim(axis, 0)
-        mapped = torch.tensordot(matrix.to(device=moment.device), rows.to(matrix.dtype), dims=1)
-        return mapped.movedim(0, axis).to(moment.dtype).contiguous()
+        rows = moment.to(matrix.dtype).movedim(axis, -1)
+        equation = "...o,no->...n" if matrix.ndim == 2 else "b...o,bno->b...n"
+        mapped = torch.einsum(equation, rows, matrix.to(device=moment.device))
+        return mapped.movedim(-1, axis).to(moment.dtype).contiguous()
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,15 @@ class ParameterChange:
     Args:
         old (`torch.nn.Parameter`): The parameter as it is in the model.
         new (`torch.nn.Parameter`): Its replacement, with the same dtype, device, `requires_grad` and attributes.
-        moment_map ([`AxisMap`], *optional*): How optimizer moments move; when unset they are reset.
+        moment_map ([`AxisMap`], [`AxisSelection`] or [`ModalMap`], *optional*): How optimizer moments move; when unset
+            they are reset.
         optimizer_state (`dict`, *optional*): State that the optimizer takes for the new parameter instead of moving
             what it has, as when a cut is taken back.
     """
 
     old: nn.Parameter
     new: nn.Parameter
-    moment_map: AxisMap | None = None
+    moment_map: Any = None
     optimizer_state: dict[str, Any] | None = None
 
 
@@ -139,6 +143,7 @@ class StateSpaceLayer(ABC):
     Args:
         name (`str`): The module's qualified name in the model.
         module (`torch.nn.Module`): The module that holds the state's parameters.
+        configs (`Sequence`, *optional*): The configs of the module and of the models around it, the innermost first.
     """
 
     family: ClassVar[str]
@@ -147,9 +152,10 @@ class StateSpaceLayer(ABC):
     is_selective: ClassVar[bool] = True
     """Whether the layer's system depends on its input, so that its Gramians have to be measured on data."""
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, configs: Sequence[Any] = ()) -> None:
         self.name = name
         self.module = module
+        self.configs = list(configs)
 
     @classmethod
     @abstractmethod
