@@ -34,7 +34,7 @@ def scan_by_products(lam: Tensor, x: Tensor, initial_state: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(x, (0, 0, 0, n_chunks * chunk - length))
     # (N, chunk, batch * chunks): one matrix for each state.
     inside = padded.reshape(batch, n_chunks, chunk, n).permute(3, 2, 0, 1).reshape(n, chunk, batch * n_chunks)
-    powers = lam.unsqueeze(-1) ** torch.arange(chunk + 1, device=lam.device)
+    powers = _powers(lam, chunk + 1)
     states = (_toeplitz(powers[:, :chunk]) @ inside).view(n, chunk, batch, n_chunks)
     if n_chunks > 1:
         last = states[:, -1].permute(1, 2, 0)
@@ -44,6 +44,16 @@ def scan_by_products(lam: Tensor, x: Tensor, initial_state: Tensor) -> Tensor:
         before = initial_state.unsqueeze(1)
     states = states + powers[:, 1:, None, None] * before.permute(2, 0, 1).unsqueeze(1)
     return states.permute(2, 3, 1, 0).reshape(batch, n_chunks * chunk, n)[:, :length]
+
+
+def _powers(lam: Tensor, count: int) -> Tensor:
+    """`lam ** 0` to `lam ** (count - 1)`, `(N, count)`."""
+    # By products: torch raises a complex number through its logarithm, which gives NaN for one that has underflowed to
+    # zero, as the poles of long chunks do.
+    powers = torch.ones_like(lam).unsqueeze(-1)
+    while powers.shape[-1] < count:
+        powers = torch.cat([powers, powers * (powers[:, -1:] * lam.unsqueeze(-1))], dim=-1)
+    return powers[:, :count]
 
 
 def _toeplitz(powers: Tensor) -> Tensor:

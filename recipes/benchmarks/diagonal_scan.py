@@ -8,6 +8,7 @@ in plain torch; `convolution` multiplies the Fourier transforms of the input and
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -16,14 +17,10 @@ from common import median_seconds, parser, write_result
 from hf_compressm.ops import diagonal_recurrence, diagonal_recurrence_reference
 from hf_compressm.ops._diagonal_scan_torch import scan_by_products
 
-# (batch, length, N, H): about as many steps in all of them.
-SHAPES = (
-    (64, 64, 8, 8),
-    (16, 256, 64, 64),
-    (4, 1024, 256, 8),
-    (2, 1024, 256, 64),
-    (1, 4096, 64, 32),
-)
+# (batch, length) of 4,096 steps in all but the longest; every one with each N and each H.
+LENGTHS = ((64, 64), (16, 256), (4, 1024), (1, 4096), (1, 16384))
+STATE_SIZES = (8, 64, 512)
+WIDTHS = (8, 64)
 # The loop keeps every state, and the impulse responses have H x H x length entries: skipped where they would not fit.
 _LONGEST_LOOP = 256
 _LARGEST_KERNEL = 2**25
@@ -86,7 +83,7 @@ def main() -> None:
     made.set_defaults(repeats=3)
     options = made.parse_args()
     figures, rows = [], []
-    for batch, length, n, width in SHAPES:
+    for (batch, length), n, width in itertools.product(LENGTHS, STATE_SIZES, WIDTHS):
         tensors = arguments(batch, length, n, width)
         names = [name for name in METHODS if applies(name, length, width)]
         seconds = dict(zip(names, median_seconds([step(METHODS[name], tensors) for name in names], options.repeats)))

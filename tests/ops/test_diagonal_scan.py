@@ -121,6 +121,17 @@ def test_products_of_powers_equal_the_loop_with_gradients(length: int) -> None:
     )
 
 
+def test_products_of_powers_that_underflow_are_zero() -> None:
+    """0.9 ** 1024 is no single-precision number; a long sequence raises it once more."""
+    lam = torch.polar(torch.tensor([0.5, 0.9, 0.999]), torch.tensor([0.3, 2.0, 1.0])).requires_grad_()
+    x = torch.randn(1, 40 * 1024, 3, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    states = scan_by_products(lam, x, torch.zeros(1, 3, dtype=torch.complex64))
+    expected = diagonal_scan(lam.detach(), x, torch.zeros(1, 3, dtype=torch.complex64))
+    torch.testing.assert_close(states.detach(), expected, atol=1e-3, rtol=1e-4)
+    (gradient,) = torch.autograd.grad(states.abs().sum(), lam)
+    assert torch.isfinite(torch.view_as_real(gradient)).all()
+
+
 def test_other_devices_use_the_products(monkeypatch) -> None:
     arguments = make(2, 70, dtype=torch.complex128)
     weights = torch.randn(2, 70, 5), torch.randn(2, 6, dtype=torch.complex128)

@@ -1,0 +1,189 @@
+"""
+What a cut costs Mamba-2, FalconMamba, Jamba and a hybrid: right after it, and at the end of a training that it was in.
+
+    python recipes/benchmarks/selective_accuracy.py [--families mamba2 jamba] [--data text --data-files FILE ...]
+
+Families that are left out keep the figures of an earlier run, so that several processes can share the work.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from collections.abc import Sequence
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from common import RESULTS, parser, write_result
+from selective_models import FAMILIES, STATE_SIZE, Task, digits_task, make_model, text_task
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress, fast_cpu_scan
+
+KEPT = (32, 16, 8, 4)
+SELECTION = {"stock": True, "reductor": "selection"}
+FORMS = {
+    "mixed, the family's default": {},
+    "mixed, interpolative": {"reductor": "interpolative"},
+    "selection, greedy": {**SELECTION, "selection_score": "greedy"},
+    "selection, diagonal Hankel score": SELECTION,
+    "selection, sum h^2 C^2 (GHOST)": {**SELECTION, "selection_score": "readout_energy"},
+    "selection, random": {**SELECTION, "selection_rule": "random"},
+}
+# Two families of which the interpolative choice is the default need no second row for it.
+ALREADY_DEFAULT = {"falcon_mamba": "mixed, interpolative", "jamba": "mixed, interpolative"}
+IN_TRAINING = {
+    "mixed": {},
+    "selection, greedy": FORMS["selection, greedy"],
+    "selection, sum h^2 C^2 (GHOST)": FORMS["selection, sum h^2 C^2 (GHOST)"],
+}
+IN_TRAINING_SIZE = 8
+MOMENTS = (0.1, 0.5)
+
+
+def train(
+    family: str,
+    task: Task,
+    seed: int,
+    steps: int,
+    state_size: int = STATE_SIZE,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Any:
+    """One training run with the plain Trainer; returns the trained model."""
+    set_seed(seed)
+    model = make_model(family, state_size, task.vocabulary)
+    with TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=32,
+            learning_rate=4e-3,
+            warmup_steps=steps // 20,
+            lr_scheduler_type="cosine",
+            weight_decay=0.05,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model=model, args=args, train_dataset=task.train, callbacks=list(callbacks))
+        trainer.train()
+    return trainer.model
+
+
+def cut_in_training(family: str, task: Task, seed: int, steps: int, moment: float, settings: dict[str, Any]) -> float:
+    """The figure at the end of a training in which the state was cut to 8 at a moment of it."""
+    config = CompreSSMConfig(
+        strategy="target", target_state_size=IN_TRAINING_SIZE, window=(0.0, moment), seed=seed, **settings
+    )
+    callback = CompreSSMCallback(config)
+    model = train(family, task, seed, steps, callbacks=[callback])
+    if callback.records[-1].outcome != "cut":
+        raise SystemExit(f"{family}: nothing was cut: {callback.records[-1].summary()}")
+    return task.judge(model)
+
+
+def measure(family: str, task: Task, seeds: int, steps: int) -> dict[str, Any]:
+    """All figures of one family, each a list over seeds."""
+    figures: dict[str, Any] = {"uncut": [], "right after": {}, "in training": {}, "from scratch": []}
+    batch = {name: torch.stack(list(task.train[:128][name])) for name in ("input_ids", "labels")}
+    for seed in range(seeds):
+        model = train(family, task, seed, steps)
+        figures["uncut"].append(task.judge(model))
+        for form, settings in FORMS.items():
+            if ALREADY_DEFAULT.get(family) == form:
+                continue
+            for kept in KEPT:
+                config = CompreSSMConfig(strategy="fixed", keep_ratio=kept / STATE_SIZE, seed=seed, **settings)
+                smaller = copy.deepcopy(model)
+                compress(smaller, [batch], config, progress=False)
+                figures["right after"].setdefault(form, {}).setdefault(str(kept), []).append(task.judge(smaller))
+        for form, settings in IN_TRAINING.items():
+            for moment in MOMENTS:
+                found = cut_in_training(family, task, seed, steps, moment, settings)
+                figures["in training"].setdefault(form, {}).setdefault(f"{moment:.0%}", []).append(found)
+        figures["from scratch"].append(task.judge(train(family, task, seed, steps, IN_TRAINING_SIZE)))
+        print(f"{family}, seed {seed}: {json.dumps(figures)}", flush=True)
+    return figures
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.3f} +- {spread:.3f}"
+
+
+def _rows_right_after(figures: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for family, found in figures.items():
+        rows.append([family, "uncut", _mean_and_spread(found["uncut"]), *[""] * (len(KEPT) - 1)])
+        for form, by_size in found["right after"].items():
+            rows.append(["", form, *(_mean_and_spread(by_size[str(kept)]) for kept in KEPT)])
+    return rows
+
+
+def _rows_in_training(figures: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for family, found in figures.items():
+        full, small = _mean_and_spread(found["uncut"]), _mean_and_spread(found["from scratch"])
+        for number, (form, by_moment) in enumerate(found["in training"].items()):
+            cells = [_mean_and_spread(by_moment[f"{moment:.0%}"]) for moment in MOMENTS]
+            rows.append([family, full, small, form, *cells] if number == 0 else ["", "", "", form, *cells])
+    return rows
+
+
+def main() -> None:
+    """Train, cut, and write both tables."""
+    options = parser(__doc__)
+    options.add_argument("--families", nargs="+", choices=sorted(FAMILIES), default=list(FAMILIES))
+    options.add_argument("--seeds", type=int, default=3, help="models to train of each kind")
+    options.add_argument("--steps", type=int, default=600, help="training steps of each")
+    options.add_argument("--data", choices=("digits", "text"), default="digits")
+    options.add_argument("--data-files", nargs="+", default=(), help="text files, for --data text")
+    options = options.parse_args()
+    if options.data == "text" and not options.data_files:
+        raise SystemExit("--data text needs --data-files")
+    task = digits_task() if options.data == "digits" else text_task(options.data_files)
+    path = RESULTS / f"selective_cut_{options.data}.json"
+    for family in options.families:
+        with fast_cpu_scan():
+            found = measure(family, task, options.seeds, options.steps)
+        # Read only now: another process may have written its family meanwhile.
+        known = json.loads(path.read_text()) if path.exists() else {}
+        known[family] = found
+        figures = {name: known[name] for name in FAMILIES if name in known}
+        write(options, task, figures)
+
+
+def write(options: Any, task: Task, figures: dict[str, Any]) -> None:
+    """Write the two tables of one kind of data."""
+    note = (
+        f"Small causal models (width 32, two state-space layers of 64 states, in jamba and bamba an attention layer "
+        f"between them), plain Trainer, {options.steps} steps of 32 examples, {options.seeds} seeds; mean and standard "
+        f"deviation of the {task.figure} over seeds."
+    )
+    write_result(
+        f"selective_cut_{options.data}",
+        f"{task.figure.capitalize()} right after cutting N = 64 ({options.data})",
+        ["family", "form", *(f"r = {kept}" for kept in KEPT)],
+        _rows_right_after(figures),
+        figures,
+        f"{note} No training after the cut; calibrated on 128 training examples.",
+    )
+    write_result(
+        f"selective_training_{options.data}",
+        f"{task.figure.capitalize()} at the end of training, cut from N = 64 to {IN_TRAINING_SIZE} ({options.data})",
+        ["family", "N = 64 throughout", f"N = {IN_TRAINING_SIZE} from scratch", "form"]
+        + [f"cut at {moment:.0%}" for moment in MOMENTS],
+        _rows_in_training(figures),
+        {family: {"in training": found["in training"]} for family, found in figures.items()},
+        note,
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
