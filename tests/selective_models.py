@@ -47,10 +47,10 @@ def tiny_falcon_mamba(state_size: int = 8, seed: int = 0, **overrides) -> Falcon
 
 
 def tiny_jamba(state_size: int = 8, seed: int = 0, **overrides) -> JambaForCausalLM:
-    """Two Mamba layers, one of them with experts, and one attention layer."""
+    """Two Mamba layers and one attention layer."""
     settings = {
         "num_hidden_layers": 3, "attn_layer_period": 3, "attn_layer_offset": 2, "expert_layer_period": 3,
-        "expert_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1, "intermediate_size": 16,
+        "expert_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1, "intermediate_size": 16,
         "mamba_d_state": state_size, "mamba_dt_rank": 3, "use_associative_scan": False,
     }  # fmt: skip
     return _seeded(JambaForCausalLM, JambaConfig, seed, {**_ATTENTION, **settings, **overrides})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
@@ -306,3 +308,108 @@ def test_configs_further_out_follow(case) -> None:
     [name] = {type(layer).config_size_name for layer in find_layers(model)}
     assert getattr(model.config.text_config, name) == getattr(model.inner.config, name) == 2
     assert model.config.state_size == 100, "a config of another kind may mean something else by the name"
+
+
+@pytest.fixture
+def mamba_ssm_mamba2():
+    """A class with the names, shapes and calls of mamba-ssm's `Mamba2`, whose package needs CUDA to be imported."""
+    source = types.ModuleType("stand_in_for_mamba2")
+    exec(MAMBA2_STAND_IN, vars(source))
+    sys.modules[source.__name__] = source
+    torch.manual_seed(0)
+    yield source.Mamba2
+    del sys.modules[source.__name__]
+
+
+MAMBA2_STAND_IN = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan as reference
+
+def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None,
+                              seq_idx=None, cu_seqlens=None, dt_softplus=False, dt_limit=(0.0, float("inf")),
+                              return_final_states=False, return_varlen_states=False):
+    y = reference(x, dt, A, B, C, chunk_size, D=None, dt_bias=dt_bias, dt_softplus=dt_softplus,
+                          dt_limit=dt_limit)
+    if D is not None:
+        y = y + x * (D if D.ndim == 2 else D[:, None])
+    return y * F.silu(z) if z is not None else y
+
+def mamba_split_conv1d_scan_combined(*args, **kwargs):
+    raise AssertionError("the fused path hides the scan from the calibration")
+
+class Mamba2(nn.Module):
+    def __init__(self, d_model=8, d_state=6, headdim=4, ngroups=2, d_ssm=None, D_has_hdim=False, rmsnorm=True):
+        super().__init__()
+        self.d_state, self.headdim, self.ngroups, self.rmsnorm = d_state, headdim, ngroups, rmsnorm
+        self.d_inner = 2 * d_model
+        self.d_ssm = self.d_inner if d_ssm is None else d_ssm
+        self.nheads, self.D_has_hdim, self.use_mem_eff_path = self.d_ssm // headdim, D_has_hdim, True
+        self.chunk_size, self.dt_limit = 4, (0.01, 0.5)
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner + 2 * ngroups * d_state + self.nheads, bias=False)
+        conv_dim = self.d_ssm + 2 * ngroups * d_state
+        self.conv1d = nn.Conv1d(conv_dim, conv_dim, 4, groups=conv_dim, padding=3)
+        self.dt_bias = nn.Parameter(torch.zeros(self.nheads))
+        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, self.nheads + 1)))
+        self.D = nn.Parameter(torch.ones(self.d_ssm if D_has_hdim else self.nheads))
+        if rmsnorm:
+            self.norm = nn.RMSNorm(self.d_ssm)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+    def forward(self, u):
+        zxbcdt = self.in_proj(u)
+        A = -torch.exp(self.A_log.float())
+        if self.use_mem_eff_path:
+            return mamba_split_conv1d_scan_combined(zxbcdt, A)
+        width = self.ngroups * self.d_state
+        d_mlp = (zxbcdt.shape[-1] - 2 * self.d_ssm - 2 * width - self.nheads) // 2
+        z0, x0, z, xBC, dt = zxbcdt.split([d_mlp, d_mlp, self.d_ssm, self.d_ssm + 2 * width, self.nheads], dim=-1)
+        xBC = F.silu(self.conv1d(xBC.mT)[..., : u.shape[1]].mT)
+        x, B, C = xBC.split([self.d_ssm, width, width], dim=-1)
+        heads = lambda t: t.unflatten(-1, (-1, self.headdim))
+        groups = lambda t: t.unflatten(-1, (self.ngroups, -1))
+        y = mamba_chunk_scan_combined(
+            heads(x), dt, A, groups(B), groups(C), chunk_size=self.chunk_size,
+            D=self.D.unflatten(0, (-1, self.headdim)) if self.D_has_hdim else self.D,
+            z=heads(z) if not self.rmsnorm else None, dt_bias=self.dt_bias, dt_softplus=True,
+            dt_limit=self.dt_limit,
+        ).flatten(2)
+        y = self.norm(y * F.silu(z)) if self.rmsnorm else y
+        y = torch.cat([F.silu(z0) * x0, y], dim=-1) if d_mlp > 0 else y
+        return self.out_proj(y)
+"""
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"rmsnorm": False, "D_has_hdim": True}, {"d_ssm": 8}, {"ngroups": 1}], ids=str
+)
+def test_a_mamba_ssm_module_is_observed_and_cut(mamba_ssm_mamba2, settings: dict) -> None:
+    mixer = mamba_ssm_mamba2(**settings)
+    model = nn.Sequential(mixer)
+    model.config = types.SimpleNamespace(ssm_cfg={"layer": "Mamba2", "d_state": 6})
+    (layer,) = find_layers(model)
+    assert (layer.name, layer.state_size, layer.family) == ("0", 6, "mamba2")
+    x, watcher = torch.randn(2, 10, 8), Watcher()
+    mixer.use_mem_eff_path = False
+    before = model(x)
+    mixer.use_mem_eff_path = True
+    with layer.observed(watcher):
+        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    assert mixer.use_mem_eff_path, "the fused path is back"
+    [(inputs, _)] = watcher.seen
+    assert float(inputs.delta.max()) <= 0.5 and inputs.B.shape == (2, 10, mixer.ngroups, 6)
+
+    # Let two states of each group do nothing, and cut them.
+    kept = torch.tensor([0, 2, 3, 5])
+    width = mixer.ngroups * 6
+    undriven = torch.cat([6 * group + torch.tensor([1, 4]) for group in range(mixer.ngroups)])
+    with torch.no_grad():
+        mixer.in_proj.weight[mixer.in_proj.out_features - mixer.nheads - 2 * width + undriven] = 0
+        mixer.conv1d.weight[mixer.conv1d.out_channels - 2 * width + undriven] = 0
+        mixer.conv1d.bias[mixer.conv1d.out_channels - 2 * width + undriven] = 0
+    mixer.use_mem_eff_path = False
+    before = model(x)
+    cut_all(model, [Truncation.from_indices(kept, 6)])
+    assert mixer.d_state == 4 and model.config.ssm_cfg == {"layer": "Mamba2", "d_state": 4}
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
