@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_compressm.architectures import StateSpaceLayer, config_changes, find_layers
+import hf_compressm
+from hf_compressm.architectures import StateSpaceLayer, chunk_scan_switch, config_changes, find_layers
 from hf_compressm.architectures.multi_head import MultiHeadLayer
 from hf_compressm.architectures.normed_mamba import NormedMambaLayer
 from hf_compressm.architectures.zamba import ZambaLayer
@@ -287,6 +288,45 @@ def test_time_steps_are_observed_inside_their_limits() -> None:
         h = decay * h + (inputs.delta[:, t, :, None] * inputs.u[:, t])[..., None] * B[:, t, :, None]
         rows.append((h * C[:, t, :, None]).sum(-1))
     torch.testing.assert_close(output, torch.stack(rows, 1), rtol=1e-4, atol=1e-5)
+
+
+@every_family
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_the_fast_scan_gives_what_the_stock_path_gives(case, use_cache: bool) -> None:
+    batch = {**case.batch(), "use_cache": use_cache}
+    results = []
+    for fast in (False, True):
+        model = case.build().train(not use_cache)
+        with hf_compressm.fast_cpu_scan(fast):
+            output = model(**batch)
+            output.loss.backward()
+        results.append([output.logits, *(parameter.grad for parameter in model.parameters())])
+    for stock, fused in zip(*results):
+        assert stock.dtype == fused.dtype
+        assert (stock - fused).norm() <= 1e-4 * stock.norm() + 1e-9
+
+
+@every_family
+def test_generation_and_its_cache_are_those_of_the_stock_path(case) -> None:
+    model, prompt = case.build(), case.batch()["input_ids"][:2, :7]
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    stock, states = model.generate(prompt, **settings), recurrent_states(model, prompt)
+    with hf_compressm.fast_cpu_scan():
+        assert torch.equal(model.generate(prompt, **settings), stock)
+        for one, other in zip(recurrent_states(model, prompt), states, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("extra", [{"seq_idx": torch.zeros(2, 9)}, {"cu_seqlens": torch.zeros(2)}], ids=str)
+def test_packed_sequences_are_left_to_the_stock_scan(extra: dict, monkeypatch) -> None:
+    called = []
+    monkeypatch.setattr(chunk_scan_switch, "multi_head_scan", lambda *_: called.append("fast"))
+    x, dt, B = torch.zeros(2, 9, 4, 3), torch.zeros(2, 9, 4), torch.zeros(2, 9, 1, 5)
+    scan = chunk_scan_switch.chunk_scan_replacement(lambda *args, **kwargs: called.append(kwargs))
+    with hf_compressm.fast_cpu_scan():
+        scan(x, dt, torch.zeros(4), B, B, 8, D=torch.ones(4), **extra)
+    [kwargs] = called
+    assert extra.items() <= kwargs.items() and kwargs["D"] is not None
 
 
 class Pair(nn.Module):
