@@ -35,6 +35,7 @@ from .scan_switch import (
     fast_cpu_scan_enabled,
     register_scan,
 )
+from .unsupported import unsupported_note, unsupported_recurrent_layers
 
 __all__ = [
     "AttributeChange",
@@ -69,6 +70,8 @@ __all__ = [
     "registered_families",
     "s4d",
     "successor",
+    "unsupported_note",
+    "unsupported_recurrent_layers",
     "zamba",
     "zamba2",
 ]
