@@ -36,6 +36,11 @@ class CompressedStates:
         if config.state_sizes is not None:
             give_forms(self)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: the initial values are set by code of transformers, which knows what has been loaded."""
+        return False
+
 
 def state_space_mixers(model: nn.Module) -> dict[str, nn.Module]:
     """
@@ -81,7 +86,7 @@ def _of_size(model: PreTrainedModel, name: str, mixer: nn.Module, size: int) -> 
     new = type(mixer)(config, layer_idx=mixer.layer_idx)
     for module in new.modules():
         model._initialize_weights(module)
-    if isinstance(getattr(mixer, "mup_vector", None), nn.Module) or hasattr(mixer, "mup_vector"):
+    if hasattr(mixer, "mup_vector"):
         raise ValueError(
             "`projected_state_sizes` differ between layers of a FalconH1, whose multipliers transformers keeps for one "
             "size; they must be equal."
@@ -113,8 +118,20 @@ def compressed_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel
         auto_class = next((auto for end, auto in _AUTO_CLASSES.items() if name.endswith(end)), None)
         if auto_class is not None:
             made.register_for_auto_class(auto_class)
+        _convert_checkpoints_alike(config_class.model_type, stock.config_class.model_type)
         _made[name] = made
     return _made[name]
+
+
+def _convert_checkpoints_alike(model_type: str, stock_type: str) -> None:
+    """Let the weights of a type of model be renamed and joined, on their way to and from files, as those of another."""
+    try:
+        from transformers import conversion_mapping
+    except ImportError:  # transformers that converts nothing
+        return
+    mapping = conversion_mapping.get_checkpoint_conversion_mapping(stock_type)
+    if mapping is not None and conversion_mapping.get_checkpoint_conversion_mapping(model_type) is None:
+        conversion_mapping.register_checkpoint_conversion_mapping(model_type, mapping)
 
 
 def __getattr__(name: str) -> Any:
