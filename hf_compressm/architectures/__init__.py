@@ -14,7 +14,7 @@ from . import (
     zamba,
     zamba2,
 )
-from .axis_selection import AxisSelection
+from .axis_selection import AxisSelection, Rescaling
 from .base import (
     AttributeChange,
     AxisMap,
@@ -45,6 +45,7 @@ __all__ = [
     "ModalMap",
     "MultiHeadScanInputs",
     "ParameterChange",
+    "Rescaling",
     "ScanInputs",
     "ScanObserver",
     "SelectiveScanInputs",

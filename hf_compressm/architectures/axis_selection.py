@@ -1,10 +1,11 @@
-"""`AxisSelection`: the moment map of a parameter of which some rows are kept as they are."""
+"""Moment maps without a matrix: of a parameter of which some rows are kept, and of one that is only rescaled."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..errors import DimensionError
@@ -47,3 +48,31 @@ class AxisSelection:
     def second(self, moment: Tensor, axis: int | None = None) -> Tensor:
         """Pick the entries of a second moment (`length` entries along the axis)."""
         return self.first(moment, axis)
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """
+    How a parameter's gradient, and with it the optimizer's moments, moves when the parameter is multiplied by a number.
+
+    Args:
+        factor (`float`): What the gradient is multiplied by, the inverse of what the parameter is multiplied by.
+    """
+
+    factor: float
+
+    # No axis changes its length; factors of a second moment (Adafactor's) all scale alike.
+    axis: ClassVar[int] = -1
+    moves_factors: ClassVar[bool] = True
+
+    def sliced(self) -> Rescaling:
+        """The map that leaves moments as they are."""
+        return Rescaling(1.0)
+
+    def first(self, moment: Tensor, axis: int | None = None) -> Tensor:
+        """Rescale a first moment."""
+        return torch.mul(moment, self.factor)
+
+    def second(self, moment: Tensor, axis: int | None = None) -> Tensor:
+        """Rescale a second moment, or a factor of one."""
+        return torch.mul(moment, self.factor**2)

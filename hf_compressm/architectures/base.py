@@ -191,6 +191,10 @@ class StateSpaceLayer(ABC):
     def state_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters whose shape depends on the state size, by their names inside the module."""
 
+    def rescaled_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that a cut may multiply by a number and whose shape stays, by their names in the module."""
+        return {}
+
     @abstractmethod
     def saved_state_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
         """
@@ -278,7 +282,7 @@ class StateSpaceLayer(ABC):
             [`~errors.UnsupportedModelError`]: a parameter is sharded, quantised, empty, on the meta device,
                 parametrised, or wrapped by an adapter.
         """
-        for name, parameter in self.state_parameters().items():
+        for name, parameter in {**self.state_parameters(), **self.rescaled_parameters()}.items():
             problem = _unreducible(parameter)
             if problem:
                 raise UnsupportedModelError(

@@ -27,7 +27,7 @@ _PARAMETER, _STATE = "parameter:", "state:"
 @dataclass(frozen=True)
 class Snapshot:
     """
-    The state parameters of some layers and their optimizer state, from before a cut.
+    The parameters of some layers that a cut replaces and their optimizer state, from before the cut.
 
     It refers to the tensors that the cut took out of the model and the optimizer and copies none but scalars, so what
     it costs is that they stay in memory.
@@ -55,7 +55,7 @@ class Snapshot:
         held = {
             f"{layer.name}.{name}": parameter
             for layer in layers
-            for name, parameter in layer.state_parameters().items()
+            for name, parameter in {**layer.state_parameters(), **layer.rescaled_parameters()}.items()
         }
         kept = {} if optimizer is None else unwrap_optimizer(optimizer).state
         states = {name: _own_scalars(kept[parameter]) for name, parameter in held.items() if parameter in kept}
@@ -77,7 +77,9 @@ class Snapshot:
 
     def _reduction(self, layer: StateSpaceLayer, size: int) -> LayerReduction:
         shapes, changes = layer.state_shapes(size), []
-        for name, parameter in layer.state_parameters().items():
+        rescaled = layer.rescaled_parameters()
+        shapes = {**shapes, **{name: tuple(parameter.shape) for name, parameter in rescaled.items()}}
+        for name, parameter in {**layer.state_parameters(), **rescaled}.items():
             values = self.parameters.get(f"{layer.name}.{name}")
             if values is None or tuple(values.shape) != shapes[name]:
                 found = "is missing" if values is None else f"has shape {tuple(values.shape)}"

@@ -101,7 +101,9 @@ class CompressionRun:
             find_copies=self._averages,
             progress=None if show else False,
         )
-        parameters = [p for layer in self._compressor.layers for p in layer.state_parameters().values()]
+        layers = self._compressor.layers
+        replaced = [{**layer.state_parameters(), **layer.rescaled_parameters()} for layer in layers]
+        parameters = [parameter for of_layer in replaced for parameter in of_layer.values()]
         require_trained(optimizer, parameters)
         self._resume(saved)
         stale = drop_stale_states(optimizer)
