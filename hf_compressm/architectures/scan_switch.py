@@ -162,8 +162,13 @@ def plain_eager_call(*tensors: torch.Tensor) -> bool:
 
 
 def _forward_globals(module: nn.Module) -> dict[str, Any]:
-    # A subclass that inherits `forward` resolves names where `forward` was written, not where the subclass was.
-    return inspect.unwrap(type(module).forward).__globals__
+    # A subclass that inherits `forward` resolves names where `forward` was written, not where the subclass was; one
+    # that wraps it leaves the scan to a class further up.
+    namespaces = [
+        inspect.unwrap(vars(cls)["forward"]).__globals__ for cls in type(module).__mro__ if "forward" in vars(cls)
+    ]
+    calling = (namespace for namespace in namespaces if any(name in namespace for name in _replacements))
+    return next(calling, namespaces[0])
 
 
 def _default_sites() -> list[tuple[dict[str, Any], str]]:
