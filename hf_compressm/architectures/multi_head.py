@@ -16,9 +16,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .axis_selection import AxisSelection
 from .base import AttributeChange, LayerReduction, ParameterChange, successor
 from .mixable import MixableLayer
+from .moment_maps import AxisSelection
 from .selective import STATE_SIZE_NAMES, named_size
 
 # The names of transformers and of mamba-ssm for the same sizes.

@@ -18,10 +18,10 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..systems import Truncation
-from .axis_selection import AxisSelection, Rescaling
-from .base import AttributeChange, AxisMap, LayerReduction, ParameterChange, successor
+from .base import AttributeChange, LayerReduction, ParameterChange, successor
 from .mamba import MambaLayer, projection_rows, variance_shares
 from .mixable import MixableLayer
+from .moment_maps import AxisMap, AxisSelection, Rescaling
 from .selective import rows_of_identity
 
 _NORMS = ("b_layernorm", "c_layernorm")
