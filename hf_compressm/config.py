@@ -96,8 +96,9 @@ class CompreSSMConfig:
             half the share that a fixed cut drops).
         selection_score (`str`, *optional*, defaults to `"hankel"`):
             What ranks the states under `"selection"`: `"hankel"` (the square root of the product of the two Gramians'
-            diagonals), `"readout_energy"` (the sum of \\( h_n^2 C_n^2 \\) over the data), or `"greedy"` (the states
-            that `"interpolative"` keeps, of selective layers; time-invariant ones take `"hankel"`).
+            diagonals), `"readout_energy"` (the sum of \\( h_n^2 C_n^2 \\) over the data), or `"greedy"` (of
+            selective layers: states are dropped one after the other, each time the one whose loss costs the least
+            observable energy; time-invariant layers take `"hankel"`).
         selection_rule (`str`, *optional*, defaults to `"largest"`):
             Which states `"selection"` keeps: the `"largest"` scores, or, as ablations, the `"smallest"` or `"random"`
             ones.

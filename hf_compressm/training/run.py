@@ -112,7 +112,9 @@ class CompressionRun:
         self._processes.agree("the training", run_facts(config, self._compressor.sizes))
         if not alone:
             rebuild_stale_reducers(model)
-        parameters = [p for layer in self._compressor.layers for p in layer.state_parameters().values()]
+        layers = self._compressor.layers
+        replaced = [{**layer.state_parameters(), **layer.rescaled_parameters()} for layer in layers]
+        parameters = [parameter for of_layer in replaced for parameter in of_layer.values()]
         require_trained(optimizer, parameters)
         self._resume(saved)
         stale = drop_stale_states(optimizer)
