@@ -15,7 +15,7 @@ CONFIG_NAME = "compressm_config.json"
 
 STRATEGIES = ("tolerance", "fixed", "pragmatic", "target")
 REDUCTORS = ("auto", "balanced", "interpolative", "selection")
-SELECTION_SCORES = ("hankel", "readout_energy")
+SELECTION_SCORES = ("hankel", "readout_energy", "greedy")
 SELECTION_RULES = ("largest", "smallest", "random")
 GRAMIANS = ("loss_gradient", "white_noise", "averaged")
 OPTIMIZER_MOMENTS = ("carry", "slice", "reset")
@@ -72,9 +72,12 @@ class CompreSSMConfig:
         min_state_size (`int`, *optional*, defaults to 1):
             No layer becomes smaller than this.
         reductor (`str`, *optional*, defaults to `"auto"`):
-            How the state is cut. `"balanced"` (time-invariant layers) keeps the directions with the largest Hankel
-            singular values; `"interpolative"` (selective layers) keeps some states and folds what they say about the
-            dropped ones into the readout; `"selection"` only keeps some states. `"auto"` takes the family's best.
+            How the state is cut. `"balanced"` (time-invariant layers and Mamba-2) keeps the directions with the largest
+            Hankel singular values; `"interpolative"` (selective layers) keeps some states and folds what they say about
+            the dropped ones into the readout; `"selection"` only keeps some states. `"auto"` takes the best that the
+            family can hold, see `stock`.
+        stock (`bool`, *optional*, defaults to `False`):
+            Make nothing but what the stock model class of transformers loads, where another form would lose less.
         optimizer_moments (`str`, *optional*, defaults to `"carry"`):
             What happens to the optimizer's moments of a cut parameter. `"carry"` moves them as the gradients move,
             `"slice"` keeps the entries of the kept states (of the leading ones, where states are mixed), `"reset"`
@@ -93,7 +96,8 @@ class CompreSSMConfig:
             half the share that a fixed cut drops).
         selection_score (`str`, *optional*, defaults to `"hankel"`):
             What ranks the states under `"selection"`: `"hankel"` (the square root of the product of the two Gramians'
-            diagonals) or `"readout_energy"` (the sum of \\( h_n^2 C_n^2 \\) over the data).
+            diagonals), `"readout_energy"` (the sum of \\( h_n^2 C_n^2 \\) over the data), or `"greedy"` (the states
+            that `"interpolative"` keeps, of selective layers; time-invariant ones take `"hankel"`).
         selection_rule (`str`, *optional*, defaults to `"largest"`):
             Which states `"selection"` keeps: the `"largest"` scores, or, as ablations, the `"smallest"` or `"random"`
             ones.
@@ -137,6 +141,7 @@ class CompreSSMConfig:
     multiple_of: int = 1
     min_state_size: int = 1
     reductor: str = "auto"
+    stock: bool = False
     optimizer_moments: str = "carry"
     rollback_tolerance: float | None = None
     rollback_metric: str = CALIBRATION_LOSS
@@ -168,11 +173,16 @@ class CompreSSMConfig:
             require_integer(name, getattr(self, name), minimum=1)
         for name in ("seed", "rollback_after"):
             require_integer(name, getattr(self, name), minimum=0)
-        for name in ("uniform", "fast_cpu_scan"):
+        for name in ("uniform", "stock", "fast_cpu_scan"):
             require_bool(name, getattr(self, name))
         if not is_number(self.minimum_reduction) or not 0 <= self.minimum_reduction < 1:
             raise ConfigurationError(
                 f"minimum_reduction is {self.minimum_reduction!r}; give a number in [0, 1), for example 0.05."
+            )
+        if self.selection_score == "greedy" and self.selection_rule == "smallest":
+            raise ConfigurationError(
+                "selection_score 'greedy' names the states to keep and gives the others no order; with "
+                "selection_rule 'smallest' choose 'hankel' or 'readout_energy'."
             )
         require_window("window", self.window)
         self._require_consistent_target()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import DimensionError, UnsupportedModelError
 from ..systems import DiagonalLTI, Truncation
+from .scan_inputs import ScanInputs
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ class AxisMap:
 
     Args:
         axis (`int`): The axis of the parameter that changes its length.
-        matrix (`torch.Tensor` of shape `(new, old)`, float64): The map \\( M \\).
-        kept (`torch.Tensor` of shape `(new,)`, int64, *optional*): The old entry that each new one stands for; the
-            leading ones when unset.
+        matrix (`torch.Tensor` of shape `(new, old)` or `(blocks, new, old)`, float64): The map \\( M \\), or one for
+            each entry along axis 0 of the parameter.
+        kept (`torch.Tensor` of shape `(new,)` or `(blocks, new)`, int64, *optional*): The old entry that each new one
+            stands for; the leading ones when unset.
     """
 
     axis: int
@@ -46,8 +48,9 @@ class AxisMap:
 
     def sliced(self) -> AxisMap:
         """The map that only picks the kept entries."""
-        new, old = self.matrix.shape
+        new, old = self.matrix.shape[-2:]
         kept = torch.arange(new, device=self.matrix.device) if self.kept is None else self.kept
+        kept = kept.expand(*self.matrix.shape[:-2], new)
         return AxisMap(self.axis, torch.eye(old, dtype=torch.float64, device=self.matrix.device)[kept], kept)
 
     def first(self, moment: Tensor, axis: int | None = None) -> Tensor:
@@ -60,14 +63,15 @@ class AxisMap:
 
     def _along_axis(self, matrix: Tensor, moment: Tensor, axis: int | None) -> Tensor:
         axis = self.axis if axis is None else axis
-        if moment.shape[axis] != matrix.shape[1]:
+        if moment.shape[axis] != matrix.shape[-1]:
             raise DimensionError(
                 f"a moment of shape {tuple(moment.shape)} has {moment.shape[axis]} entries along axis {axis}; "
-                f"the map takes {matrix.shape[1]}."
+                f"the map takes {matrix.shape[-1]}."
             )
-        rows = moment.movedim(axis, 0)
-        mapped = torch.tensordot(matrix.to(device=moment.device), rows.to(matrix.dtype), dims=1)
-        return mapped.movedim(0, axis).to(moment.dtype).contiguous()
+        rows = moment.to(matrix.dtype).movedim(axis, -1)
+        equation = "...o,no->...n" if matrix.ndim == 2 else "b...o,bno->b...n"
+        mapped = torch.einsum(equation, rows, matrix.to(device=moment.device))
+        return mapped.movedim(-1, axis).to(moment.dtype).contiguous()
 
 
 @dataclass(frozen=True)
@@ -78,14 +82,15 @@ class ParameterChange:
     Args:
         old (`torch.nn.Parameter`): The parameter as it is in the model.
         new (`torch.nn.Parameter`): Its replacement, with the same dtype, device, `requires_grad` and attributes.
-        moment_map ([`AxisMap`], *optional*): How optimizer moments move; when unset they are reset.
+        moment_map ([`AxisMap`], [`AxisSelection`] or [`ModalMap`], *optional*): How optimizer moments move; when unset
+            they are reset.
         optimizer_state (`dict`, *optional*): State that the optimizer takes for the new parameter instead of moving
             what it has, as when a cut is taken back.
     """
 
     old: nn.Parameter
     new: nn.Parameter
-    moment_map: AxisMap | None = None
+    moment_map: Any = None
     optimizer_state: dict[str, Any] | None = None
 
 
@@ -123,31 +128,11 @@ class LayerReduction:
     state_size: int
 
 
-@dataclass(frozen=True)
-class ScanInputs:
-    r"""
-    What a selective layer hands to its scan, \\( h_t = e^{\Delta_t A} h_{t-1} + \Delta_t u_t B_t \\).
-
-    Args:
-        u (`torch.Tensor` of shape `(batch, length, channels)`): Input of the recurrence.
-        delta (`torch.Tensor` of shape `(batch, length, channels)`): Positive time steps, after the softplus.
-        A (`torch.Tensor` of shape `(channels, N)`): Negative state matrix, one diagonal a channel.
-        B (`torch.Tensor` of shape `(batch, length, N)`): Input matrix.
-        C (`torch.Tensor` of shape `(batch, length, N)`): Readout.
-    """
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-
-
 class ScanObserver(Protocol):
     """Something that watches the scans of one layer during a calibration pass."""
 
     def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
-        """Look at a scan and its raw output `(batch, length, channels)`; what is returned goes on in its place."""
+        """Look at a scan and its raw output, before any skip or gate; what is returned goes on in its place."""
         ...
 
 
@@ -158,28 +143,44 @@ class StateSpaceLayer(ABC):
     Args:
         name (`str`): The module's qualified name in the model.
         module (`torch.nn.Module`): The module that holds the state's parameters.
+        configs (`Sequence`, *optional*): The configs of the module and of the models around it, the innermost first.
     """
 
     family: ClassVar[str]
     """Name of the family, as used in messages and records."""
 
-    reductors: ClassVar[frozenset[str]]
-    """Names of the reductors whose truncations the layer's parameters can hold."""
+    is_selective: ClassVar[bool] = True
+    """Whether the layer's system depends on its input, so that its Gramians have to be measured on data."""
 
-    default_reductor: ClassVar[str]
-    """The one of `reductors` that a configuration with `reductor="auto"` means."""
-
-    sizes_may_differ: ClassVar[bool] = False
-    """Whether a checkpoint of the family can hold another state size in each layer."""
-
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, configs: Sequence[Any] = ()) -> None:
         self.name = name
         self.module = module
+        self.configs = list(configs)
 
     @classmethod
     @abstractmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether this class can handle the module."""
+
+    @classmethod
+    @abstractmethod
+    def reductors(cls, stock: bool) -> frozenset[str]:
+        """
+        Names of the reductors whose truncations a layer can hold.
+
+        Args:
+            stock (`bool`): Whether the stock model class has to load the result.
+        """
+
+    @classmethod
+    @abstractmethod
+    def default_reductor(cls, stock: bool) -> str:
+        """The one of [`~StateSpaceLayer.reductors`] that a configuration with `reductor="auto"` means."""
+
+    @classmethod
+    def sizes_may_differ(cls, stock: bool) -> bool:
+        """Whether a checkpoint of the family can hold another state size in each layer."""
+        return False
 
     @property
     @abstractmethod

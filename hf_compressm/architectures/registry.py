@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -44,7 +45,7 @@ def find_layers(model: nn.Module) -> list[StateSpaceLayer]:
             layer's parameters are in a form that cannot be cut, or two layers share a parameter.
     """
     layers = [
-        layer_class(name, module)
+        layer_class(name, module, _configs_around(model, name))
         for name, module in model.named_modules()
         for layer_class in _FAMILIES.values()
         if layer_class.matches(module)
@@ -78,6 +79,23 @@ def config_changes(layers: Sequence[StateSpaceLayer], sizes: Mapping[str, int]) 
         members = [layer for layer in layers if type(layer) is family]
         changes += family.config_changes(members, [sizes.get(layer.name, layer.state_size) for layer in members])
     return changes
+
+
+def _configs_around(model: nn.Module, name: str) -> list[Any]:
+    """
+    The config of a module, or of the nearest module that holds it, and others of its kind further out, each once.
+
+    A model that holds another model has that one's config inside its own; where it is a copy, it has to follow too.
+    """
+    path = [part for part in name.split(".") if part]
+    owners = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1)]
+    held = [config for owner in owners if hasattr(config := getattr(owner, "config", None), "__dict__")]
+    if not held:
+        return []
+    kind = getattr(held[0], "model_type", None)
+    inner = [value for config in held for value in vars(config).values()]
+    alike = [config for config in [*held, *inner] if kind and getattr(config, "model_type", None) == kind]
+    return list({id(config): config for config in [held[0], *alike]}.values())
 
 
 def _nothing_found(model: nn.Module) -> str:

@@ -36,7 +36,7 @@ _enabled_by_contexts = 0
 _observer: ContextVar[ScanObserver | None] = ContextVar("hf_compressm_scan_observer", default=None)
 
 
-def register_scan(module_name: str, replacements: dict[str, Replacement]) -> None:
+def register_scan(module_name: str, replacements: dict[str, Replacement], is_fast: bool = True) -> None:
     """
     Make known where a family calls its scan.
 
@@ -44,8 +44,11 @@ def register_scan(module_name: str, replacements: dict[str, Replacement]) -> Non
         module_name (`str`): The module whose global names the family's forward pass uses. It is imported only when the
             switch is first used.
         replacements (`dict[str, Replacement]`): For each global name, what makes the function that replaces it.
+        is_fast (`bool`, *optional*, defaults to `True`): Whether the replacement runs a fused scan of this library. One
+            that only shows the scan to observers is installed where there is one.
     """
-    _default_modules.append(module_name)
+    if is_fast:
+        _default_modules.append(module_name)
     _replacements.update(replacements)
 
 

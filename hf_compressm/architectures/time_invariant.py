@@ -27,9 +27,7 @@ _SMALLEST_POLE = 1e-6
 class TimeInvariantLayer(StateSpaceLayer):
     """A layer with a diagonal linear time-invariant system, or one in each channel."""
 
-    reductors = frozenset({"balanced", "selection"})
-    default_reductor = "balanced"
-    sizes_may_differ = True
+    is_selective = False
 
     parameter_names: tuple[str, ...]
     """The parameters whose shape depends on the state size."""
@@ -41,6 +39,21 @@ class TimeInvariantLayer(StateSpaceLayer):
         return (
             known and isinstance(getattr(module, "state_size", None), int) and callable(getattr(module, "system", None))
         )
+
+    @classmethod
+    def reductors(cls, stock: bool) -> frozenset[str]:
+        """Balanced truncation, made diagonal again, and selection."""
+        return frozenset({"balanced", "selection"})
+
+    @classmethod
+    def default_reductor(cls, stock: bool) -> str:
+        """Balanced truncation."""
+        return "balanced"
+
+    @classmethod
+    def sizes_may_differ(cls, stock: bool) -> bool:
+        """Whether a checkpoint of the family can hold another state size in each layer: always."""
+        return True
 
     @property
     def state_size(self) -> int:

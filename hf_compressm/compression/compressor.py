@@ -87,16 +87,18 @@ class Compressor:
         self._require_sizes_that_fit()
 
     def _reductor_of(self, layer: StateSpaceLayer) -> str:
-        name = layer.default_reductor if self.config.reductor == "auto" else self.config.reductor
-        if name not in layer.reductors:
+        stock, name = self.config.stock, self.config.reductor
+        name = layer.default_reductor(stock) if name == "auto" else name
+        if name not in layer.reductors(stock):
             raise UnsupportedModelError(
-                f"{layer.name} ({layer.family}) cannot hold what the reductor {name!r} gives; "
-                f"choose one of {', '.join(sorted(layer.reductors))}."
+                f"{layer.name} ({layer.family}) cannot hold what the reductor {name!r} gives"
+                f"{' in a stock model class' if name in layer.reductors(False) else ''}; "
+                f"choose one of {', '.join(sorted(layer.reductors(stock)))}."
             )
         return name
 
     def _require_sizes_that_fit(self) -> None:
-        fixed = [layer.name for layer in self.layers if not layer.sizes_may_differ]
+        fixed = [layer.name for layer in self.layers if not layer.sizes_may_differ(self.config.stock)]
         if not self.config.uniform and len(self.layers) > 1 and fixed:
             raise UnsupportedModelError(
                 f"uniform=False would give each layer its own state size, which the checkpoint of {fixed[0]} "

@@ -118,9 +118,14 @@ class _ShapeObserver:
     """Notes how large the state of a scan is."""
 
     def __init__(self) -> None:
-        self.state_bytes: int | None = None
+        self._bytes: dict[int | None, int] = {}
 
     def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
         """Look at a scan; its output goes on unchanged."""
-        self.state_bytes = inputs.A.numel() * inputs.u.element_size()
+        self._bytes[inputs.part] = inputs.states_per_sequence * inputs.u.element_size()
         return output
+
+    @property
+    def state_bytes(self) -> int | None:
+        """Bytes of the state of one sequence, where a scan was seen."""
+        return sum(self._bytes.values()) or None

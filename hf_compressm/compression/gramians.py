@@ -20,8 +20,9 @@ from ..systems import (
     HankelDecomposition,
     Truncation,
     balanced_truncation_of_each,
+    balancing_truncation_of_each,
     diagonal_hankel_scores,
-    hankel_singular_values,
+    hankel_decomposition,
     interpolation_residual,
     interpolative_truncation,
     project,
@@ -73,40 +74,67 @@ class EmpiricalGramians(LayerGramians):
     r"""
     The Gramians of a selective layer, as means over the observed states.
 
+    A layer whose state falls into groups with nothing in common has one pair a group and a joint spectrum: its i-th
+    value is the sum of the groups' i-th Hankel singular values, as every group keeps the same number of states.
+
     Args:
-        P (`torch.Tensor` of shape `(N, N)`, float64): Mean of \\( h h^\top \\), the controllability Gramian.
-        Q (`torch.Tensor` of shape `(N, N)`, float64): Mean of \\( g g^\top \\), the observability Gramian; its scale
+        P (`torch.Tensor` of shape `(N, N)` or `(groups, N, N)`, float64): Mean of \\( h h^\top \\), the
+            controllability Gramian.
+        Q (`torch.Tensor` of the same shape, float64): Mean of \\( g g^\top \\), the observability Gramian; its scale
             is that of the loss (or of the probe), so only ratios carry meaning.
-        readout_energy (`torch.Tensor` of shape `(N,)`, float64): Mean of \\( h_n^2 C_n^2 \\).
+        readout_energy (`torch.Tensor` of shape `(N,)` or `(groups, N)`, float64): Mean of \\( h_n^2 C_n^2 \\).
     """
 
     P: Tensor
     Q: Tensor
     readout_energy: Tensor
 
+    @cached_property
+    def _decomposition(self) -> HankelDecomposition:
+        return hankel_decomposition(self.P, self.Q)
+
     def hankel_singular_values(self) -> Tensor:
-        """The layer's Hankel singular values, `(N,)` float64, descending."""
-        return hankel_singular_values(self.P, self.Q)
+        """The layer's joint Hankel singular values, `(N,)` float64, descending."""
+        return self._decomposition.sigma.reshape(-1, self.P.shape[-1]).sum(0)
 
     def state_scores(self) -> Tensor:
-        """The square root of the product of both Gramians' diagonals, `(N,)` float64."""
+        """The square root of the product of both Gramians' diagonals, `(..., N)` float64."""
         return diagonal_hankel_scores(self.P, self.Q)
 
     def scores_after(self, truncation: Truncation) -> Tensor:
-        """The scores of the kept states with the readout folded, `(r,)` float64."""
-        T, kept = truncation.T.to(self.Q), truncation.indices
-        return diagonal_hankel_scores(self.P[kept][:, kept], T.mT @ self.Q @ T)
+        """The scores of the states that are left, read as the truncation reads them, `(..., r)` float64."""
+        T, W = truncation.T.to(self.Q), truncation.W.to(self.P)
+        return diagonal_hankel_scores(W.mT @ self.P @ W, T.mT @ self.Q @ T)
 
     def lost_energy(self, truncation: Truncation) -> float | None:
-        """The share of the observable energy `trace(P Q)` that the truncation loses."""
-        return float(interpolation_residual(self.P, self.Q, truncation))
+        """The share of the observable energy `trace(P Q)`, summed over groups, that the truncation loses."""
+        shares = interpolation_residual(self.P, self.Q, truncation)
+        energies = self._decomposition.sigma.square().sum(-1)
+        total = float(energies.sum())
+        return float((shares * energies).sum()) / total if total else 0.0
 
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
-        """Cut to `rank` states; `reductor` is `"interpolative"` or `"selection"`, `config` and `seed` as above."""
+        """
+        Cut to `rank` states in every group.
+
+        Args:
+            rank (`int`): States to keep, between 1 and N.
+            reductor (`str`): `"balanced"`, `"interpolative"` or `"selection"`.
+            config ([`CompreSSMConfig`]): Names the score and the rule of a selection.
+            seed (`int`, *optional*, defaults to 0): Seed of the rule `"random"`.
+
+        Raises:
+            [`~errors.TruncationError`]: the truncation failed one of its own checks.
+        """
+        if reductor == "balanced":
+            return balancing_truncation_of_each(self._decomposition, rank)
         if reductor == "interpolative":
             return interpolative_truncation(self.P, self.Q, rank)
-        scores = self.state_scores() if config.selection_score == "hankel" else self.readout_energy
-        return self._select(scores, rank, config, seed)
+        if config.selection_score == "greedy" and config.selection_rule == "largest":
+            kept = interpolative_truncation(self.P, self.Q, rank).indices
+            return Truncation.from_indices(kept, full_size=self.P.shape[-1])
+        energy = config.selection_score == "readout_energy"
+        return self._select(self.readout_energy if energy else self.state_scores(), rank, config, seed)
 
 
 @dataclass(frozen=True)

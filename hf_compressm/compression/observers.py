@@ -1,18 +1,21 @@
 """Three ways to estimate the Gramians of a selective layer during a calibration pass.
 
-None of them ever holds all states: `ops/selective_gramians.py` walks along the sequence in chunks.
+None of them ever holds all states: the Gramians of `ops` walk along the sequence in chunks. What a scan's Gramians are
+is known by its [`~architectures.ScanInputs`], so nothing here depends on the family.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..architectures import ScanInputs, SumOverProcesses
 from ..errors import CalibrationError
-from ..ops import adjoint_gramian, default_sample_count, sample_times, state_gramian
 from ..systems import DiagonalLTI
 from .gramians import EmpiricalGramians
 
@@ -31,7 +34,7 @@ class GramianObserver(ABC):
 
     @abstractmethod
     def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
-        """Look at a scan and its raw output `(batch, length, channels)`; what is returned goes on in its place."""
+        """Look at a scan and its raw output, before any skip or gate; what is returned goes on in its place."""
 
     @abstractmethod
     def result(self, layer_name: str, sum_over_processes: SumOverProcesses) -> EmpiricalGramians:
@@ -43,58 +46,75 @@ class GramianObserver(ABC):
         """
 
 
+@dataclass
+class _Sums:
+    """What was summed over the scans of one part of a layer."""
+
+    P: Tensor | float = 0.0
+    Q: Tensor | float = 0.0
+    readout_energy: Tensor | float = 0.0
+    rows: int = 0
+
+
 class _SampledGramians(GramianObserver):
     """Sums of sampled states and adjoint states."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
-        self._P = self._Q = self._readout_energy = None
-        self._rows = 0
+        self._sums: dict[int | None, _Sums] = {}
 
-    def _add_states(self, inputs: ScanInputs) -> Tensor | None:
-        batch, length, channels = inputs.u.shape
-        times = sample_times(batch, length, default_sample_count(length, inputs.A.shape[1]), self._generator)
-        P, readout_energy = state_gramian(inputs.u, inputs.delta, inputs.A, inputs.B, inputs.C, times=times)
-        self._P = P if self._P is None else self._P + P
-        self._readout_energy = readout_energy if self._readout_energy is None else self._readout_energy + readout_energy
-        self._rows += batch * length * channels
+    def _add_states(self, inputs: ScanInputs) -> Tensor:
+        times = inputs.sample_times(self._generator)
+        P, readout_energy = inputs.state_gramian(times)
+        sums = self._sums.setdefault(inputs.part, _Sums())
+        sums.P, sums.readout_energy = sums.P + P, sums.readout_energy + readout_energy
+        sums.rows += inputs.rows
         return times
 
-    def _add_adjoint_states(
-        self, inputs: ScanInputs, grad_output: Tensor, times: Tensor | None, weight: float = 1.0
-    ) -> None:
-        Q = weight * adjoint_gramian(inputs.delta, inputs.A, inputs.C, grad_output, times=times)
-        self._Q = Q if self._Q is None else self._Q + Q
+    def _add_adjoint_states(self, inputs: ScanInputs, grad_output: Tensor, times: Tensor, weight: float = 1.0) -> None:
+        sums = self._sums[inputs.part]
+        sums.Q = sums.Q + weight * inputs.adjoint_gramian(grad_output, times)
 
     def result(self, layer_name: str, sum_over_processes: SumOverProcesses) -> EmpiricalGramians:
         """The Gramians of everything that all processes have seen."""
-        if self._P is None or self._Q is None:
-            what = "run by" if self._P is None else "reached by the gradient of"
+        parts = list(_in_order(self._sums).values())
+        if not parts or any(isinstance(part.Q, float) for part in parts):
+            what = "reached by the gradient of" if parts else "run by"
             raise CalibrationError(
                 f"{layer_name} was not {what} the calibration batches, so its Gramians are unknown. Calibrate with "
                 "batches that use every state-space layer."
             )
-        sums = torch.cat(
-            [
-                self._P.flatten(),
-                self._Q.flatten(),
-                self._readout_energy,
-                self._P.new_tensor([float(self._rows)]),
-            ]
+        P, Q, readout_energy = (_side_by_side(self._sums, name) for name in ("P", "Q", "readout_energy"))
+        sums = [P.flatten(), Q.flatten(), readout_energy.flatten(), P.new_tensor([float(parts[0].rows)])]
+        totals = sum_over_processes(torch.cat(sums))
+        P, Q, readout_energy, rows = (
+            total.reshape(shape)
+            for total, shape in zip(
+                totals.split([P.numel(), Q.numel(), readout_energy.numel(), 1]),
+                (P.shape, Q.shape, readout_energy.shape, ()),
+            )
         )
-        sums = sum_over_processes(sums)
-        return _means(layer_name, sums, self._P.shape[0])
+        return _checked(layer_name, P / rows, Q / rows, readout_energy / rows)
 
 
-def _means(layer_name: str, sums: Tensor, n_states: int) -> EmpiricalGramians:
-    P, Q, readout_energy, rows = sums.split([n_states**2, n_states**2, n_states, 1])
-    if not torch.isfinite(sums).all():
+def _in_order(by_part: dict[int | None, Any]) -> dict[int | None, Any]:
+    """The same entries in the order of the layer's parts, which are numbers, or None alone."""
+    return dict(sorted(by_part.items(), key=lambda item: -1 if item[0] is None else item[0]))
+
+
+def _side_by_side(by_part: dict[int | None, Any], name: str) -> Tensor:
+    """One attribute of every part: along a new first axis where the layer has parts, as it is where it has none."""
+    tensors = [getattr(part, name) for part in _in_order(by_part).values()]
+    return tensors[0] if None in by_part else torch.stack(tensors)
+
+
+def _checked(layer_name: str, P: Tensor, Q: Tensor, readout_energy: Tensor) -> EmpiricalGramians:
+    if not all(torch.isfinite(tensor).all() for tensor in (P, Q, readout_energy)):
         raise CalibrationError(
             f"the Gramians of {layer_name} are not finite; its states or the loss gradient overflow on the calibration "
             "batches. Check the loss, or lower the learning rate."
         )
-    P, Q = (M.reshape(n_states, n_states) / rows for M in (P, Q))
-    return EmpiricalGramians((P + P.mT) / 2, (Q + Q.mT) / 2, readout_energy / rows)
+    return EmpiricalGramians((P + P.mT) / 2, (Q + Q.mT) / 2, readout_energy)
 
 
 class _AdjointTap(torch.autograd.Function):
@@ -133,7 +153,7 @@ class LossGradientObserver(_SampledGramians):
 
     def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
         """Sum the states now and the adjoint states when the loss's gradient arrives."""
-        detached = ScanInputs(*(getattr(inputs, name).detach() for name in ("u", "delta", "A", "B", "C")))
+        detached = inputs.detached()
         times = self._add_states(detached)
 
         def receive(grad_output: Tensor) -> None:
@@ -160,38 +180,38 @@ class AveragedObserver(GramianObserver):
 
     The simplest extension of the theory of time-invariant systems to a selective layer; kept as an option and an
     ablation. Channel d becomes the system \\( \lambda = e^{\bar\Delta_d A_d}, b = \bar\Delta_d \bar B, c = \bar C \\),
-    and the channels' Gramians are added.
+    and the channels' Gramians are added. A head of a multi-head layer has one pole for all its states, so such a layer
+    shows one direction a group.
     """
 
     def __init__(self) -> None:
-        self._A = None
-        self._sums = None
+        self._sums: dict[int | None, Tensor] = {}
+        self._systems: dict[int | None, Callable[[Tensor], DiagonalLTI]] = {}
 
     def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
-        """Sum time steps per channel, and B and C per state."""
-        rows = inputs.delta.shape[0] * inputs.delta.shape[1]
-        sums = torch.cat([t.double().sum((0, 1)) for t in (inputs.delta, inputs.B, inputs.C)])
-        sums = torch.cat([sums, sums.new_tensor([float(rows)])])
-        self._A = inputs.A.detach().double()
-        self._sums = sums if self._sums is None else self._sums + sums
+        """Sum the time steps of each channel, and B and C of each state."""
+        self._systems[inputs.part] = inputs.averaged_systems()
+        self._sums[inputs.part] = self._sums.get(inputs.part, 0.0) + inputs.sums()
         return output
 
     def result(self, layer_name: str, sum_over_processes: SumOverProcesses) -> EmpiricalGramians:
         """The summed closed-form Gramians of the averaged channels."""
-        if self._sums is None:
+        if not self._sums:
             raise CalibrationError(f"{layer_name} was not run by the calibration batches, so its means are unknown.")
-        channels, n_states = self._A.shape
-        sums = sum_over_processes(self._sums)
-        delta, B, C = (sums[:-1] / sums[-1]).split([channels, n_states, n_states])
-        system = DiagonalLTI(
-            lam=torch.exp(delta[:, None] * self._A),
-            B=(delta[:, None] * B)[..., None],
-            C=C.expand(channels, 1, n_states),
-        )
-        P = system.controllability_gramian().real.sum(0)
-        Q = system.observability_gramian().real.sum(0)
-        readout_energy = P.diagonal() * C.square()
-        return _means(layer_name, torch.cat([P.flatten(), Q.flatten(), readout_energy, P.new_ones(1)]), n_states)
+        sums = sum_over_processes(torch.stack(list(_in_order(self._sums).values())))
+        found = {
+            part: _summed_gramians(systems(total[:-1] / total[-1]))
+            for (part, systems), total in zip(_in_order(self._systems).items(), sums)
+        }
+        return _checked(layer_name, *(_side_by_side(found, name) for name in ("P", "Q", "readout_energy")))
+
+
+def _summed_gramians(channels: DiagonalLTI) -> EmpiricalGramians:
+    """The closed-form Gramians of systems `(..., channels)` with one readout, summed over the channels."""
+    P = channels.controllability_gramian().real.sum(-3)
+    Q = channels.observability_gramian().real.sum(-3)
+    readout = channels.C.real[..., 0, 0, :]
+    return EmpiricalGramians(P, Q, P.diagonal(dim1=-2, dim2=-1) * readout.square())
 
 
 def make_observer(gramians: str, generator: torch.Generator, trigger: Tensor) -> GramianObserver:

@@ -7,6 +7,7 @@ from .diagonal_scan import (
     diagonal_scan,
     diagonal_scan_reference,
 )
+from .multi_head_gramians import multi_head_adjoint_gramian, multi_head_state_gramian
 from .selective_gramians import adjoint_gramian, default_sample_count, sample_times, state_gramian
 from .selective_scan import selective_scan, selective_scan_reference
 from .warm_up import compile_kernels
@@ -22,6 +23,8 @@ __all__ = [
     "diagonal_recurrence_reference",
     "diagonal_scan",
     "diagonal_scan_reference",
+    "multi_head_adjoint_gramian",
+    "multi_head_state_gramian",
     "sample_times",
     "selective_scan",
     "selective_scan_reference",

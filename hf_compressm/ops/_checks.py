@@ -40,6 +40,34 @@ def check_shapes(allow_complex: bool = False, **arguments: tuple[Tensor, tuple[s
     return sizes
 
 
+def check_times(times: Tensor | None, batch: int, length: int) -> Tensor:
+    """
+    Check the sampled steps of each sequence; every step of every sequence where none are given.
+
+    Args:
+        times (`torch.Tensor` of shape `(batch, K)`, int64, *optional*): Ascending steps.
+        batch (`int`): Number of sequences.
+        length (`int`): Number of time steps.
+
+    Raises:
+        [`~errors.DimensionError`]: shape or dtype are others, or a row does not ascend inside the sequence.
+    """
+    if times is None:
+        return torch.arange(length).expand(batch, length)
+    if times.ndim != 2 or times.shape[0] != batch or times.dtype != torch.int64:
+        raise DimensionError(
+            f"`times` has shape {tuple(times.shape)} and dtype {times.dtype}; expected (batch {batch}, K) and int64."
+        )
+    if times.numel() and not (times.min() >= 0 and times.max() < length and (times.diff(dim=1) >= 0).all()):
+        raise DimensionError(f"`times` must hold ascending steps from 0 to {length - 1} in each row.")
+    return times
+
+
+def double_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU for one without double precision (Apple's GPUs)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where an argument is float64; float32 for everything narrower."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

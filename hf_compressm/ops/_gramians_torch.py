@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ._checks import double_device
+
 _CHUNK = 64
 _CHUNK_ELEMENTS = 2**23
 
@@ -31,7 +33,7 @@ def sampled_outer_products(
     times = times.to(delta.device)
     batch, _, channels = delta.shape
     n_states = A.shape[1]
-    double = {"dtype": torch.float64, "device": _double_device(delta.device)}
+    double = {"dtype": torch.float64, "device": double_device(delta.device)}
     total = torch.zeros(n_states, n_states, **double)
     readout_energy = torch.zeros(n_states, **double)
     n_channels = max(1, min(channels, _CHUNK_ELEMENTS // (_CHUNK * n_states)))
@@ -81,8 +83,3 @@ def _parallel_scan(decays: Tensor, inputs: Tensor) -> Tensor:
         decays[:, shift:] = decays[:, shift:] * decays[:, :-shift]
         shift *= 2
     return inputs
-
-
-def _double_device(device: torch.device) -> torch.device:
-    # Apple's GPUs have no double precision.
-    return torch.device("cpu") if device.type == "mps" else device

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import DimensionError
 from . import _gramians_cpu, _gramians_torch
-from ._checks import check_shapes, compute_dtype
+from ._checks import check_shapes, check_times, compute_dtype
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def state_gramian(
     sizes = check_shapes(
         u=(u, steps), delta=(delta, steps), A=(A, ("channels", "N")), B=(B, inputs), C=(C, inputs), **states
     )
-    times = _check_times(times, sizes["batch"], sizes["length"])
+    times = check_times(times, sizes["batch"], sizes["length"])
     dtype = compute_dtype(u, delta, A, B)
     u, delta, A, B = (tensor.to(dtype) for tensor in (u, delta, A, B))
     P, readout_energy = _outer_products(delta, delta * u, A, B, times, initial_state, readout=C)
@@ -96,7 +96,7 @@ def adjoint_gramian(delta: Tensor, A: Tensor, C: Tensor, grad_y: Tensor, times: 
     sizes = check_shapes(
         delta=(delta, steps), A=(A, ("channels", "N")), C=(C, ("batch", "length", "N")), grad_y=(grad_y, steps)
     )
-    times = _check_times(times, sizes["batch"], sizes["length"])
+    times = check_times(times, sizes["batch"], sizes["length"])
     dtype = compute_dtype(delta, A, C, grad_y)
     delta, A, C, grad_y = (tensor.to(dtype) for tensor in (delta, A, C, grad_y))
     # In reversed time the adjoint is a state whose decay is that of the step it has just come back through.
@@ -152,15 +152,3 @@ def default_sample_count(length: int, state_size: int) -> int:
 def _outer_products(delta: Tensor, *arguments: Tensor | None, **options: Tensor) -> tuple[Tensor, Tensor]:
     implementation = _gramians_cpu if delta.device.type == "cpu" else _gramians_torch
     return implementation.sampled_outer_products(delta, *arguments, **options)
-
-
-def _check_times(times: Tensor | None, batch: int, length: int) -> Tensor:
-    if times is None:
-        return torch.arange(length).expand(batch, length)
-    if times.ndim != 2 or times.shape[0] != batch or times.dtype != torch.int64:
-        raise DimensionError(
-            f"`times` has shape {tuple(times.shape)} and dtype {times.dtype}; expected (batch {batch}, K) and int64."
-        )
-    if times.numel() and not (times.min() >= 0 and times.max() < length and (times.diff(dim=1) >= 0).all()):
-        raise DimensionError(f"`times` must hold ascending steps from 0 to {length - 1} in each row.")
-    return times

@@ -11,8 +11,7 @@ from torch import nn
 from transformers.models.mamba import modeling_mamba
 
 import hf_compressm
-from hf_compressm.architectures import fast_cpu_scan_enabled, find_layers
-from hf_compressm.architectures import mamba as mamba_module
+from hf_compressm.architectures import fast_cpu_scan_enabled, find_layers, selective_scan_switch
 from tests.cases import logits_of, tiny_mamba, token_batch
 
 NAMES = ("mamba_selective_scan", "mamba_inner_fn")
@@ -34,13 +33,13 @@ def _leaves_no_trace():
 @pytest.fixture
 def fused_calls(monkeypatch):
     calls = []
-    real = mamba_module.selective_scan
+    real = selective_scan_switch.selective_scan
 
     def counted(*args, **kwargs):
         calls.append(args[0].shape)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(mamba_module, "selective_scan", counted)
+    monkeypatch.setattr(selective_scan_switch, "selective_scan", counted)
     return calls
 
 
@@ -142,7 +141,7 @@ def test_the_stock_function_is_called_with_what_it_was_given(monkeypatch) -> Non
         seen.update(kwargs, positional=len(args))
         return "stock"
 
-    replacement = mamba_module._selective_scan_replacement(stock)
+    replacement = selective_scan_switch.selective_scan_replacement(stock)
     tensors = [torch.zeros(1, 2, 3)] * 5
     assert replacement(*tensors, delta_softplus=True, use_mambapy=True) == "stock"
     assert seen["delta_softplus"] and seen["use_mambapy"] and seen["positional"] == 5

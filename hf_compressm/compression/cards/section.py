@@ -228,13 +228,19 @@ def _reductors(provenance: Provenance) -> set[str]:
     families = {layer.family for _, layer in provenance.layers()}
     if chosen != "auto":
         return {chosen}
-    known = registered_families()
-    return {known[family].default_reductor if family in known else "unknown" for family in families}
+    known, stock = registered_families(), provenance.config is not None and provenance.config.stock
+    return {known[family].default_reductor(stock) if family in known else "unknown" for family in families}
 
 
 def _has_error_bound(provenance: Provenance) -> bool:
     """Whether every layer was cut by balanced truncation, whose error has a bound."""
-    return bool(provenance.cuts) and _reductors(provenance) == {"balanced"}
+    return bool(provenance.cuts) and _is_time_invariant(provenance) and _reductors(provenance) == {"balanced"}
+
+
+def _is_time_invariant(provenance: Provenance) -> bool:
+    """Whether no layer's Gramians were measured on data."""
+    known = registered_families()
+    return all(layer.family in known and not known[layer.family].is_selective for _, layer in provenance.layers())
 
 
 def _bound_note(provenance: Provenance) -> str:
@@ -283,9 +289,7 @@ def _loading_note(provenance: Provenance) -> str:
 
 def _limits(provenance: Provenance) -> str:
     data = escaped(provenance.calibration_data) if provenance.calibration_data else None
-    families = {layer.family for _, layer in provenance.layers()}
-    known = registered_families()
-    if all(family in known and known[family].default_reductor == "balanced" for family in families):
+    if _is_time_invariant(provenance):
         return (
             "The spectra were computed from the weights alone. They bound what a layer's linear recurrence loses, not "
             "what the whole model does on a task; evaluate it on your own data."

@@ -1,7 +1,7 @@
 """Reductors: a system or its Gramians and a rank in, a `Truncation` out. One method and its error bound per file."""
 
 from hf_compressm.systems.reductors.balanced import COARSE_RESOLUTION, balanced_truncation, balancing_truncation
-from hf_compressm.systems.reductors.balanced_each import balanced_truncation_of_each
+from hf_compressm.systems.reductors.balanced_each import balanced_truncation_of_each, balancing_truncation_of_each
 from hf_compressm.systems.reductors.interpolative import interpolation_residual, interpolative_truncation
 from hf_compressm.systems.reductors.selection import diagonal_hankel_scores, selection_truncation
 
@@ -10,6 +10,7 @@ __all__ = [
     "balanced_truncation",
     "balanced_truncation_of_each",
     "balancing_truncation",
+    "balancing_truncation_of_each",
     "diagonal_hankel_scores",
     "interpolation_residual",
     "interpolative_truncation",

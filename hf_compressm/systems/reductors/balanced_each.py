@@ -11,7 +11,7 @@ from hf_compressm.errors import TruncationError
 from hf_compressm.systems._checks import checked_rank
 from hf_compressm.systems.hankel import HankelDecomposition
 from hf_compressm.systems.lti import DiagonalLTI
-from hf_compressm.systems.reductors.balanced import DEFAULT_CONDITION_LIMIT, balanced_truncation
+from hf_compressm.systems.reductors.balanced import DEFAULT_CONDITION_LIMIT, balanced_truncation, balancing_truncation
 from hf_compressm.systems.truncation import Truncation
 
 # How far below the wanted rank to look where a truncation fails its checks.
@@ -73,6 +73,45 @@ def balanced_truncation_of_each(
     shape = system.batch_shape
     T, W, active = T.reshape(*shape, -1, r), W.reshape(*shape, -1, r), active.reshape(*shape, r)
     return Truncation(T=T, W=W, active=None if active.all() else active)
+
+
+@torch.no_grad()
+def balancing_truncation_of_each(decomposition: HankelDecomposition, r: int) -> Truncation:
+    """[`balancing_truncation`] of every pair of Gramians of a batch, each as far as its own spectrum carries.
+
+    A pair that has fewer than `r` Hankel singular values above rounding keeps those it has; inert states
+    ([`Truncation`]) fill the rest, so that it does not keep the others from being cut.
+
+    Args:
+        decomposition ([`HankelDecomposition`]): Of a batch of pairs of measured Gramians, or of one pair.
+        r (`int`): Number of states to keep, from 1 to N.
+
+    Returns:
+        [`Truncation`]: float64 for real Gramians, complex128 otherwise; its `active` states come first in each pair.
+
+    Raises:
+        DimensionError: `r` is not an integer from 1 to N.
+        TruncationError: No pair has a usable Hankel singular value.
+    """
+    r = checked_rank(r, decomposition.sigma.shape[-1])
+    ranks = decomposition.usable_rank.clamp_max(r)
+    if bool((ranks == r).all()):
+        return balancing_truncation(decomposition, r)
+    if not ranks.any():
+        raise TruncationError(
+            "no Hankel singular value stands above rounding: a response of zero has no balanced state"
+        )
+    shape = ranks.shape
+    ranks = ranks.reshape(-1)
+    pairs = _flattened(decomposition, len(ranks))
+    T = pairs.L_P.new_zeros(*pairs.L_P.shape[:-1], r)
+    W, active = torch.zeros_like(T), torch.zeros(len(ranks), r, dtype=torch.bool, device=T.device)
+    for rank in ranks.unique().tolist():
+        if rank:
+            members = (ranks == rank).nonzero().squeeze(-1)
+            truncation = balancing_truncation(_decomposition_of(pairs, members), rank)
+            T[members, :, :rank], W[members, :, :rank], active[members, :rank] = truncation.T, truncation.W, True
+    return Truncation(T=T.reshape(*shape, -1, r), W=W.reshape(*shape, -1, r), active=active.reshape(*shape, r))
 
 
 def _reduced(

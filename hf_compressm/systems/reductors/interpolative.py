@@ -37,9 +37,10 @@ def interpolative_truncation(P: torch.Tensor, Q: torch.Tensor, r: int, ridge: fl
     the difference matters.
 
     Args:
-        P (`torch.Tensor` of shape `(N, N)`): State covariance (controllability Gramian): real symmetric or Hermitian,
-            positive semidefinite. Any dtype; promoted to float64 or complex128.
-        Q (`torch.Tensor` of shape `(N, N)`): Observability Gramian, in the same form.
+        P (`torch.Tensor` of shape `(..., N, N)`): State covariance (controllability Gramian): real symmetric or
+            Hermitian, positive semidefinite. Any dtype; promoted to float64 or complex128. Each pair of a batch is cut
+            for itself, all to `r` states.
+        Q (`torch.Tensor` of shape `(..., N, N)`): Observability Gramian, in the same form.
         r (`int`): Number of states to keep, from 1 to N.
         ridge (`float`, *optional*, defaults to 1e-8): Regularises the inverse of `P[S, S]`, in units of each state's
             variance, so that `T` stays bounded where the kept states are nearly dependent: a smaller one loses less
@@ -50,7 +51,7 @@ def interpolative_truncation(P: torch.Tensor, Q: torch.Tensor, r: int, ridge: fl
         device of `P`, and the `shares` `T_ns P_sn / P_nn` of the explained variance.
 
     Raises:
-        DimensionError: The shapes are not `(N, N)`, or differ, or `r` is not an integer from 1 to N.
+        DimensionError: The shapes are not `(..., N, N)`, or differ, or `r` is not an integer from 1 to N.
         NotFiniteError: An entry is NaN or infinite.
         ConfigurationError: A matrix is not Hermitian or clearly indefinite, or the ridge is not positive.
 
@@ -67,12 +68,14 @@ def interpolative_truncation(P: torch.Tensor, Q: torch.Tensor, r: int, ridge: fl
 
     ```
     """
-    if P.ndim != 2:
-        raise DimensionError(f"P has shape {tuple(P.shape)}; interpolative_truncation takes one (N, N) pair at a time.")
     require_same_shape(P, Q)
+    if P.ndim < 2 or P.shape[-1] != P.shape[-2]:
+        raise DimensionError(f"P has shape {tuple(P.shape)}; it must be (..., N, N).")
     r = checked_rank(r, P.shape[-1])
     if not ridge > 0:
         raise ConfigurationError(f"ridge is {ridge}; allowed is a positive number, a share of each state's variance.")
+    if P.ndim > 2:
+        return _of_each(P, Q, r, ridge)
     L_P, L_Q = _factors(P, Q)
     deviation = torch.linalg.vector_norm(L_P, dim=-1)
     deviation = torch.where(deviation > 0, deviation, 1)
@@ -85,6 +88,16 @@ def interpolative_truncation(P: torch.Tensor, Q: torch.Tensor, r: int, ridge: fl
     shares = (regression.mT * covariance[kept]).real
     T = regression * (deviation.unsqueeze(-1) / deviation[kept])
     return Truncation.from_indices(kept, full_size=P.shape[-1], T=T, shares=shares)
+
+
+def _of_each(P: torch.Tensor, Q: torch.Tensor, r: int, ridge: float) -> Truncation:
+    """The truncations of a batch of pairs, as a batch."""
+    found = [interpolative_truncation(*pair, r, ridge) for pair in zip(P.flatten(0, -3), Q.flatten(0, -3))]
+    indices, T, shares = (
+        torch.stack([getattr(truncation, name) for truncation in found]).unflatten(0, P.shape[:-2])
+        for name in ("indices", "T", "shares")
+    )
+    return Truncation.from_indices(indices, full_size=P.shape[-1], T=T, shares=shares)
 
 
 def interpolation_residual(P: torch.Tensor, Q: torch.Tensor, truncation: Truncation) -> float | torch.Tensor:

@@ -78,7 +78,10 @@ def test_a_cut_that_was_taken_back_does_not_count() -> None:
 
 def test_an_error_bound_is_told_for_balanced_truncation_only() -> None:
     assert "error bound" not in render_card(facts())
-    assert "error bound" in render_card(facts(config=CompreSSMConfig(reductor="balanced")))
+    record = CheckRecord("cut", "", [layer(family="lru")], None, None, None, 0.1, 100, 60)
+    assert "error bound" in render_card(facts(record))
+    # Measured Gramians promise nothing for other data.
+    assert "error bound" not in render_card(facts(config=CompreSSMConfig(reductor="balanced")))
 
 
 def test_weights_alone_have_other_limits_than_data() -> None:

@@ -12,7 +12,10 @@ from hf_compressm.systems import (
     Truncation,
     balanced_truncation,
     balanced_truncation_of_each,
+    balancing_truncation,
+    balancing_truncation_of_each,
     error_bound,
+    hankel_decomposition,
     project,
     require_error_bound,
     response_error,
@@ -118,3 +121,33 @@ def test_a_rank_below_the_resolution_is_made_good() -> None:
 
 def test_small_systems_are_always_decomposed_to_rounding() -> None:
     assert random_system().hankel_decomposition(COARSE_RESOLUTION).resolution == 0
+
+
+def measured_gramians(ranks: list[int], n: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of pairs of Gramians, the state covariances of these ranks."""
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.randn(n, rank, generator=generator, dtype=torch.float64) for rank in ranks]
+    P = torch.stack([sample @ sample.mH for sample in samples])
+    Q = torch.randn(len(ranks), n, 3 * n, generator=generator, dtype=torch.float64)
+    return P, Q @ Q.mH
+
+
+def test_gramians_that_carry_all_states_are_cut_as_by_balancing() -> None:
+    decomposition = hankel_decomposition(*measured_gramians([9, 5, 9]))
+    found, expected = balancing_truncation_of_each(decomposition, 5), balancing_truncation(decomposition, 5)
+    assert found.active is None and torch.equal(found.T, expected.T) and torch.equal(found.W, expected.W)
+
+
+def test_gramians_of_low_rank_are_filled_with_inert_states() -> None:
+    P, Q = measured_gramians([9, 2, 0])
+    truncation = balancing_truncation_of_each(hankel_decomposition(P, Q), 4)
+    assert truncation.active.sum(-1).tolist() == [4, 2, 0]
+    # What is left of each is balanced: both Gramians are the leading Hankel singular values.
+    sigma = hankel_decomposition(P, Q).sigma[:, :4] * truncation.active
+    for projected in (truncation.W.mT @ P @ truncation.W, truncation.T.mT @ Q @ truncation.T):
+        torch.testing.assert_close(projected, torch.diag_embed(sigma), rtol=1e-9, atol=1e-9)
+
+
+def test_gramians_of_nothing_are_refused() -> None:
+    with pytest.raises(TruncationError, match="no Hankel singular value"):
+        balancing_truncation_of_each(hankel_decomposition(*measured_gramians([0, 0])), 4)

@@ -248,6 +248,18 @@ def test_residual_of_a_selection_by_hand() -> None:
     assert interpolation_residual(P, Q, interpolative_truncation(P, Q, 1)) == pytest.approx(0, abs=1e-12)
 
 
+def test_every_pair_of_a_batch_is_cut_for_itself() -> None:
+    pairs = [gramians(7, seed) for seed in range(6)]
+    P, Q = (torch.stack(matrices).unflatten(0, (2, 3)) for matrices in zip(*pairs))
+    batch = interpolative_truncation(P, Q, 3)
+    assert batch.T.shape == (2, 3, 7, 3) and batch.indices.shape == (2, 3, 3)
+    for number, pair in enumerate(pairs):
+        single = interpolative_truncation(*pair, 3)
+        at = divmod(number, 3)
+        assert torch.equal(batch.indices[at], single.indices)
+        assert torch.equal(batch.T[at], single.T) and torch.equal(batch.shares[at], single.shares)
+
+
 class TestArguments:
     def test_rank(self) -> None:
         for r in (0, 5):
@@ -255,8 +267,8 @@ class TestArguments:
                 interpolative_truncation(torch.eye(4), torch.eye(4), r)
 
     def test_shapes(self) -> None:
-        with pytest.raises(DimensionError, match=r"one \(N, N\) pair at a time"):
-            interpolative_truncation(torch.eye(3)[None], torch.eye(3)[None], 1)
+        with pytest.raises(DimensionError, match=r"must be \(\.\.\., N, N\)"):
+            interpolative_truncation(torch.ones(3), torch.ones(3), 1)
         with pytest.raises(DimensionError, match="both must be the same"):
             interpolative_truncation(torch.eye(3), torch.eye(4), 1)
         with pytest.raises(DimensionError, match="for 2 states and the Gramians for 3"):

@@ -1,0 +1,89 @@
+"""What the switch puts in the place of the scan of Mamba-2 and its kin (one decay a head)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .scan_inputs import MultiHeadScanInputs
+from .scan_switch import current_observer, register_scan
+
+
+def register_chunk_scan(module_name: str) -> None:
+    """
+    Make known that a module's global names hold the scan of Mamba-2, by transformers' names or by mamba-ssm's.
+
+    Args:
+        module_name (`str`): The module that the family's forward pass is written in.
+    """
+    register_scan(
+        module_name,
+        {
+            "mamba2_chunk_scan": chunk_scan_replacement,
+            "mamba_chunk_scan_combined": chunk_scan_replacement,
+            "mamba2_split_conv1d_scan_combined": fused_function_replacement,
+        },
+        is_fast=False,
+    )
+
+
+def chunk_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    What stands in the place of `mamba2_chunk_scan` (transformers) or `mamba_chunk_scan_combined` (mamba-ssm).
+
+    An observed call is made with the final time steps and without skip and gate, so that the observer sees the scan's
+    own output; both are added afterwards.
+    """
+
+    @functools.wraps(stock)
+    def scan(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        chunk_size: int,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        return_final_states: bool = False,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        observer = None if torch.compiler.is_compiling() else current_observer()
+        if observer is None:
+            return stock(
+                hidden_states, dt, A, B, C, chunk_size, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus,
+                dt_limit=dt_limit, return_final_states=return_final_states, **kwargs,
+            )  # fmt: skip
+        delta = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+        delta = F.softplus(delta) if dt_softplus else delta
+        delta = delta.clamp(*dt_limit)
+        result = stock(hidden_states, delta, A, B, C, chunk_size, return_final_states=return_final_states, **kwargs)
+        output, *state = result if return_final_states else (result,)
+        output = observer.observe(MultiHeadScanInputs(hidden_states, delta, A, B, C), output)
+        if D is not None:
+            output = output + hidden_states.to(output.dtype) * (D if D.ndim == 2 else D[:, None])
+        if z is not None:
+            output = output * F.silu(z)
+        return (output, *state) if return_final_states else output
+
+    return scan
+
+
+def fused_function_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands in the place of `mamba2_split_conv1d_scan_combined`: None, the sign to go on through the scan."""
+
+    @functools.wraps(stock)
+    def fused(*args: Any, **kwargs: Any) -> Tensor | None:
+        if not torch.compiler.is_compiling() and current_observer() is not None:
+            return None
+        return stock(*args, **kwargs)
+
+    return fused

@@ -1,0 +1,179 @@
+"""What a selective layer hands to its scan, and the Gramians of that scan; observers know no more of a family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ..ops import (
+    adjoint_gramian,
+    default_sample_count,
+    multi_head_adjoint_gramian,
+    multi_head_state_gramian,
+    sample_times,
+    state_gramian,
+)
+from ..systems import DiagonalLTI
+
+
+@dataclass(frozen=True)
+class ScanInputs(ABC):
+    """
+    The arguments of one scan.
+
+    Args:
+        u (`torch.Tensor` of shape `(batch, length, ...)`): Input of the recurrence, one entry a channel.
+        delta (`torch.Tensor` of shape `(batch, length, ...)`): Positive time steps, after softplus and limits.
+        A (`torch.Tensor`): Negative decay rates.
+        B (`torch.Tensor` of shape `(batch, length, ..., N)`): Input matrix.
+        C (`torch.Tensor` of shape `(batch, length, ..., N)`): Readout.
+        part (`int`, *optional*): Which of a layer's scans it is, where one forward pass makes several whose states have
+            nothing to do with one another. Their results are put side by side.
+    """
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    part: int | None = None
+
+    @property
+    def state_size(self) -> int:
+        """States per channel, N."""
+        return self.B.shape[-1]
+
+    @property
+    def states_per_sequence(self) -> int:
+        """How many numbers the state of one sequence holds."""
+        return self.u[0, 0].numel() * self.state_size
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """How many states of N entries a Gramian of the scan is a sum over."""
+
+    def detached(self) -> ScanInputs:
+        """The same without gradients."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "part"}
+        return replace(self, **{name: tensor.detach() for name, tensor in tensors.items()})
+
+    def sample_times(self, generator: torch.Generator) -> Tensor:
+        """Random steps, as many as make the Gramians cost what the recurrence costs; `(batch, K)` int64."""
+        batch, length = self.u.shape[:2]
+        return sample_times(batch, length, default_sample_count(length, self.state_size), generator)
+
+    @abstractmethod
+    def state_gramian(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Sums of states over the sampled steps, scaled to all steps.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: P, `(..., N, N)`, and the readout energy, `(..., N)`; float64.
+        """
+
+    @abstractmethod
+    def adjoint_gramian(self, grad_output: Tensor, times: Tensor) -> Tensor:
+        """The sum Q of adjoint states, `(..., N, N)` float64, for a gradient of the shape of the scan's raw output."""
+
+    @abstractmethod
+    def sums(self) -> Tensor:
+        """Sums over sequences and steps of all that varies, and last the number of steps; flat, float64."""
+
+    @abstractmethod
+    def averaged_systems(self) -> Callable[[Tensor], DiagonalLTI]:
+        r"""
+        What makes systems `(..., channels)` of the means that [`~ScanInputs.sums`] give; it holds no sequence.
+
+        A channel is the system \\( \lambda = e^{\bar\Delta A}, b = \bar\Delta \bar B, c = \bar C \\).
+        """
+
+
+@dataclass(frozen=True)
+class SelectiveScanInputs(ScanInputs):
+    r"""
+    The scan of Mamba, \\( h_t = e^{\Delta_t A} h_{t-1} + \Delta_t u_t B_t \\), with an A and a time step a channel.
+
+    `u` and `delta` are `(batch, length, channels)`, `A` is `(channels, N)`, `B` and `C` are `(batch, length, N)`.
+    """
+
+    @property
+    def rows(self) -> int:
+        """Sequences times steps times channels."""
+        return self.u.numel()
+
+    def state_gramian(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """P, `(N, N)`, and the readout energy, `(N,)`."""
+        return state_gramian(self.u, self.delta, self.A, self.B, self.C, times=times)
+
+    def adjoint_gramian(self, grad_output: Tensor, times: Tensor) -> Tensor:
+        """Q, `(N, N)`."""
+        return adjoint_gramian(self.delta, self.A, self.C, grad_output, times=times)
+
+    def sums(self) -> Tensor:
+        """Of `delta` a channel, and of `B` and `C` a state."""
+        return _sums(self.delta, self.B, self.C)
+
+    def averaged_systems(self) -> Callable[[Tensor], DiagonalLTI]:
+        """One system a channel, `(channels,)`."""
+        A = self.A.detach().double()
+
+        def systems(means: Tensor) -> DiagonalLTI:
+            channels, n_states = A.shape
+            delta, B, C = means.split([channels, n_states, n_states])
+            delta = delta[:, None]
+            return DiagonalLTI(torch.exp(delta * A), (delta * B)[..., None], C.expand(channels, 1, n_states))
+
+        return systems
+
+
+@dataclass(frozen=True)
+class MultiHeadScanInputs(ScanInputs):
+    r"""
+    The scan of Mamba-2, \\( H_t = e^{\Delta_t A} H_{t-1} + \Delta_t u_t B_t^\top \\): every head has one decay and one
+    time step, consecutive heads share the B and C of a group.
+
+    `u` is `(batch, length, heads, head_dim)`, `delta` is `(batch, length, heads)`, `A` is `(heads,)`, `B` and `C` are
+    `(batch, length, groups, N)`.
+    """
+
+    @property
+    def rows(self) -> int:
+        """Sequences times steps times the channels of a group."""
+        return self.u.numel() // self.B.shape[2]
+
+    def state_gramian(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """P, `(groups, N, N)`, and the readout energy, `(groups, N)`."""
+        return multi_head_state_gramian(self.u, self.delta, self.A, self.B, self.C, times=times)
+
+    def adjoint_gramian(self, grad_output: Tensor, times: Tensor) -> Tensor:
+        """Q, `(groups, N, N)`."""
+        return multi_head_adjoint_gramian(self.delta, self.A, self.C, grad_output, times=times)
+
+    def sums(self) -> Tensor:
+        """Of `delta` a head, and of `B` and `C` a state of each group."""
+        return _sums(self.delta, self.B.flatten(2), self.C.flatten(2))
+
+    def averaged_systems(self) -> Callable[[Tensor], DiagonalLTI]:
+        """One system a head, `(groups, heads of a group)`; all its states have one pole."""
+        A, groups = self.A.detach().double(), self.B.shape[2]
+        n_states = self.state_size
+
+        def systems(means: Tensor) -> DiagonalLTI:
+            delta, B, C = means.split([len(A), groups * n_states, groups * n_states])
+            delta = delta.reshape(groups, -1, 1)
+            lam = torch.exp(delta * A.reshape(groups, -1, 1)).expand(-1, -1, n_states)
+            B, C = (M.reshape(groups, 1, n_states) for M in (B, C))
+            return DiagonalLTI(lam, (delta * B)[..., None], C.expand_as(lam)[..., None, :])
+
+        return systems
+
+
+def _sums(*sequences: Tensor) -> Tensor:
+    steps = sequences[0].shape[0] * sequences[0].shape[1]
+    sums = torch.cat([sequence.detach().double().sum((0, 1)) for sequence in sequences])
+    return torch.cat([sums, sums.new_tensor([float(steps)])])

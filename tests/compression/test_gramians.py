@@ -1,0 +1,84 @@
+"""Empirical Gramians of a layer whose state falls into groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_compressm import CompreSSMConfig
+from hf_compressm.compression.gramians import EmpiricalGramians
+from hf_compressm.errors import ConfigurationError
+from hf_compressm.systems import hankel_singular_values, interpolative_truncation
+
+N, GROUPS = 6, 3
+
+
+def grouped_gramians(groups: int = GROUPS) -> EmpiricalGramians:
+    generator = torch.Generator().manual_seed(1)
+    factors = torch.randn(2, groups, N, 4 * N, generator=generator, dtype=torch.float64)
+    scales = torch.tensor([1.0, 10.0, 0.1]).double()[:groups, None, None] * 0.6 ** torch.arange(N)[:, None]
+    P, Q = scales * factors @ (scales * factors).mT
+    energy = torch.rand(groups, N, generator=generator, dtype=torch.float64)
+    return EmpiricalGramians(P, Q, energy)
+
+
+def of_group(gramians: EmpiricalGramians, group: int) -> EmpiricalGramians:
+    return EmpiricalGramians(gramians.P[group], gramians.Q[group], gramians.readout_energy[group])
+
+
+def test_the_spectrum_is_the_sum_of_the_groups_spectra() -> None:
+    gramians = grouped_gramians()
+    singles = [hankel_singular_values(gramians.P[group], gramians.Q[group]) for group in range(GROUPS)]
+    torch.testing.assert_close(gramians.hankel_singular_values(), sum(singles))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reductor": "balanced"},
+        {"reductor": "interpolative"},
+        {"reductor": "selection"},
+        {"reductor": "selection", "selection_score": "readout_energy"},
+        {"reductor": "selection", "selection_score": "greedy"},
+    ],
+    ids=str,
+)
+def test_groups_are_cut_each_for_itself(settings: dict) -> None:
+    gramians, config = grouped_gramians(), CompreSSMConfig(**settings)
+    truncation = gramians.truncate(2, config.reductor, config)
+    assert truncation.T.shape == (GROUPS, N, 2)
+    lost = total = 0.0
+    for group in range(GROUPS):
+        single = of_group(gramians, group)
+        expected = single.truncate(2, config.reductor, config)
+        torch.testing.assert_close(truncation.T[group], expected.T)
+        torch.testing.assert_close(gramians.scores_after(truncation)[group], single.scores_after(expected))
+        energy = float((single.P @ single.Q).trace())
+        lost, total = lost + single.lost_energy(expected) * energy, total + energy
+    assert gramians.lost_energy(truncation) == pytest.approx(lost / total)
+
+
+def test_balanced_truncation_loses_what_the_spectrum_says_and_keeps_the_leading_scores() -> None:
+    gramians = grouped_gramians(groups=1)
+    sigma = gramians.hankel_singular_values()
+    truncation = gramians.truncate(3, "balanced", CompreSSMConfig())
+    share = float(sigma[3:].square().sum() / sigma.square().sum())
+    assert gramians.lost_energy(truncation) == pytest.approx(share, rel=1e-6)
+    torch.testing.assert_close(gramians.scores_after(truncation)[0], sigma[:3])
+
+
+def test_greedy_selection_keeps_the_interpolative_states_and_folds_nothing() -> None:
+    gramians = grouped_gramians()
+    config = CompreSSMConfig(reductor="selection", selection_score="greedy")
+    truncation = gramians.truncate(3, "selection", config)
+    assert truncation.is_selection
+    assert torch.equal(truncation.indices, interpolative_truncation(gramians.P, gramians.Q, 3).indices)
+    # A random selection is an ablation of every score.
+    ablation = CompreSSMConfig(reductor="selection", selection_score="greedy", selection_rule="random")
+    draws = {tuple(gramians.truncate(3, "selection", ablation, seed).indices.flatten().tolist()) for seed in range(5)}
+    assert len(draws) > 1
+
+
+def test_a_greedy_choice_has_no_smallest_states() -> None:
+    with pytest.raises(ConfigurationError, match="'greedy' names the states to keep"):
+        CompreSSMConfig(selection_score="greedy", selection_rule="smallest")
