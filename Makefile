@@ -27,7 +27,7 @@ demo: setup
 	$(RUN) recipes/digits/demo.py
 
 test: setup lint
-	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadgroup --quiet
+	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile --quiet
 
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt

@@ -9,16 +9,35 @@ import torch
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, MambaModel, PreTrainedModel
 
+from hf_compressm.architectures import find_layers
 from hf_compressm.models import LRUConfig, LRUForCausalLM, S4DConfig, S4DForSequenceClassification
 
-VOCABULARY = 24
+from .selective_models import (
+    VOCABULARY,
+    tiny_bamba,
+    tiny_falcon_h1,
+    tiny_falcon_mamba,
+    tiny_granite_moe_hybrid,
+    tiny_jamba,
+    tiny_mamba2,
+    tiny_nemotron_h,
+    tiny_zamba,
+    tiny_zamba2,
+)
+
 SELECTIVE = ("interpolative", "selection")
+SELECTION = ("selection",)
 TIME_INVARIANT = ("balanced", "selection")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A family's tiny model."""
+    """
+    A family's tiny model.
+
+    Those that are not trained everywhere stand in for no way of training that another family does not stand for; tests
+    of single features of a training run leave them out.
+    """
 
     name: str
     family: str
@@ -27,6 +46,7 @@ class Case:
     layers: int = 2
     state_size: int = 8
     is_pretrained_model: bool = True
+    is_trained_everywhere: bool = True
     reductors: tuple[str, ...] = SELECTIVE
 
 
@@ -107,10 +127,32 @@ CASES = [
     Case("mamba-inside-a-module", "mamba", real_valued_model, real_valued_batch, is_pretrained_model=False),
     Case("lru-causal-lm", "lru", tiny_lru, token_batch, reductors=TIME_INVARIANT),
     Case("s4d-classifier", "s4d", tiny_s4d, real_valued_batch, reductors=TIME_INVARIANT),
-]
+    Case("mamba2", "mamba2", tiny_mamba2, token_batch, reductors=SELECTION),
+    Case("jamba", "jamba", tiny_jamba, token_batch, reductors=SELECTION),
+    *(
+        Case(build.__name__.removeprefix("tiny_"), family, build, token_batch, reductors=reductors,
+             is_trained_everywhere=False)
+        for family, build, reductors in [
+            ("falcon_mamba", tiny_falcon_mamba, SELECTION),
+            ("zamba", tiny_zamba, SELECTIVE),
+            ("zamba2", tiny_zamba2, SELECTION),
+            ("bamba", tiny_bamba, SELECTION),
+            ("falcon_h1", tiny_falcon_h1, SELECTION),
+            ("granite_moe_hybrid", tiny_granite_moe_hybrid, SELECTION),
+            ("nemotron_h", tiny_nemotron_h, SELECTION),
+        ]
+    ),
+]  # fmt: skip
 
 PRETRAINED_CASES = [case for case in CASES if case.is_pretrained_model]
-SELECTIVE_CASES = [case for case in CASES if case.reductors == SELECTIVE]
+SELECTIVE_CASES = [case for case in CASES if case.reductors != TIME_INVARIANT]
+TRAINED_CASES = [case for case in CASES if case.is_trained_everywhere]
+
+
+def size_in_config(model: PreTrainedModel) -> int | list[int]:
+    """The state size that the config of a model tells, by whatever name the family has for it."""
+    [name] = {getattr(layer, "config_size_name", "state_size") for layer in find_layers(model)}
+    return getattr(model.config, name)
 
 
 def case_id(case: Case) -> str:

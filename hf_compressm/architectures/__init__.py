@@ -16,15 +16,19 @@ from . import (
 )
 from .axis_selection import AxisSelection
 from .base import (
+    ABSENT,
     AttributeChange,
     AxisMap,
     LayerReduction,
+    ParameterAddition,
     ParameterChange,
+    ParameterRemoval,
     ScanObserver,
     StateSpaceLayer,
     SumOverProcesses,
     successor,
 )
+from .compressed_forms import all_changes, can_hold_forms
 from .modal_map import ModalMap
 from .registry import config_changes, find_layers, register, registered_families
 from .scan_inputs import MultiHeadScanInputs, ScanInputs, SelectiveScanInputs
@@ -35,8 +39,14 @@ from .scan_switch import (
     fast_cpu_scan_enabled,
     register_scan,
 )
+from .unsupported import unsupported_note, unsupported_recurrent_layers
 
 __all__ = [
+    "ABSENT",
+    "ParameterAddition",
+    "ParameterRemoval",
+    "all_changes",
+    "can_hold_forms",
     "AttributeChange",
     "AxisMap",
     "AxisSelection",
@@ -69,6 +79,8 @@ __all__ = [
     "registered_families",
     "s4d",
     "successor",
+    "unsupported_note",
+    "unsupported_recurrent_layers",
     "zamba",
     "zamba2",
 ]

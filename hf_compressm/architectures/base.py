@@ -94,6 +94,10 @@ class ParameterChange:
     optimizer_state: dict[str, Any] | None = None
 
 
+ABSENT: Any = object()
+"""Stands for the value of an attribute that is not there."""
+
+
 @dataclass(frozen=True)
 class AttributeChange:
     """
@@ -101,31 +105,84 @@ class AttributeChange:
 
     Args:
         owner (`object`): A module or a config.
-        name (`str`): The attribute's name, that of a size.
-        value (`object`): The new value, of the type that the owner expects (a Python `int` in a config).
+        name (`str`): The attribute's name: that of a size, or `__class__`.
+        value (`object`): The new value, of the type that the owner expects (a Python `int` in a config), or
+            [`ABSENT`], where the attribute goes.
     """
 
     owner: Any
     name: str
     value: Any
 
+    def write(self) -> None:
+        """Give the attribute its new value, or take it away."""
+        if self.value is not ABSENT:
+            setattr(self.owner, self.name, self.value)
+        elif self.name in vars(self.owner):
+            delattr(self.owner, self.name)
+
+
+@dataclass(frozen=True)
+class ParameterAddition:
+    """
+    A parameter that a module did not have.
+
+    Args:
+        module (`torch.nn.Module`): The module that gets it.
+        name (`str`): Its name in the module.
+        new (`torch.nn.Parameter`): The parameter.
+        beside (`torch.nn.Parameter`): One of the model's that is trained like it; the new one joins its group in the
+            optimizer.
+    """
+
+    module: nn.Module
+    name: str
+    new: nn.Parameter
+    beside: nn.Parameter
+
+
+@dataclass(frozen=True)
+class ParameterRemoval:
+    """
+    A parameter that a module no longer has.
+
+    Args:
+        module (`torch.nn.Module`): The module that loses it.
+        name (`str`): Its name in the module.
+    """
+
+    module: nn.Module
+    name: str
+
 
 @dataclass(frozen=True)
 class LayerReduction:
     """
-    Everything that a smaller state changes in one layer, built and not yet written.
+    Everything that another state size changes in one layer, built and not yet written.
 
     Args:
         layer ([`StateSpaceLayer`]): The layer.
         parameters (`Sequence[ParameterChange]`): Its parameters that are replaced.
-        attributes (`Sequence[AttributeChange]`): Sizes in the layer's modules that follow.
+        attributes (`Sequence[AttributeChange]`): Sizes and classes in the layer's modules that follow.
         state_size (`int`): The layer's new state size.
+        projected_size (`int`, *optional*): How many entries B and C then have where they are projected, where that is
+            not the state size.
+        added (`Sequence[ParameterAddition]`): Parameters that the layer's modules did not have.
+        removed (`Sequence[ParameterRemoval]`): Parameters that they no longer have.
     """
 
     layer: StateSpaceLayer
     parameters: Sequence[ParameterChange]
     attributes: Sequence[AttributeChange]
     state_size: int
+    projected_size: int | None = None
+    added: Sequence[ParameterAddition] = ()
+    removed: Sequence[ParameterRemoval] = ()
+
+    @property
+    def form(self) -> tuple[int, int]:
+        """State size and projected size of the layer after it."""
+        return self.state_size, self.projected_size or self.state_size
 
 
 class ScanObserver(Protocol):
@@ -187,6 +244,11 @@ class StateSpaceLayer(ABC):
     def state_size(self) -> int:
         """The present number of states per channel, N."""
 
+    @property
+    def projected_size(self) -> int:
+        """How many entries B and C have where they are projected; more than the state size where a layer mixes them."""
+        return self.state_size
+
     @abstractmethod
     def state_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters whose shape depends on the state size, by their names inside the module."""
@@ -234,6 +296,59 @@ class StateSpaceLayer(ABC):
                 parameter.grad = None
         for change in self.size_changes(size):
             setattr(change.owner, change.name, change.value)
+
+    def saved_form(self, state_dict: Mapping[str, Tensor], prefix: str) -> tuple[int, int] | None:
+        """
+        State size and projected size of this layer in a state dict, or None where the state dict does not tell.
+
+        Args:
+            state_dict (`Mapping[str, torch.Tensor]`): All or a part (a shard) of a model's tensors.
+            prefix (`str`): The layer's name in it, with a dot at the end.
+        """
+        size = self.saved_state_size(state_dict, prefix)
+        return None if size is None else (size, size)
+
+    def shapes_of_form(self, form: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """The shapes that a state dict has in a form (state size and projected size), by parameter name."""
+        return self.state_shapes(form[0])
+
+    def take_form(self, form: tuple[int, int]) -> None:
+        """Give the layer another state size and projected size, in place, before a load; see [`resize`]."""
+        self.resize(form[0])
+
+    def restoration(
+        self, values: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]], form: tuple[int, int]
+    ) -> LayerReduction:
+        """
+        What takes the layer back to a form that it had, with tensors from then. Nothing is written.
+
+        Args:
+            values (`Mapping[str, torch.Tensor]`): What a cut replaced, by name inside the module.
+            states (`Mapping[str, Mapping]`): The optimizer's state of each, by the same names.
+            form (`tuple[int, int]`): State size and projected size.
+
+        Raises:
+            [`~errors.DimensionError`]: a tensor is missing, or has not the shape that the layer needs.
+        """
+        changes = self._put_back(self.state_parameters(), values, states, self.state_shapes(form[0]))
+        return LayerReduction(self, changes, self.size_changes(form[0]), *form)
+
+    def _put_back(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        values: Mapping[str, Tensor],
+        states: Mapping[str, Mapping[str, Any]],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> list[ParameterChange]:
+        changes = []
+        for name, parameter in parameters.items():
+            found = values.get(name)
+            if found is None or tuple(found.shape) != shapes[name]:
+                what = "is missing" if found is None else f"has shape {tuple(found.shape)}"
+                raise DimensionError(f"{self.name}.{name} {what} in the snapshot; it must have shape {shapes[name]}.")
+            state = {key: _on_device(value, parameter.device) for key, value in states.get(name, {}).items()}
+            changes.append(ParameterChange(parameter, successor(parameter, found), optimizer_state=state))
+        return changes
 
     def system(self) -> DiagonalLTI | None:
         """
@@ -303,6 +418,13 @@ def _unreducible(parameter: Any) -> str | None:
     if parameter.is_meta:
         return "is on the meta device and has no values (it may be offloaded)"
     return None
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    # Adam keeps its step counter on the CPU on purpose.
+    if not isinstance(value, Tensor):
+        return value
+    return value.clone() if value.numel() == 1 else value.to(device=device, copy=True)
 
 
 def successor(old: nn.Parameter, values: Tensor) -> nn.Parameter:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import multi_head_scan
 from .scan_inputs import MultiHeadScanInputs
-from .scan_switch import current_observer, register_scan
+from .scan_switch import current_observer, fast_cpu_scan_enabled, plain_eager_call, register_scan
 
 
 def register_chunk_scan(module_name: str) -> None:
@@ -28,7 +29,6 @@ def register_chunk_scan(module_name: str) -> None:
             "mamba_chunk_scan_combined": chunk_scan_replacement,
             "mamba2_split_conv1d_scan_combined": fused_function_replacement,
         },
-        is_fast=False,
     )
 
 
@@ -36,8 +36,8 @@ def chunk_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
     """
     What stands in the place of `mamba2_chunk_scan` (transformers) or `mamba_chunk_scan_combined` (mamba-ssm).
 
-    An observed call is made with the final time steps and without skip and gate, so that the observer sees the scan's
-    own output; both are added afterwards.
+    A call that is observed, or made fast, is made with the final time steps and without skip and gate, so that an
+    observer sees the scan's own output; both are added afterwards.
     """
 
     @functools.wraps(stock)
@@ -51,23 +51,31 @@ def chunk_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
         D: Tensor | None = None,
         z: Tensor | None = None,
         dt_bias: Tensor | None = None,
+        initial_states: Tensor | None = None,
         dt_softplus: bool = False,
         dt_limit: tuple[float, float] = (0.0, float("inf")),
         return_final_states: bool = False,
         **kwargs: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         observer = None if torch.compiler.is_compiling() else current_observer()
-        if observer is None:
+        fast = _fast_scan_applies(hidden_states, dt, A, B, C, **kwargs)
+        if observer is None and not fast:
             return stock(
-                hidden_states, dt, A, B, C, chunk_size, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus,
-                dt_limit=dt_limit, return_final_states=return_final_states, **kwargs,
+                hidden_states, dt, A, B, C, chunk_size, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states,
+                dt_softplus=dt_softplus, dt_limit=dt_limit, return_final_states=return_final_states, **kwargs,
             )  # fmt: skip
         delta = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
         delta = F.softplus(delta) if dt_softplus else delta
         delta = delta.clamp(*dt_limit)
-        result = stock(hidden_states, delta, A, B, C, chunk_size, return_final_states=return_final_states, **kwargs)
-        output, *state = result if return_final_states else (result,)
-        output = observer.observe(MultiHeadScanInputs(hidden_states, delta, A, B, C), output)
+        inputs = MultiHeadScanInputs(hidden_states, delta, A, B, C)
+        if fast:
+            output, *state = multi_head_scan(hidden_states, delta, A, B, C, initial_states)
+        else:
+            settings = {"initial_states": initial_states, "return_final_states": return_final_states}
+            result = stock(hidden_states, delta, A, B, C, chunk_size, **settings, **kwargs)
+            output, *state = result if return_final_states else (result,)
+        if observer is not None:
+            output = observer.observe(inputs, output)
         if D is not None:
             output = output + hidden_states.to(output.dtype) * (D if D.ndim == 2 else D[:, None])
         if z is not None:
@@ -75,6 +83,14 @@ def chunk_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
         return (output, *state) if return_final_states else output
 
     return scan
+
+
+def _fast_scan_applies(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kwargs: Any) -> bool:
+    if not fast_cpu_scan_enabled() or not plain_eager_call(hidden_states, dt, A, B, C):
+        return False
+    # Packed sequences reset the state at their borders, which the fast scan does not do.
+    packed = any(kwargs.get(name) is not None for name in ("seq_idx", "cu_seqlens"))
+    return hidden_states.device.type == "cpu" and not packed
 
 
 def fused_function_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:

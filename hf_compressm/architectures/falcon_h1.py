@@ -26,9 +26,9 @@ class FalconH1Layer(MultiHeadLayer):
     mixer_names = frozenset({"FalconH1Mixer"})
     config_size_name = "mamba_d_state"
 
-    def size_changes(self, size: int) -> list[AttributeChange]:
+    def _stock_changes(self, size: int) -> list[AttributeChange]:
         """The sizes of a Mamba-2 mixer, the joint size of all groups, and the multipliers of the projection."""
-        changes = super().size_changes(size)
+        changes = super()._stock_changes(size)
         if hasattr(self.module, "groups_time_state_size"):
             changes.append(AttributeChange(self.module, "groups_time_state_size", self.groups * size))
         if isinstance(getattr(self.module, "mup_vector", None), Tensor):

@@ -16,10 +16,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..systems import Truncation
 from .axis_selection import AxisSelection
 from .base import AttributeChange, LayerReduction, ParameterChange, successor
-from .selective import SelectiveLayer, named_size
+from .mixable import MixableLayer
+from .selective import STATE_SIZE_NAMES, named_size
 
 # The names of transformers and of mamba-ssm for the same sizes.
 _GROUPS_NAMES = ("n_groups", "ngroups")
@@ -28,7 +28,7 @@ _HEADS_NAMES = ("num_heads", "nheads")
 _CHANNEL_COUNTS = ("in_channels", "out_channels", "groups")
 
 
-class MultiHeadLayer(SelectiveLayer):
+class MultiHeadLayer(MixableLayer):
     """A mixer of Mamba-2's form, seen as one state-space system a group of heads."""
 
     required_parts = ("A_log", "D", "dt_bias", "in_proj", "conv1d")
@@ -36,13 +36,13 @@ class MultiHeadLayer(SelectiveLayer):
 
     @classmethod
     def reductors(cls, stock: bool) -> frozenset[str]:
-        """Selection."""
-        return frozenset({"selection"})
+        """Selection, and without `stock` what a mixed layer can hold."""
+        return frozenset({"selection"} if stock else {"balanced", "interpolative", "selection"})
 
     @classmethod
     def default_reductor(cls, stock: bool) -> str:
-        """Selection."""
-        return "selection"
+        """Balanced truncation in a mixed layer; selection with `stock`."""
+        return "selection" if stock else "balanced"
 
     @property
     def groups(self) -> int:
@@ -54,19 +54,14 @@ class MultiHeadLayer(SelectiveLayer):
         """How many heads there are, each with its own decay and time step."""
         return getattr(self.module, named_size(self.module, _HEADS_NAMES))
 
-    @property
-    def projected_size(self) -> int:
-        """How many entries a group's B and C have where they are projected."""
-        return self.state_size
-
-    def state_parameters(self) -> dict[str, nn.Parameter]:
+    def _stock_parameters(self) -> dict[str, nn.Parameter]:
         """The weights, and biases where there are any, of `in_proj` and `conv1d`."""
         names = ("in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias")
         found = {name: getattr(getattr(self.module, name[: name.index(".")]), name[name.index(".") + 1 :], None)
                  for name in names}  # fmt: skip
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 
-    def saved_state_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
+    def _saved_projected_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
         """The state size that the rows of `in_proj` or `conv1d` in a state dict tell."""
         counts = self._counts(0)
         for name in ("in_proj", "conv1d"):
@@ -75,7 +70,7 @@ class MultiHeadLayer(SelectiveLayer):
                 return size if rest == 0 else None
         return None
 
-    def state_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
+    def _stock_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
         """The shapes of `in_proj` and `conv1d` at a state size."""
         counts = self._counts(size)
         shapes = {name: (counts[name[: name.index(".")]],) for name in ("in_proj.bias", "conv1d.bias")}
@@ -83,14 +78,14 @@ class MultiHeadLayer(SelectiveLayer):
         shapes["conv1d.weight"] = (counts["conv1d"], *self.module.conv1d.weight.shape[1:])
         return shapes
 
-    def size_changes(self, size: int) -> list[AttributeChange]:
+    def _stock_changes(self, size: int) -> list[AttributeChange]:
         """The mixer's state size, the rows of `in_proj` and the channels of the convolution."""
         module, counts = self.module, self._counts(size)
         changes = [AttributeChange(module.in_proj, "out_features", counts["in_proj"])]
         changes += [AttributeChange(module.conv1d, name, counts["conv1d"]) for name in _CHANNEL_COUNTS]
         if hasattr(module, "conv_dim"):
             changes.append(AttributeChange(module, "conv_dim", counts["conv1d"]))
-        return [*super().size_changes(size), *changes]
+        return [AttributeChange(module, named_size(module, STATE_SIZE_NAMES), size), *changes]
 
     def _counts(self, size: int) -> dict[str, int]:
         """How many rows `in_proj` and channels `conv1d` have at a projected size."""
@@ -100,15 +95,13 @@ class MultiHeadLayer(SelectiveLayer):
             "conv1d": self.module.conv1d.out_channels + difference,
         }
 
-    def _reduction(self, truncation: Truncation) -> LayerReduction:
-        if truncation.is_selection:
-            return self._selected(self._require_selection(truncation))
-        return self._mixed(truncation)
+    @property
+    def mixing_groups(self) -> int:
+        """One pair of mixing matrices for each group of heads."""
+        return self.groups
 
-    def _mixed(self, truncation: Truncation) -> LayerReduction:
-        """The reduction for a truncation that combines states; stock weights hold none."""
-        self._require_selection(truncation)
-        raise AssertionError("a selection is not mixed")
+    def _beside(self) -> nn.Parameter:
+        return self.module.in_proj.weight
 
     def _selected(self, kept: Tensor) -> LayerReduction:
         """The reduction that keeps some of the states of each group. kept: (groups, r), or (r,) for all groups."""
@@ -116,10 +109,10 @@ class MultiHeadLayer(SelectiveLayer):
         size = kept.shape[-1]
         rows = self._kept_rows(kept)
         changes = []
-        for name, old in self.state_parameters().items():
+        for name, old in self._stock_parameters().items():
             picked = rows[name[: name.index(".")]]
             changes.append(ParameterChange(old, successor(old, old[picked]), AxisSelection(0, picked, len(old))))
-        return LayerReduction(self, changes, self.size_changes(size), size)
+        return LayerReduction(self, changes, self._stock_changes(size), size)
 
     def _kept_rows(self, kept: Tensor) -> dict[str, Tensor]:
         """The rows of `in_proj` and `conv1d` that stay when the groups keep these entries of B and C."""

@@ -72,12 +72,13 @@ def config_changes(layers: Sequence[StateSpaceLayer], sizes: Mapping[str, int]) 
 
     Args:
         layers (`Sequence[StateSpaceLayer]`): All layers of the model.
-        sizes (`Mapping[str, int]`): New state sizes by layer name; layers that it does not name keep theirs.
+        sizes (`Mapping[str, int]`): New sizes by layer name, the projected ones where a layer mixes states; layers that
+            it does not name keep theirs.
     """
     changes: list[AttributeChange] = []
     for family in dict.fromkeys(type(layer) for layer in layers):
         members = [layer for layer in layers if type(layer) is family]
-        changes += family.config_changes(members, [sizes.get(layer.name, layer.state_size) for layer in members])
+        changes += family.config_changes(members, [sizes.get(layer.name, layer.projected_size) for layer in members])
     return changes
 
 

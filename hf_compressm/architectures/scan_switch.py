@@ -36,7 +36,7 @@ _enabled_by_contexts = 0
 _observer: ContextVar[ScanObserver | None] = ContextVar("hf_compressm_scan_observer", default=None)
 
 
-def register_scan(module_name: str, replacements: dict[str, Replacement], is_fast: bool = True) -> None:
+def register_scan(module_name: str, replacements: dict[str, Replacement]) -> None:
     """
     Make known where a family calls its scan.
 
@@ -44,11 +44,8 @@ def register_scan(module_name: str, replacements: dict[str, Replacement], is_fas
         module_name (`str`): The module whose global names the family's forward pass uses. It is imported only when the
             switch is first used.
         replacements (`dict[str, Replacement]`): For each global name, what makes the function that replaces it.
-        is_fast (`bool`, *optional*, defaults to `True`): Whether the replacement runs a fused scan of this library. One
-            that only shows the scan to observers is installed where there is one.
     """
-    if is_fast:
-        _default_modules.append(module_name)
+    _default_modules.append(module_name)
     _replacements.update(replacements)
 
 
@@ -165,8 +162,13 @@ def plain_eager_call(*tensors: torch.Tensor) -> bool:
 
 
 def _forward_globals(module: nn.Module) -> dict[str, Any]:
-    # A subclass that inherits `forward` resolves names where `forward` was written, not where the subclass was.
-    return inspect.unwrap(type(module).forward).__globals__
+    # A subclass that inherits `forward` resolves names where `forward` was written, not where the subclass was; one
+    # that wraps it leaves the scan to a class further up.
+    namespaces = [
+        inspect.unwrap(vars(cls)["forward"]).__globals__ for cls in type(module).__mro__ if "forward" in vars(cls)
+    ]
+    calling = (namespace for namespace in namespaces if any(name in namespace for name in _replacements))
+    return next(calling, namespaces[0])
 
 
 def _default_sites() -> list[tuple[dict[str, Any], str]]:

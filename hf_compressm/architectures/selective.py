@@ -16,7 +16,7 @@ from .base import AttributeChange, LayerReduction, ScanObserver, StateSpaceLayer
 from .scan_switch import calls_registered_scan, watching
 
 # The names that transformers and mamba-ssm have for the same sizes of a mixer.
-_STATE_SIZE_NAMES = ("ssm_state_size", "d_state")
+STATE_SIZE_NAMES = ("ssm_state_size", "d_state")
 # Switches of mamba-ssm between the fused path, which never calls the scan by itself, and the path that does.
 _FUSED_PATH_SWITCHES = ("use_fast_path", "use_mem_eff_path")
 
@@ -55,16 +55,21 @@ class SelectiveLayer(StateSpaceLayer):
             return False
         if any(hasattr(module, name) for name in cls.foreign_parts):
             return False
-        return named_size(module, _STATE_SIZE_NAMES) is not None and calls_registered_scan(module)
+        return named_size(module, STATE_SIZE_NAMES) is not None and calls_registered_scan(module)
+
+    @classmethod
+    def sizes_may_differ(cls, stock: bool) -> bool:
+        """Not in a stock model class."""
+        return not stock
 
     @property
     def state_size(self) -> int:
         """The present number of states per channel, N."""
-        return getattr(self.module, named_size(self.module, _STATE_SIZE_NAMES))
+        return getattr(self.module, named_size(self.module, STATE_SIZE_NAMES))
 
     def size_changes(self, size: int) -> list[AttributeChange]:
         """The mixer's state size."""
-        return [AttributeChange(self.module, named_size(self.module, _STATE_SIZE_NAMES), size)]
+        return [AttributeChange(self.module, named_size(self.module, STATE_SIZE_NAMES), size)]
 
     def check_reducible(self) -> None:
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architectures import fast_cpu_scan, find_layers
+from ..architectures import fast_cpu_scan, find_layers, unsupported_note
 from ..config import CompreSSMConfig
 from ..errors import ConfigurationError
 from .calibration import LossFunction, calibrate
@@ -17,6 +18,8 @@ from .cards import Provenance, carried_provenance, carry
 from .compressor import Compressor
 from .record import CheckRecord
 from .report import Spectrum
+
+logger = logging.getLogger(__name__)
 
 
 def analyze(
@@ -129,6 +132,9 @@ def compress(
             "makes none. Set rollback_metric='calibration_loss'."
         )
     compressor = Compressor(model, config, loss_function=loss_function, optimizer=optimizer, progress=progress)
+    note = unsupported_note(model, compressor.layers)
+    if note is not None:
+        logger.warning(note)
     record = compressor.check(list(() if batches is None else batches))
     earlier = carried_provenance(model) or Provenance([])
     carry(model, replace(earlier, records=[*earlier.records, record], config=config))

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import nn
 
-from ..architectures import AttributeChange, LayerReduction, ParameterChange
+from ..architectures import (
+    ABSENT,
+    AttributeChange,
+    LayerReduction,
+    ParameterAddition,
+    ParameterChange,
+    ParameterRemoval,
+)
 from ..errors import UnsupportedModelError
 
 
@@ -26,7 +34,7 @@ class Change(Protocol):
 
 class ModelChange:
     """
-    New parameters and sizes for several layers of one model.
+    New parameters, sizes and classes for several layers of one model.
 
     Parameters are replaced by identity in every module that holds them, so ties survive.
 
@@ -48,26 +56,53 @@ class ModelChange:
     ) -> None:
         self.parameters: list[ParameterChange] = [change for reduction in reductions for change in reduction.parameters]
         self._slots = _slots_of(model, self.parameters)
+        self.added: list[ParameterAddition] = [new for reduction in reductions for new in reduction.added]
+        self.removed: list[ParameterRemoval] = [gone for reduction in reductions for gone in reduction.removed]
+        self._gone = [(gone.module, gone.name, gone.module._parameters[gone.name]) for gone in self.removed]
+        self._modules = list(model.modules())
         attributes = [change for reduction in reductions for change in reduction.attributes]
-        self._attributes = [
-            (change.owner, change.name, getattr(change.owner, change.name), change.value)
-            for change in [*attributes, *config_changes]
-        ]
+        self._attributes = [*attributes, *config_changes]
+        self._old_attributes = [replace(c, value=getattr(c.owner, c.name, ABSENT)) for c in self._attributes]
+
+    @property
+    def removed_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the model loses."""
+        return [parameter for _, _, parameter in self._gone]
+
+    def parameters_after(self) -> list[nn.Parameter]:
+        """The model's parameters after the commit, in the order of `model.parameters()`."""
+        replaced = {id(change.old): change.new for change in self.parameters}
+        gone = {id(parameter) for _, _, parameter in self._gone}
+        found: dict[int, nn.Parameter] = {}
+        for module in self._modules:
+            present = [p for p in module._parameters.values() if p is not None and id(p) not in gone]
+            for parameter in [*present, *(new.new for new in self.added if new.module is module)]:
+                parameter = replaced.get(id(parameter), parameter)
+                found.setdefault(id(parameter), parameter)
+        return list(found.values())
 
     def commit(self) -> None:
-        """Put the new parameters and sizes in place."""
+        """Put the new parameters, sizes and classes in place."""
         for module, name, _, new in self._slots:
             setattr(module, name, new)
-        for owner, name, _, value in self._attributes:
-            setattr(owner, name, value)
+        for module, name, _ in self._gone:
+            module._parameters.pop(name, None)
+        for addition in self.added:
+            addition.module.register_parameter(addition.name, addition.new)
+        for change in self._attributes:
+            change.write()
 
     def rollback(self) -> None:
-        """Put the old parameters and sizes back."""
+        """Put the old parameters, sizes and classes back."""
+        # Backwards, so that an attribute that several layers share ends at its first value.
+        for change in reversed(self._old_attributes):
+            change.write()
+        for addition in self.added:
+            addition.module._parameters.pop(addition.name, None)
+        for module, name, old in self._gone:
+            module._parameters[name] = old
         for module, name, old, _ in self._slots:
             setattr(module, name, old)
-        # Backwards, so that an attribute that several layers share ends at its first value.
-        for owner, name, old_value, _ in reversed(self._attributes):
-            setattr(owner, name, old_value)
 
 
 def commit_together(changes: Sequence[Change]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ from ..architectures import (
     ParameterChange,
     StateSpaceLayer,
     SumOverProcesses,
-    config_changes,
+    all_changes,
+    can_hold_forms,
     fast_cpu_scan,
     find_layers,
 )
@@ -87,7 +88,7 @@ class Compressor:
         self._require_sizes_that_fit()
 
     def _reductor_of(self, layer: StateSpaceLayer) -> str:
-        stock, name = self.config.stock, self.config.reductor
+        stock, name = self._needs_stock(layer), self.config.reductor
         name = layer.default_reductor(stock) if name == "auto" else name
         if name not in layer.reductors(stock):
             raise UnsupportedModelError(
@@ -97,8 +98,12 @@ class Compressor:
             )
         return name
 
+    def _needs_stock(self, layer: StateSpaceLayer) -> bool:
+        """Whether a layer may only take a form that the model's present class holds."""
+        return self.config.stock or not can_hold_forms(self.model, layer)
+
     def _require_sizes_that_fit(self) -> None:
-        fixed = [layer.name for layer in self.layers if not layer.sizes_may_differ(self.config.stock)]
+        fixed = [layer.name for layer in self.layers if not layer.sizes_may_differ(self._needs_stock(layer))]
         if not self.config.uniform and len(self.layers) > 1 and fixed:
             raise UnsupportedModelError(
                 f"uniform=False would give each layer its own state size, which the checkpoint of {fixed[0]} "
@@ -211,7 +216,7 @@ class Compressor:
         start, parameters, sizes = time.perf_counter(), self._count_parameters(), self.sizes
         commit_together(self._changes(self.snapshot.reductions(self.layers)))
         roll_back_together(self._cut_copies)
-        for name in self.snapshot.sizes:
+        for name in self.snapshot.forms:
             self._scores.pop(name, None)
         self.snapshot = None
         layers = [
@@ -311,17 +316,17 @@ class Compressor:
         return truncations, reductions, failures
 
     def _changes(self, reductions: Sequence[LayerReduction]) -> list[Change]:
-        sizes: Mapping[str, int] = {reduction.layer.name: reduction.state_size for reduction in reductions}
-        model_change = ModelChange(self.model, reductions, config_changes(self.layers, sizes))
+        model_change = ModelChange(self.model, reductions, all_changes(self.model, self.layers, reductions))
         changes: list[Change] = [model_change]
         if self._optimizer is not None:
-            changes.append(OptimizerChange(self._optimizer, model_change.parameters, self.config.optimizer_moments))
+            changes.append(OptimizerChange.of(self._optimizer, model_change, self.config.optimizer_moments))
         return [*changes, *(follow(model_change.parameters) for follow in self._followers)]
 
     def _snapshot(self, reductions: Sequence[LayerReduction]) -> Snapshot | None:
         if not self.config.can_roll_back:
             return None
-        return Snapshot.of([reduction.layer for reduction in reductions], self._optimizer)
+        replaced = [change.old for reduction in reductions for change in reduction.parameters]
+        return Snapshot.of([reduction.layer for reduction in reductions], self._optimizer, only=replaced)
 
     def _loss(self, batches: Sequence[Any]) -> float:
         return evaluate_loss(self.model, batches, self._loss_function, self._sum_over_processes)

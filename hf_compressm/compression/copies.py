@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures import StateSpaceLayer, config_changes, find_layers
+from ..architectures import StateSpaceLayer, all_changes, find_layers
 from ..errors import UnsupportedModelError
 from ..systems import Truncation
 from .apply import Change, ModelChange
@@ -30,8 +30,7 @@ class ModuleCopyChange(ModelChange):
     def __init__(self, module: nn.Module, truncations: Mapping[str, Truncation]) -> None:
         layers = find_layers(module)
         reductions = [layer.reduce_alike(truncations[layer.name]) for layer in layers if layer.name in truncations]
-        sizes = {reduction.layer.name: reduction.state_size for reduction in reductions}
-        super().__init__(module, reductions, config_changes(layers, sizes))
+        super().__init__(module, reductions, all_changes(module, layers, reductions))
 
 
 class TensorCopyChange:
@@ -60,7 +59,7 @@ class TensorCopyChange:
             if layer.name not in truncations or not all(name in tensors for name in names.values()):
                 continue
             self._new.update(_reduced_tensors(layer, tensors, names, truncations[layer.name]))
-        self._old = {name: tensors[name] for name in self._new}
+        self._old = {name: tensors[name] for name in self._new if name in tensors}
 
     def commit(self) -> None:
         """Put the cut tensors in place."""
@@ -68,6 +67,8 @@ class TensorCopyChange:
 
     def rollback(self) -> None:
         """Put the whole tensors back."""
+        for name in self._new.keys() - self._old.keys():
+            self._tensors.pop(name, None)
         self._tensors.update(self._old)
 
 
@@ -81,10 +82,13 @@ def _reduced_tensors(
             parameter.copy_(tensors[names[name]])
     by_identity = {id(parameter): name for name, parameter in parameters.items()}
     reduction = twin.reduce_alike(truncation)
-    return {
+    paths = {id(module): f"{layer.name}.{path}" for path, module in twin.module.named_modules()}
+    added = {f"{paths[id(new.module)].strip('.')}.{new.name}": new.new.detach() for new in reduction.added}
+    replaced = {
         names[by_identity[id(change.old)]]: change.new.detach().to(tensors[names[by_identity[id(change.old)]]])
         for change in reduction.parameters
     }
+    return {**replaced, **added}
 
 
 def copy_changes(

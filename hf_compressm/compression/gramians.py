@@ -93,6 +93,10 @@ class EmpiricalGramians(LayerGramians):
     def _decomposition(self) -> HankelDecomposition:
         return hankel_decomposition(self.P, self.Q)
 
+    @property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return self._decomposition.L_P, self._decomposition.L_Q
+
     def hankel_singular_values(self) -> Tensor:
         """The layer's joint Hankel singular values, `(N,)` float64, descending."""
         return self._decomposition.sigma.reshape(-1, self.P.shape[-1]).sum(0)
@@ -108,7 +112,7 @@ class EmpiricalGramians(LayerGramians):
 
     def lost_energy(self, truncation: Truncation) -> float | None:
         """The share of the observable energy `trace(P Q)`, summed over groups, that the truncation loses."""
-        shares = interpolation_residual(self.P, self.Q, truncation)
+        shares = interpolation_residual(self.P, self.Q, truncation, self._factors)
         energies = self._decomposition.sigma.square().sum(-1)
         total = float(energies.sum())
         return float((shares * energies).sum()) / total if total else 0.0
@@ -129,9 +133,9 @@ class EmpiricalGramians(LayerGramians):
         if reductor == "balanced":
             return balancing_truncation_of_each(self._decomposition, rank)
         if reductor == "interpolative":
-            return interpolative_truncation(self.P, self.Q, rank)
+            return interpolative_truncation(self.P, self.Q, rank, factors=self._factors)
         if config.selection_score == "greedy" and config.selection_rule == "largest":
-            kept = interpolative_truncation(self.P, self.Q, rank).indices
+            kept = interpolative_truncation(self.P, self.Q, rank, factors=self._factors).indices
             return Truncation.from_indices(kept, full_size=self.P.shape[-1])
         energy = config.selection_score == "readout_energy"
         return self._select(self.readout_energy if energy else self.state_scores(), rank, config, seed)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures import ParameterChange
+from ..architectures import ParameterAddition, ParameterChange
 from ..errors import UnsupportedModelError
+from .apply import ModelChange
 from .moments import carry_state, fits
 
 
@@ -23,25 +24,53 @@ class OptimizerChange:
             real one in its attribute `optimizer`.
         changes (`Sequence[ParameterChange]`): The parameters that are replaced.
         moments (`str`, *optional*, defaults to `"carry"`): `"carry"`, `"slice"` or `"reset"`, see [`CompreSSMConfig`].
+        added (`Sequence[ParameterAddition]`, *optional*): Parameters that the model gets.
+        removed (`Sequence[torch.nn.Parameter]`, *optional*): Parameters that it loses.
+        order (`Sequence[torch.nn.Parameter]`, *optional*): All parameters of the model after the cut. What is added
+            takes its place in a group by it, where an optimizer that is made of the cut model would have it: saved
+            states go by the place.
 
     Raises:
         [`~errors.UnsupportedModelError`]: the optimizer keeps its parameters in a form of its own (DeepSpeed), so that
             their replacement would not be trained.
     """
 
-    def __init__(self, optimizer: Any, changes: Sequence[ParameterChange], moments: str = "carry") -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        changes: Sequence[ParameterChange],
+        moments: str = "carry",
+        added: Sequence[ParameterAddition] = (),
+        removed: Sequence[nn.Parameter] = (),
+        order: Sequence[nn.Parameter] = (),
+    ) -> None:
         self._optimizer = unwrap_optimizer(optimizer)
-        self._changes = {id(change.old): change for change in changes}
         self._groups = [list(group["params"]) for group in self._optimizer.param_groups]
+        self._new_groups = _groups_after(self._groups, changes, added, removed, order)
         require_trained(self._optimizer, [change.old for change in changes])
-        self._old_states = {
-            change.old: self._optimizer.state[change.old] for change in changes if change.old in self._optimizer.state
-        }
+        outgoing = [*(change.old for change in changes), *removed]
+        self._old_states = {old: self._optimizer.state[old] for old in outgoing if old in self._optimizer.state}
         self._new_states = {
             change.new: self._state_after(change, self._old_states.get(change.old, {}), moments)
             for change in changes
             if change.old in self._old_states or change.optimizer_state
         }
+
+    @classmethod
+    def of(cls, optimizer: Any, change: ModelChange, moments: str = "carry") -> OptimizerChange:
+        """
+        What a change of a model means for its optimizer.
+
+        Args:
+            optimizer (`torch.optim.Optimizer`): The optimizer, or a wrapper of it.
+            change ([`~compression.apply.ModelChange`]): The change, before it is committed.
+            moments (`str`, *optional*, defaults to `"carry"`): As above.
+
+        Raises:
+            [`~errors.UnsupportedModelError`]: a parameter that comes or is replaced would not be trained.
+        """
+        removed, order = change.removed_parameters, change.parameters_after()
+        return cls(optimizer, change.parameters, moments, change.added, removed, order)
 
     def _state_after(self, change: ParameterChange, state: dict[str, Any], moments: str) -> dict[str, Any]:
         if change.optimizer_state is not None:
@@ -54,12 +83,9 @@ class OptimizerChange:
 
     def commit(self) -> None:
         """Let the parameter groups hold the new parameters, with their carried state."""
-        for group, parameters in zip(self._optimizer.param_groups, self._groups):
+        for group, parameters in zip(self._optimizer.param_groups, self._new_groups):
             # In place, as some optimizers keep a second reference to the list.
-            group["params"][:] = [
-                self._changes[id(parameter)].new if id(parameter) in self._changes else parameter
-                for parameter in parameters
-            ]
+            group["params"][:] = parameters
         for old in self._old_states:
             self._optimizer.state.pop(old, None)
         self._optimizer.state.update(self._new_states)
@@ -69,9 +95,42 @@ class OptimizerChange:
         """Put the old parameters and their state back."""
         for group, parameters in zip(self._optimizer.param_groups, self._groups):
             group["params"][:] = parameters
-        for new in self._new_states:
-            self._optimizer.state.pop(new, None)
+        held = {id(parameter) for parameters in self._groups for parameter in parameters}
+        for parameter in [p for p in self._optimizer.state if isinstance(p, nn.Parameter) and id(p) not in held]:
+            del self._optimizer.state[parameter]
         self._optimizer.state.update(self._old_states)
+
+
+def _groups_after(
+    groups: Sequence[Sequence[nn.Parameter]],
+    changes: Sequence[ParameterChange],
+    added: Sequence[ParameterAddition],
+    removed: Sequence[nn.Parameter],
+    order: Sequence[nn.Parameter],
+) -> list[list[nn.Parameter]]:
+    """
+    The parameters of each group after a cut.
+
+    Raises:
+        [`~errors.UnsupportedModelError`]: an added parameter would not be trained.
+    """
+    replaced, gone = {id(change.old): change.new for change in changes}, {id(parameter) for parameter in removed}
+    after = [[replaced.get(id(p), p) for p in parameters if id(p) not in gone] for parameters in groups]
+    place = {id(parameter): number for number, parameter in enumerate(order)}
+    for addition in added:
+        beside = replaced.get(id(addition.beside), addition.beside)
+        group = next((group for group in after if any(parameter is beside for parameter in group)), None)
+        if group is None:
+            if addition.new.requires_grad:
+                raise UnsupportedModelError(
+                    f"the cut adds a parameter {addition.name!r}, and the optimizer does not train the one that it "
+                    "goes with. Give the optimizer that trains all parameters, or set stock=True."
+                )
+            continue
+        number = place.get(id(addition.new), len(place))
+        later = (i for i, parameter in enumerate(group) if place.get(id(parameter), -1) > number)
+        group.insert(next(later, len(group)), addition.new)
+    return after
 
 
 def require_trained(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..architectures import LayerReduction, ParameterChange, StateSpaceLayer, successor
-from ..errors import DimensionError
+from ..architectures import LayerReduction, StateSpaceLayer
 from .optimizer import unwrap_optimizer
 
 SNAPSHOT_NAME = "compressm_snapshot.safetensors"
@@ -33,17 +31,22 @@ class Snapshot:
     it costs is that they stay in memory.
 
     Args:
-        sizes (`Mapping[str, int]`): State size of each layer, by the layer's name.
+        forms (`Mapping[str, tuple[int, int]]`): State size and projected size of each layer, by the layer's name.
         parameters (`Mapping[str, torch.Tensor]`): The parameters' values, by `layer.parameter`.
         states (`Mapping[str, Mapping[str, Any]]`): The optimizer's state of each parameter, by the same names.
     """
 
-    sizes: Mapping[str, int]
+    forms: Mapping[str, tuple[int, int]]
     parameters: Mapping[str, Tensor]
     states: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, layers: Sequence[StateSpaceLayer], optimizer: Any = None) -> Snapshot:
+    def of(
+        cls,
+        layers: Sequence[StateSpaceLayer],
+        optimizer: Any = None,
+        only: Iterable[nn.Parameter] | None = None,
+    ) -> Snapshot:
         """
         Take a snapshot of layers that are about to be cut.
 
@@ -51,16 +54,21 @@ class Snapshot:
             layers (`Sequence[StateSpaceLayer]`): Layers whose parameters the cut replaces. One whose parameters stay in
                 training must not be among them, as the snapshot would change with it.
             optimizer (`torch.optim.Optimizer`, *optional*): The optimizer, or a wrapper of it.
+            only (`Iterable[torch.nn.Parameter]`, *optional*): The parameters that the cut replaces, where it leaves
+                some of the layers' in training.
         """
+        replaced = None if only is None else {id(parameter) for parameter in only}
         held = {
             f"{layer.name}.{name}": parameter
             for layer in layers
             for name, parameter in layer.state_parameters().items()
+            if replaced is None or id(parameter) in replaced
         }
         kept = {} if optimizer is None else unwrap_optimizer(optimizer).state
         states = {name: _own_scalars(kept[parameter]) for name, parameter in held.items() if parameter in kept}
         parameters = {name: parameter.detach() for name, parameter in held.items()}
-        return cls({layer.name: layer.state_size for layer in layers}, parameters, states)
+        forms = {layer.name: (layer.state_size, layer.projected_size) for layer in layers}
+        return cls(forms, parameters, states)
 
     def reductions(self, layers: Sequence[StateSpaceLayer]) -> list[LayerReduction]:
         """
@@ -73,24 +81,18 @@ class Snapshot:
         Raises:
             [`~errors.DimensionError`]: a tensor of the snapshot has not the shape that its layer needs.
         """
-        return [self._reduction(layer, self.sizes[layer.name]) for layer in layers if layer.name in self.sizes]
-
-    def _reduction(self, layer: StateSpaceLayer, size: int) -> LayerReduction:
-        shapes, changes = layer.state_shapes(size), []
-        for name, parameter in layer.state_parameters().items():
-            values = self.parameters.get(f"{layer.name}.{name}")
-            if values is None or tuple(values.shape) != shapes[name]:
-                found = "is missing" if values is None else f"has shape {tuple(values.shape)}"
-                raise DimensionError(f"{layer.name}.{name} {found} in the snapshot; it must have shape {shapes[name]}.")
-            state = self.states.get(f"{layer.name}.{name}", {})
-            changes.append(
-                ParameterChange(
-                    parameter,
-                    successor(parameter, values),
-                    optimizer_state={key: _on_device(value, parameter.device) for key, value in state.items()},
-                )
+        return [
+            layer.restoration(
+                self._of_layer(layer, self.parameters), self._of_layer(layer, self.states), self.forms[layer.name]
             )
-        return LayerReduction(layer, changes, layer.size_changes(size), size)
+            for layer in layers
+            if layer.name in self.forms
+        ]
+
+    @staticmethod
+    def _of_layer(layer: StateSpaceLayer, found: Mapping[str, Any]) -> dict[str, Any]:
+        start = f"{layer.name}."
+        return {name.removeprefix(start): value for name, value in found.items() if name.startswith(start)}
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -115,7 +117,7 @@ class Snapshot:
                     plain.setdefault(name, {})[key] = value
         path = Path(folder) / file_name
         temporary = path.with_suffix(".partial")
-        metadata = {"format": "pt", "sizes": json.dumps(dict(self.sizes)), "plain": json.dumps(plain)}
+        metadata = {"format": "pt", "forms": json.dumps(dict(self.forms)), "plain": json.dumps(plain)}
         save_file(tensors, temporary, metadata=metadata)
         os.replace(temporary, path)
         return path
@@ -143,7 +145,10 @@ class Snapshot:
                 else:
                     key, parameter = name.removeprefix(_STATE).split(":", 1)
                     states.setdefault(parameter, {})[key] = file.get_tensor(name)
-        return cls(json.loads(metadata["sizes"]), parameters, states)
+        forms = json.loads(metadata["forms"]) if "forms" in metadata else json.loads(metadata["sizes"])
+        # Before layers could mix states, a size was all there was to tell.
+        pairs = {name: (form, form) if isinstance(form, int) else tuple(form) for name, form in forms.items()}
+        return cls(pairs, parameters, states)
 
 
 def _own_scalars(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,10 +157,3 @@ def _own_scalars(state: Mapping[str, Any]) -> dict[str, Any]:
         key: value.clone() if isinstance(value, Tensor) and value.numel() == 1 else value
         for key, value in state.items()
     }
-
-
-def _on_device(value: Any, device: torch.device) -> Any:
-    # Adam keeps its step counter on the CPU on purpose.
-    if not isinstance(value, Tensor):
-        return value
-    return value.clone() if value.numel() == 1 else value.to(device=device, copy=True)

@@ -8,6 +8,7 @@ from .diagonal_scan import (
     diagonal_scan_reference,
 )
 from .multi_head_gramians import multi_head_adjoint_gramian, multi_head_state_gramian
+from .multi_head_scan import multi_head_scan, multi_head_scan_reference
 from .selective_gramians import adjoint_gramian, default_sample_count, sample_times, state_gramian
 from .selective_scan import selective_scan, selective_scan_reference
 from .warm_up import compile_kernels
@@ -24,6 +25,8 @@ __all__ = [
     "diagonal_scan",
     "diagonal_scan_reference",
     "multi_head_adjoint_gramian",
+    "multi_head_scan",
+    "multi_head_scan_reference",
     "multi_head_state_gramian",
     "sample_times",
     "selective_scan",

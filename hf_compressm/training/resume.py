@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 
-from ..architectures import StateSpaceLayer, config_changes, find_layers
+from ..architectures import StateSpaceLayer, all_changes, find_layers
 from ..compression import CheckRecord
 
 _FOLLOWS = "_hf_compressm_follows_checkpoints"
@@ -32,11 +32,12 @@ def follow_checkpoints(model: nn.Module) -> None:
     layers = find_layers(model)
     for layer in layers:
         if not getattr(layer.module, _FOLLOWS, False):
-            layer.module.register_load_state_dict_pre_hook(partial(_take_saved_size, layer, layers))
+            layer.module.register_load_state_dict_pre_hook(partial(_take_saved_form, model, layer, layers))
             setattr(layer.module, _FOLLOWS, True)
 
 
-def _take_saved_size(
+def _take_saved_form(
+    model: nn.Module,
     layer: StateSpaceLayer,
     layers: list[StateSpaceLayer],
     module: nn.Module,
@@ -44,19 +45,27 @@ def _take_saved_size(
     prefix: str,
     *_: Any,
 ) -> None:
+    # Tensors of another kind of model are left to the load, which refuses them and changes nothing.
+    if not _fits_some_size(layer, state_dict, prefix):
+        return
+    form = layer.saved_form(state_dict, prefix)
+    if form is not None and form != (layer.state_size, layer.projected_size):
+        layer.take_form(form)
+        for change in all_changes(model, layers, []):
+            change.write()
+
+
+def _fits_some_size(layer: StateSpaceLayer, state_dict: dict[str, Any], prefix: str) -> bool:
+    """Whether the shapes in a state dict are those of this layer at one state size."""
     entries = {name: state_dict[prefix + name] for name in layer.state_parameters() if prefix + name in state_dict}
     present = layer.state_shapes(layer.state_size)
-    # Tensors of another kind of model are left to the load, which refuses them and changes nothing.
     if any(len(entry.shape) != len(present[name]) for name, entry in entries.items()):
-        return
-    saved = layer.saved_state_size(state_dict, prefix)
-    if saved is None or saved == layer.state_size:
-        return
-    wanted = layer.state_shapes(saved)
-    if saved > 0 and all(tuple(entry.shape) == wanted[name] for name, entry in entries.items()):
-        layer.resize(saved)
-        for change in config_changes(layers, {}):
-            setattr(change.owner, change.name, change.value)
+        return False
+    form = layer.saved_form(state_dict, prefix)
+    if form is None or form[0] < 1:
+        return False
+    wanted = layer.shapes_of_form(form)
+    return all(name not in wanted or tuple(entry.shape) == wanted[name] for name, entry in entries.items())
 
 
 @dataclass(frozen=True)

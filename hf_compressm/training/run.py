@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..architectures import enable_fast_cpu_scan
+from ..architectures import enable_fast_cpu_scan, unsupported_note
 from ..compression import (
     HISTORY_NAME,
     LAYERS_NAME,
@@ -132,6 +132,9 @@ class CompressionRun:
             f"{len(self._compressor.layers)} layers with state size {', '.join(map(str, sizes))}; "
             f"checks after the steps {', '.join(map(str, self.steps))}"
         )
+        note = unsupported_note(model, self._compressor.layers)
+        if note is not None:
+            self._tell(note)
 
     @property
     def records(self) -> list[CheckRecord]:

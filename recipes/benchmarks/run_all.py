@@ -12,6 +12,7 @@ BENCHMARKS = (
     "reduction_cost.py",
     "cut_accuracy.py",
     "diagonal_scan.py",
+    "channel_systems.py",
     "lti_reduction.py",
 )
 

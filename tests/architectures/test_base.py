@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_compressm.architectures import AxisMap, find_layers, register, successor
+from hf_compressm.architectures import AxisMap, AxisSelection, find_layers, register, successor
 from hf_compressm.architectures.mamba import MambaLayer
 from hf_compressm.errors import ConfigurationError, DimensionError, UnsupportedModelError
 from tests.cases import tiny_mamba
@@ -127,3 +127,28 @@ def test_forms_that_cannot_be_cut_are_refused_by_name(damage, message: str) -> N
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         find_layers(model)
     assert "layers.1.mixer" in str(caught.value)
+
+
+def test_a_selection_moves_moments_as_rows_of_the_identity_do() -> None:
+    kept = torch.tensor([1, 3, 4])
+    selection, matrix = AxisSelection(1, kept, 6), AxisMap(1, torch.eye(6, dtype=torch.float64)[kept], kept)
+    moment = torch.rand(4, 6)
+    assert torch.equal(selection.first(moment), matrix.first(moment))
+    assert torch.equal(selection.second(moment), matrix.second(moment))
+    assert torch.equal(selection.sliced().first(moment.T, axis=0), matrix.sliced().first(moment.T, axis=0))
+    with pytest.raises(DimensionError, match="5 entries along axis 1; the map takes 6"):
+        selection.first(torch.zeros(2, 5))
+
+
+def test_each_block_is_mapped_by_its_own_matrix() -> None:
+    matrices = torch.randn(2, 3, 5, dtype=torch.float64)
+    kept = torch.tensor([[0, 2, 4], [1, 2, 3]])
+    moment = torch.rand(2, 5, 7, dtype=torch.float64)
+    blocks, singles = AxisMap(1, matrices, kept), [AxisMap(0, M, k) for M, k in zip(matrices, kept)]
+    for move in ("first", "second"):
+        expected = torch.stack([getattr(single, move)(part) for single, part in zip(singles, moment)])
+        torch.testing.assert_close(getattr(blocks, move)(moment), expected)
+    picked = torch.stack([single.sliced().first(part) for single, part in zip(singles, moment)])
+    torch.testing.assert_close(blocks.sliced().first(moment), picked)
+    # A factor of Adafactor's lacks the last axis.
+    torch.testing.assert_close(blocks.second(moment[..., 0]), blocks.second(moment)[..., 0])

@@ -14,7 +14,9 @@ from hf_compressm.architectures import config_changes, find_layers
 from hf_compressm.compression import ModelChange
 from hf_compressm.errors import DimensionError, TruncationError
 from hf_compressm.systems import Truncation
-from tests.cases import SELECTIVE_CASES, case_id, logits_of, tiny_mamba, token_batch
+from tests.cases import CASES, case_id, logits_of, tiny_mamba, token_batch
+
+MAMBA_CASES = [case for case in CASES if case.family == "mamba"]
 
 
 def cut_all(model: nn.Module, truncations: list[Truncation]) -> ModelChange:
@@ -45,7 +47,7 @@ def make_redundant(model: nn.Module, kept: int) -> list[Truncation]:
     return truncations
 
 
-@pytest.mark.parametrize("case", SELECTIVE_CASES, ids=case_id)
+@pytest.mark.parametrize("case", MAMBA_CASES, ids=case_id)
 def test_cutting_redundant_states_changes_nothing(case) -> None:
     model, batch = case.build(), case.batch()
     truncations = make_redundant(model, 3)
@@ -55,7 +57,7 @@ def test_cutting_redundant_states_changes_nothing(case) -> None:
     torch.testing.assert_close(logits_of(model, batch), before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", SELECTIVE_CASES, ids=case_id)
+@pytest.mark.parametrize("case", MAMBA_CASES, ids=case_id)
 def test_a_cut_to_full_size_changes_nothing(case) -> None:
     model, batch = case.build(), case.batch()
     before = logits_of(model, batch)

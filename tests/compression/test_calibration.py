@@ -44,8 +44,8 @@ def loop_gramians(model: nn.Module, batch: dict) -> dict[str, tuple[torch.Tensor
     model(**batch, **({"use_cache": False} if hasattr(model, "config") else {}))
     output = model(**batch)
     loss = output.loss if hasattr(output, "loss") else output[0]
-    for keeper in keepers.values():
-        keeper.seen = keeper.seen[-1:]
+    # One scan of each part of the layer; the pass before was made for nothing but to see that it leaves no trace.
+    parts = {name: len({inputs.part for inputs, _ in keeper.seen}) for name, keeper in keepers.items()}
     loss.backward()
     for context in contexts:
         context.__exit__(None, None, None)
@@ -54,26 +54,41 @@ def loop_gramians(model: nn.Module, batch: dict) -> dict[str, tuple[torch.Tensor
     terms = batch["labels"].numel()
     results = {}
     for name, keeper in keepers.items():
-        P, Q, energy = _loop(*keeper.seen[0])
+        found = [_loop(*scan) for scan in keeper.seen[-parts[name] :]]
+        P, Q, energy = (torch.cat(tensors) for tensors in zip(*found))
+        P, Q, energy = (P, Q, energy) if len(P) > 1 else (P[0], Q[0], energy[0])
         results[name] = P, Q * terms**2, energy
     return results
 
 
 def _loop(inputs, output):
+    """Mean Gramians of each group, (groups, N, N), and readout energies, (groups, N), of one scan."""
     u, delta, A, B, C = (getattr(inputs, name).detach().double() for name in ("u", "delta", "A", "B", "C"))
-    decay = torch.exp(delta[..., None] * A)
-    h, states = torch.zeros_like(decay[:, 0]), []
+    grad, n_states = output.grad.double(), B.shape[-1]
+    # All as the scan of one head a channel, with a group's B and C for each.
+    heads = u.shape[2]
+    B, C = (M[:, :, None] if M.ndim == 3 else M for M in (B, C))
+    groups = B.shape[2]
+    B, C = (M.repeat_interleave(heads // groups, dim=2)[..., None, :] for M in (B, C))
+    u, grad = (M[..., None] if M.ndim == 3 else M for M in (u, grad))
+    A = A[:, None, :] if A.ndim == 2 else A[:, None, None].expand(-1, 1, n_states)
+    decay = torch.exp(delta[..., None, None] * A)
+    h, states = u.new_zeros(*u[:, 0].shape, n_states), []
     for t in range(u.shape[1]):
-        h = decay[:, t] * h + (delta[:, t] * u[:, t])[..., None] * B[:, t, None]
+        h = decay[:, t] * h + (delta[:, t, :, None] * u[:, t])[..., None] * B[:, t]
         states.append(h)
     g, adjoints = torch.zeros_like(h), []
     for t in reversed(range(u.shape[1])):
-        g = output.grad[:, t, :, None].double() * C[:, t, None] + g
+        g = grad[:, t, ..., None] * C[:, t] + g
         adjoints.append(g)
         g = g * decay[:, t]
-    H, G = (torch.stack(rows, 1).reshape(-1, A.shape[1]) for rows in (states, adjoints))
-    energy = (torch.stack(states, 1) * C[:, :, None]).square().reshape(-1, A.shape[1]).mean(0)
-    return H.T @ H / len(H), G.T @ G / len(G), energy
+
+    def of_groups(rows):
+        return [part.reshape(-1, n_states) for part in torch.stack(rows, 1).chunk(groups, dim=2)]
+
+    H, G, R = of_groups(states), of_groups(adjoints), of_groups([h * C[:, t] for t, h in enumerate(states)])
+    P, Q = (torch.stack([M.T @ M / len(M) for M in rows]) for rows in (H, G))
+    return P, Q, torch.stack([rows.square().mean(0) for rows in R])
 
 
 @pytest.mark.parametrize("case", SELECTIVE_CASES, ids=case_id)

@@ -17,7 +17,7 @@ from hf_compressm.compression import CheckRecord
 from hf_compressm.errors import CalibrationError, ConfigurationError, UnsupportedModelError
 from hf_compressm.training.batches import CapturedBatches, training_batches
 from hf_compressm.training.resume import follow_checkpoints
-from tests.cases import CASES, case_id, logits_of, tiny_lru, tiny_mamba, token_batch
+from tests.cases import TRAINED_CASES, case_id, logits_of, tiny_lru, tiny_mamba, token_batch
 from tests.training.test_callback import HALF, Rows, Stream, make_trainer
 from tests.training.test_resume import SAVES, TWO_CUTS, StopAt
 from tests.training.test_rollback import EVALUATED, judged
@@ -31,7 +31,7 @@ def _switch_off_afterwards():
     disable_fast_cpu_scan()
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", TRAINED_CASES, ids=case_id)
 def test_a_refused_load_leaves_the_weights_whole(case) -> None:
     model, batch = case.build(), case.batch()
     follow_checkpoints(model)

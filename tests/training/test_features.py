@@ -21,7 +21,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, disable_fast_cpu_scan
 from hf_compressm.architectures import find_layers
 from hf_compressm.errors import UnsupportedModelError
-from tests.cases import CASES, case_id, logits_of, tiny_mamba, token_batch
+from tests.cases import TRAINED_CASES, case_id, logits_of, tiny_mamba, token_batch
 from tests.training.test_callback import HALF, STEPS, Notes, Rows, arguments, make_trainer
 from tests.training.test_resume import SAVES, TWO_CUTS, StopAt
 
@@ -129,7 +129,7 @@ class KeepsAverage(TrainerCallback):
         return twin
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", TRAINED_CASES, ids=case_id)
 @pytest.mark.parametrize("plain", [False, True])
 def test_an_average_of_the_weights_is_cut_with_them(case, plain: bool, tmp_path) -> None:
     keeper = KeepsAverage(plain)

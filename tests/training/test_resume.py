@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, disable_fast_cpu_scan
 from hf_compressm.architectures import find_layers
 from hf_compressm.training.resume import follow_checkpoints
-from tests.cases import CASES, case_id, logits_of, tiny_mamba, token_batch
+from tests.cases import TRAINED_CASES, case_id, logits_of, tiny_mamba, token_batch
 from tests.training.test_callback import Notes, Rows, make_trainer
 
 TWO_CUTS = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, window=(0.0, 0.5), interval=5)
@@ -37,7 +37,7 @@ class StopAt(TrainerCallback):
 SAVES = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1, "lr_scheduler_type": "cosine"}
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", TRAINED_CASES, ids=case_id)
 @pytest.mark.parametrize("stop, size", [(3, 8), (7, 4), (12, 2)])
 @pytest.mark.parametrize("restore_callbacks", [False, True])
 def test_a_resumed_run_gives_the_losses_of_the_uninterrupted_one(

@@ -12,7 +12,7 @@ from hf_compressm import CompreSSMCallback, CompreSSMConfig, disable_fast_cpu_sc
 from hf_compressm.architectures import find_layers
 from hf_compressm.compression import SNAPSHOT_NAME
 from hf_compressm.errors import ConfigurationError
-from tests.cases import CASES, case_id, token_batch
+from tests.cases import TRAINED_CASES, case_id, token_batch
 from tests.training.test_callback import Notes, Rows, make_trainer
 from tests.training.test_resume import StopAt
 
@@ -55,7 +55,7 @@ def run(folder, config, judge, model=None, rows=None, **overrides):
     return callback, trainer
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", TRAINED_CASES, ids=case_id)
 def test_a_cut_that_hurts_is_taken_back_and_no_other_follows(case, tmp_path) -> None:
     model, judge = case.build(), Judge(least=4)
     callback, trainer = run(tmp_path, judged(), judge, model, Rows(case.batch(batch=64)))

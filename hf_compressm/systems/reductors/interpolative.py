@@ -18,7 +18,13 @@ _EXPLAINED = 1e-12
 
 
 @torch.no_grad()
-def interpolative_truncation(P: torch.Tensor, Q: torch.Tensor, r: int, ridge: float = 1e-8) -> Truncation:
+def interpolative_truncation(
+    P: torch.Tensor,
+    Q: torch.Tensor,
+    r: int,
+    ridge: float = 1e-8,
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Truncation:
     """Keeps the `r` states from which the rest can be rebuilt with the least loss of observable energy.
 
     With the kept states `S`, the best linear estimate of the full state is `h ~ T h_S`, `T = P[:, S] P[S, S]^{-1}`, so
@@ -45,6 +51,8 @@ def interpolative_truncation(P: torch.Tensor, Q: torch.Tensor, r: int, ridge: fl
         ridge (`float`, *optional*, defaults to 1e-8): Regularises the inverse of `P[S, S]`, in units of each state's
             variance, so that `T` stays bounded where the kept states are nearly dependent: a smaller one loses less
             energy in exact arithmetic and more after `T` is rounded to a short float type.
+        factors (`tuple[torch.Tensor, torch.Tensor]`, *optional*): [`gramian_factor`] of `P` and of `Q`, of their shape,
+            where they are known; their computation is the larger part of the cost.
 
     Returns:
         [`Truncation`]: With `indices` in ascending order, `T` in float64 (complex128 if a Gramian is complex), on the
@@ -75,8 +83,8 @@ def interpolative_truncation(P: torch.Tensor, Q: torch.Tensor, r: int, ridge: fl
     if not ridge > 0:
         raise ConfigurationError(f"ridge is {ridge}; allowed is a positive number, a share of each state's variance.")
     if P.ndim > 2:
-        return _of_each(P, Q, r, ridge)
-    L_P, L_Q = _factors(P, Q)
+        return _of_each(P, Q, r, ridge, factors)
+    L_P, L_Q = _factors(P, Q) if factors is None else factors
     deviation = torch.linalg.vector_norm(L_P, dim=-1)
     deviation = torch.where(deviation > 0, deviation, 1)
     L_P, L_Q = L_P / deviation.unsqueeze(-1), L_Q * deviation.unsqueeze(-1)
@@ -90,9 +98,13 @@ def interpolative_truncation(P: torch.Tensor, Q: torch.Tensor, r: int, ridge: fl
     return Truncation.from_indices(kept, full_size=P.shape[-1], T=T, shares=shares)
 
 
-def _of_each(P: torch.Tensor, Q: torch.Tensor, r: int, ridge: float) -> Truncation:
+def _of_each(
+    P: torch.Tensor, Q: torch.Tensor, r: int, ridge: float, factors: tuple[torch.Tensor, torch.Tensor] | None
+) -> Truncation:
     """The truncations of a batch of pairs, as a batch."""
-    found = [interpolative_truncation(*pair, r, ridge) for pair in zip(P.flatten(0, -3), Q.flatten(0, -3))]
+    L_P, L_Q = _factors(P, Q) if factors is None else factors
+    pairs = zip(*(matrix.flatten(0, -3) for matrix in (P, Q, L_P, L_Q)))
+    found = [interpolative_truncation(p, q, r, ridge, (l_p, l_q)) for p, q, l_p, l_q in pairs]
     indices, T, shares = (
         torch.stack([getattr(truncation, name) for truncation in found]).unflatten(0, P.shape[:-2])
         for name in ("indices", "T", "shares")
@@ -100,7 +112,12 @@ def _of_each(P: torch.Tensor, Q: torch.Tensor, r: int, ridge: float) -> Truncati
     return Truncation.from_indices(indices, full_size=P.shape[-1], T=T, shares=shares)
 
 
-def interpolation_residual(P: torch.Tensor, Q: torch.Tensor, truncation: Truncation) -> float | torch.Tensor:
+def interpolation_residual(
+    P: torch.Tensor,
+    Q: torch.Tensor,
+    truncation: Truncation,
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> float | torch.Tensor:
     """The share of observable energy that a truncation loses: `trace(Q E) / trace(Q P)`, 0 for a perfect one.
 
     `E = (I - T W^H) P (I - T W^H)^H` is the covariance of `h - T h_r`, for any truncation: for the interpolative one it
@@ -111,6 +128,7 @@ def interpolation_residual(P: torch.Tensor, Q: torch.Tensor, truncation: Truncat
         P (`torch.Tensor` of shape `(..., N, N)`): State covariance.
         Q (`torch.Tensor` of shape `(..., N, N)`): Observability Gramian.
         truncation ([`Truncation`]): For states of size N, with leading dimensions that broadcast.
+        factors (`tuple[torch.Tensor, torch.Tensor]`, *optional*): As in [`interpolative_truncation`].
 
     Returns:
         `float` for one pair of Gramians, `torch.Tensor` of shape `(...)` and dtype float64 for a batch. A selection,
@@ -126,7 +144,7 @@ def interpolation_residual(P: torch.Tensor, Q: torch.Tensor, truncation: Truncat
         raise DimensionError(
             f"the truncation is for {truncation.full_size} states and the Gramians for {P.shape[-1]}; they must agree."
         )
-    L_P, L_Q = _factors(P, Q)
+    L_P, L_Q = _factors(P, Q) if factors is None else factors
     dtype = torch.promote_types(L_P.dtype, truncation.T.dtype)
     L_P, L_Q, T, W = (tensor.to(dtype) for tensor in (L_P, L_Q, truncation.T, truncation.W))
     # Through the factors both traces are sums of squares: nothing cancels, and no loss is negative.

@@ -14,6 +14,7 @@ from hf_compressm.systems import (
     Truncation,
     balancing_truncation,
     diagonal_hankel_scores,
+    gramian_factor,
     hankel_decomposition,
     hankel_singular_values,
     interpolation_residual,
@@ -287,3 +288,16 @@ class TestArguments:
             interpolative_truncation(eye, -eye, 1)
         with pytest.raises(ConfigurationError, match="P is not Hermitian"):
             interpolative_truncation(torch.tensor([[1.0, 1.0], [0.0, 1.0]]), eye, 1)
+
+
+def test_known_factors_give_the_same_truncation_and_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    roots = torch.randn(2, 3, 6, 6, generator=generator, dtype=torch.float64)
+    P, Q = roots @ roots.mT
+    factors = gramian_factor(P), gramian_factor(Q)
+    found, expected = interpolative_truncation(P, Q, 4, factors=factors), interpolative_truncation(P, Q, 4)
+    assert torch.equal(found.indices, expected.indices) and torch.equal(found.T, expected.T)
+    single = interpolative_truncation(P[1], Q[1], 4, factors=(factors[0][1], factors[1][1]))
+    torch.testing.assert_close(single.T, expected.T[1], atol=1e-12, rtol=1e-12)
+    residuals = (interpolation_residual(P, Q, expected, known) for known in (factors, None))
+    assert torch.equal(*residuals)

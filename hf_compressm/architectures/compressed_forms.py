@@ -1,0 +1,121 @@
+"""
+When a model needs a compressed class, and what that changes in it.
+
+Stock classes hold one state size for all layers, written into their own weights. Sizes that differ, and layers that mix
+states, need a class `Compressed...` of `models/compressed`; a model in memory takes it by its `__class__`, in the same
+commit as the new tensors, and goes back to the stock class when it no longer needs another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from .base import ABSENT, AttributeChange, LayerReduction, StateSpaceLayer
+
+Form = tuple[int, int]
+"""State size and projected size of a layer."""
+
+
+def can_hold_forms(model: nn.Module, layer: StateSpaceLayer) -> bool:
+    """
+    Whether there is a compressed class for the model around a layer.
+
+    Args:
+        model (`torch.nn.Module`): The whole model.
+        layer ([`StateSpaceLayer`]): One of its layers.
+    """
+    return _host(model, layer.name) is not None
+
+
+def form_changes(
+    model: nn.Module, layers: Sequence[StateSpaceLayer], forms: Mapping[str, Form]
+) -> list[AttributeChange]:
+    """
+    What changes in the classes and configs of models when some of their layers get new forms.
+
+    Args:
+        model (`torch.nn.Module`): The whole model.
+        layers (`Sequence[StateSpaceLayer]`): All of its layers.
+        forms (`Mapping[str, tuple[int, int]]`): New state size and projected size by layer name; layers that it does
+            not name keep theirs.
+    """
+    hosts: dict[int, tuple[nn.Module, list[Form]]] = {}
+    for layer in layers:
+        host = _host(model, layer.name)
+        if host is not None:
+            form = forms.get(layer.name, (layer.state_size, layer.projected_size))
+            hosts.setdefault(id(host), (host, []))[1].append(form)
+    return [change for host, found in hosts.values() for change in _changes_of(host, found)]
+
+
+def all_changes(
+    model: nn.Module, layers: Sequence[StateSpaceLayer], reductions: Sequence[LayerReduction]
+) -> list[AttributeChange]:
+    """
+    What the configs of a model, and its class, have to be after some reductions.
+
+    Args:
+        model (`torch.nn.Module`): The whole model.
+        layers (`Sequence[StateSpaceLayer]`): All of its layers.
+        reductions (`Sequence[LayerReduction]`): What they built.
+    """
+    from .registry import config_changes
+
+    forms = {reduction.layer.name: reduction.form for reduction in reductions}
+    return [
+        *config_changes(layers, {name: projected for name, (_, projected) in forms.items()}),
+        *form_changes(model, layers, forms),
+    ]
+
+
+def _host(model: nn.Module, name: str) -> nn.Module | None:
+    """The outermost model around a layer that has, or can get, a compressed class."""
+    path = name.split(".")
+    for depth in range(len(path)):
+        owner = model.get_submodule(".".join(path[:depth]))
+        config = getattr(owner, "config", None)
+        if config is not None and (_is_compressed(owner) or _compressed_class(owner) is not None):
+            return owner
+    return None
+
+
+def _is_compressed(owner: nn.Module) -> bool:
+    return any(cls.__name__ == "CompressedStates" for cls in type(owner).__mro__)
+
+
+def _compressed_class(owner: nn.Module) -> type | None:
+    # Imported late: most models never need it.
+    from transformers import PreTrainedModel
+
+    from ..models.compressed import compressed_model_class
+    from ..models.compressed.configuration_compressed import STATE_SIZE_NAMES
+
+    known = isinstance(owner, PreTrainedModel) and type(owner.config).__name__ in STATE_SIZE_NAMES
+    if not known or type(owner).__module__.partition(".")[0] != "transformers":
+        return None
+    return compressed_model_class(type(owner))
+
+
+def _changes_of(host: nn.Module, forms: Sequence[Form]) -> list[AttributeChange]:
+    sizes, projected = [int(size) for size, _ in forms], [int(full) for _, full in forms]
+    needs_class = len(set(forms)) > 1 or sizes != projected
+    if needs_class:
+        classes = [] if _is_compressed(host) else _class_changes(host, _compressed_class(host))
+        # Both at once would not be valid in between where one is longer than the other; the class comes first.
+        fields = {"projected_state_sizes": projected, "state_sizes": sizes}
+        return [*classes, *(AttributeChange(host.config, name, value) for name, value in fields.items())]
+    if not _is_compressed(host):
+        return []
+    stock = next(cls for cls in type(host).__mro__ if cls.__module__.partition(".")[0] == "transformers")
+    absent = ("projected_state_sizes", "state_sizes", "auto_map")
+    return [*(AttributeChange(host.config, name, ABSENT) for name in absent), *_class_changes(host, stock)]
+
+
+def _class_changes(host: nn.Module, new: type[Any]) -> list[AttributeChange]:
+    return [
+        AttributeChange(host, "__class__", new),
+        AttributeChange(host.config, "__class__", new.config_class),
+    ]

@@ -1,0 +1,107 @@
+"""
+Configurations of compressed selective models: those of transformers, and the state size of each layer.
+
+`CompressedMamba2Config`, `CompressedJambaConfig` and so on are made from `Mamba2Config`, `JambaConfig` and so on when
+they are first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+PREFIX = "Compressed"
+
+# The stock configurations, and the name that each has for the state size.
+STATE_SIZE_NAMES = {
+    "BambaConfig": "mamba_d_state",
+    "FalconH1Config": "mamba_d_state",
+    "FalconMambaConfig": "state_size",
+    "GraniteMoeHybridConfig": "mamba_d_state",
+    "JambaConfig": "mamba_d_state",
+    "Mamba2Config": "state_size",
+    "MambaConfig": "state_size",
+    "NemotronHConfig": "ssm_state_size",
+    "Zamba2Config": "mamba_d_state",
+    "ZambaConfig": "mamba_d_state",
+}
+
+LARGEST_STATE_SIZE = 65536
+
+_made: dict[str, type[PreTrainedConfig]] = {}
+
+
+class CompressedStates:
+    """What a compressed configuration adds to that of transformers."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        validate_sizes(self)
+
+
+def validate_sizes(config: PreTrainedConfig) -> None:
+    """
+    Check the state sizes of the layers in a compressed configuration.
+
+    Args:
+        config (`transformers.PreTrainedConfig`): A configuration with `state_sizes` and `projected_state_sizes`.
+
+    Raises:
+        `ValueError`: a size is out of its range, or the two lists do not fit each other.
+    """
+    sizes, projected = config.state_sizes, config.projected_state_sizes
+    if sizes is None and projected is None:
+        return
+    if sizes is None or projected is None or len(sizes) != len(projected):
+        raise ValueError(
+            f"`state_sizes` is {sizes} and `projected_state_sizes` {projected}; both must have one number for each "
+            "state-space layer."
+        )
+    for size, full in zip(sizes, projected):
+        if not 1 <= size <= full <= LARGEST_STATE_SIZE:
+            raise ValueError(
+                f"a layer has `state_sizes` {size} and `projected_state_sizes` {full}; they must be from 1 to "
+                f"{LARGEST_STATE_SIZE}, and the first at most the second."
+            )
+
+
+def compressed_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """
+    The compressed configuration class of a stock one, made at its first use.
+
+    The class has two more fields. `state_sizes` (`list[int]`) is the number of states of each state-space layer, in the
+    model's order. `projected_state_sizes` (`list[int]`) is the number of entries that B and C have where they are
+    projected; a layer in which it is the larger one mixes them just before its scan.
+
+    Args:
+        stock (`type`): One of the configuration classes in `STATE_SIZE_NAMES`.
+
+    Raises:
+        `KeyError`: the class is none of them.
+    """
+    name = PREFIX + stock.__name__
+    if name not in _made:
+        state_size_name = STATE_SIZE_NAMES[stock.__name__]
+        namespace = {
+            "__module__": __name__,
+            "__doc__": f"`{stock.__name__}` with the state size of each layer; see `compressed_config_class`.",
+            "__annotations__": {"state_sizes": list[int] | None, "projected_state_sizes": list[int] | None},
+            "state_sizes": None,
+            "projected_state_sizes": None,
+            "model_type": f"compressed_{stock.model_type}",
+            "state_size_name": state_size_name,
+        }
+        made = strict(type(name, (CompressedStates, stock), namespace))
+        made.register_for_auto_class()
+        _made[name] = made
+    return _made[name]
+
+
+def __getattr__(name: str) -> Any:
+    stock = name.removeprefix(PREFIX)
+    if stock == name or stock not in STATE_SIZE_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return compressed_config_class(getattr(importlib.import_module("transformers"), stock))

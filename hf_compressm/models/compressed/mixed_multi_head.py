@@ -1,0 +1,117 @@
+"""The forward pass of a mixer of Mamba-2's form that combines the entries of B and C just before its scan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.models.mamba2.modeling_mamba2 import (
+    apply_mask_to_padding_states,
+    causal_conv1d_fn,
+    causal_conv1d_update,
+    mamba2_chunk_scan,
+    mamba2_selective_state_update,
+)
+
+try:
+    from transformers.integrations.accelerate import force_accelerate_hooks
+except ImportError:  # older transformers offload the convolution by themselves
+
+    def force_accelerate_hooks(*_: Any) -> Any:
+        """A decorator that changes nothing."""
+        return lambda function: function
+
+
+class MixedMultiHead:
+    """
+    What a mixer of Mamba-2's form does with `input_mixing` and `readout_mixing`, both `(groups, N, r)`.
+
+    The forward pass has the steps of transformers' `Mamba2Mixer` (and of FalconH1's, with its multipliers), without the
+    kernel that fuses all of them, which knows no mixing.
+    """
+
+    @force_accelerate_hooks("conv1d")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """
+        Run the mixer.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`): Input.
+            cache_params (`transformers.Cache`, *optional*): Convolution and recurrent states, `(batch, heads, head_dim,
+                r)`, that are read and updated.
+            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 for padding.
+        """
+        dtype, (batch, length, _) = hidden_states.dtype, hidden_states.shape
+        recurrent_state = (
+            None if cache_params is None else cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
+        )
+        projected = self._project(apply_mask_to_padding_states(hidden_states, attention_mask))
+        gate, driven, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        driven = apply_mask_to_padding_states(self._convolve(driven, cache_params, kwargs), attention_mask)
+        width = self.n_groups * self.ssm_state_size
+        u, B, C = driven.split([self.intermediate_size, width, width], dim=-1)
+        u = u.reshape(batch, length, self.num_heads, self.head_dim)
+        B, C = self._mix(B, self.input_mixing), self._mix(C, self.readout_mixing)
+        A = -torch.exp(self.A_log.float())
+        if recurrent_state is not None and length == 1:
+            output = self._step(recurrent_state, u, dt, A, B, C, kwargs)
+        else:
+            output = mamba2_chunk_scan(
+                u, dt, A, B, C, chunk_size=self.chunk_size, D=self.D, z=None, dt_bias=self.dt_bias, dt_softplus=True,
+                initial_states=recurrent_state, dt_limit=self.time_step_limit,
+                return_final_states=cache_params is not None, **kwargs,
+            )  # fmt: skip
+            if cache_params is not None:
+                output, state = output
+                cache_params.update_recurrent_state(state, self.layer_idx)
+        output = output.reshape(batch, length, -1)
+        output = self.norm(output, gate) if getattr(self, "mamba_rms_norm", True) else output * F.silu(gate)
+        return self.out_proj(output.to(dtype))
+
+    def _project(self, hidden_states: Tensor) -> Tensor:
+        # FalconH1 scales what goes into the projection and what comes out of it.
+        scale = getattr(self, "ssm_in_multiplier", None)
+        projected = self.in_proj(hidden_states if scale is None else hidden_states * scale)
+        scales = getattr(self, "mup_vector", None)
+        return projected if scales is None else projected * scales
+
+    def _convolve(self, driven: Tensor, cache_params: Any, kwargs: dict[str, Any]) -> Tensor:
+        length, driven = driven.shape[1], driven.transpose(1, 2)
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        state = None if cache_params is None else cache_params.get_conv_state(self.layer_idx, state_idx=0)
+        if state is not None and length == 1 and not cache_params.is_recording_past(self.layer_idx):
+            return causal_conv1d_update(driven, state, weight, bias, activation=self.activation).transpose(1, 2)
+        if cache_params is not None:
+            driven = cache_params.update_conv_state(driven, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+        driven = causal_conv1d_fn(driven, weight, bias, activation=self.activation, **kwargs)
+        return driven[:, :, -length:].transpose(1, 2)
+
+    def _mix(self, entries: Tensor, mixing: Tensor) -> Tensor:
+        grouped = entries.unflatten(-1, (self.n_groups, self.ssm_state_size))
+        return torch.einsum("blgn,gnr->blgr", grouped, mixing.to(grouped.dtype))
+
+    def _step(
+        self, state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
+        size = B.shape[-1]
+        return mamba2_selective_state_update(
+            state,
+            u[:, 0],
+            dt.transpose(1, 2).expand(-1, -1, self.head_dim),
+            A[:, None, None].expand(-1, self.head_dim, size),
+            B[:, 0],
+            C[:, 0],
+            self.D[:, None].expand(-1, self.head_dim),
+            z=None,
+            dt_bias=self.dt_bias[:, None].expand(-1, self.head_dim),
+            dt_softplus=True,
+            **kwargs,
+        )

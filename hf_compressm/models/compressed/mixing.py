@@ -1,0 +1,151 @@
+r"""
+Selective mixers that combine the entries of B and C just before their scan.
+
+Where a convolution, an activation or a norm stands between the projections and the scan, a smaller state cannot be
+written into the weights of the projections. A mixed layer keeps these as they are, N entries each, and gives its scan
+\\( \tilde B_t = W^\top B_t, \tilde C_t = T^\top C_t \\) with trained matrices of shape N x r. The state and the
+recurrent cache have r entries. In Mamba-2 A is one number a head, so the dynamics of the projected system are exact.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .mixed_multi_head import MixedMultiHead
+
+PREFIX = "Mixed"
+
+# Where transformers has each class that can be mixed, and which classes share Mamba-2's forward pass.
+MULTI_HEAD_MIXERS = {
+    "BambaMixer": "bamba",
+    "FalconH1Mixer": "falcon_h1",
+    "GraniteMoeHybridMambaLayer": "granitemoehybrid",
+    "Mamba2Mixer": "mamba2",
+    "NemotronHMamba2Mixer": "nemotron_h",
+    "Zamba2MambaMixer": "zamba2",
+}
+NORMED_MIXERS = {"FalconMambaMixer": "falcon_mamba", "JambaMambaMixer": "jamba"}
+NORMS = {"FalconMambaWeightlessRMSNorm": "falcon_mamba", "JambaRMSNorm": "jamba"}
+FOLDED_MIXERS = {"MambaMixer": "mamba", "ZambaMambaMixer": "zamba"}
+
+_made: dict[type, type] = {}
+
+
+class MixedNorm:
+    """What the norm of B or of C does with `mixing`, `(N, r)`: it combines the entries that it has normalised."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise and combine the last axis, of length N."""
+        normalised = super().forward(hidden_states)
+        return normalised @ self.mixing.to(normalised.dtype)
+
+
+class UnfusedFalconMamba:
+    """A FalconMamba mixer whose norms combine states, which its fused training kernel does not know."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the mixer, always by its single steps."""
+        training = self.training
+        self.training = False  # read for nothing else than the choice of the fused kernel
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.training = training
+
+
+def mixed_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """
+    The class of a mixer or norm that combines states; the class itself where it has been made or none is needed.
+
+    Args:
+        stock (`type`): A class of transformers.
+    """
+    if stock in _made.values():
+        return stock
+    if stock not in _made:
+        mixin = _mixin(stock.__name__)
+        if mixin is None:
+            return stock
+        doc = f"`{stock.__name__}` of transformers that combines states; see `{mixin.__name__}`."
+        _made[stock] = type(PREFIX + stock.__name__, (mixin, stock), {"__module__": __name__, "__doc__": doc})
+    return _made[stock]
+
+
+def _mixin(name: str) -> type | None:
+    if name in MULTI_HEAD_MIXERS:
+        return MixedMultiHead
+    if name in NORMS:
+        return MixedNorm
+    return UnfusedFalconMamba if name == "FalconMambaMixer" else None
+
+
+def mixing_sites(mixer: nn.Module) -> list[tuple[nn.Module, str]]:
+    """
+    The modules and names of the parameters that mix B and C, in this order, whether they are there or not.
+
+    Args:
+        mixer (`torch.nn.Module`): A mixer of transformers; one that folds its readout has none.
+    """
+    names = {cls.__name__ for cls in type(mixer).__mro__}
+    if names & MULTI_HEAD_MIXERS.keys():
+        return [(mixer, "input_mixing"), (mixer, "readout_mixing")]
+    if names & NORMED_MIXERS.keys():
+        return [(mixer.b_layernorm, "mixing"), (mixer.c_layernorm, "mixing")]
+    return []
+
+
+def mixed_classes(mixer: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """
+    The modules whose class changes when a mixer gets mixed, each with its new class.
+
+    Args:
+        mixer (`torch.nn.Module`): A mixer of transformers.
+    """
+    modules = [mixer, *dict.fromkeys(module for module, _ in mixing_sites(mixer) if module is not mixer)]
+    changes = [(module, mixed_class(type(module))) for module in modules]
+    return [(module, cls) for module, cls in changes if cls is not type(module)]
+
+
+def stock_classes(mixer: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """
+    The modules of a mixed mixer and the classes of transformers that they had before; empty for a stock one.
+
+    Args:
+        mixer (`torch.nn.Module`): A mixer.
+    """
+    before = {made: stock for stock, made in _made.items()}
+    modules = [mixer, *(module for module, _ in mixing_sites(mixer) if module is not mixer)]
+    return [(module, before[type(module)]) for module in modules if type(module) in before]
+
+
+def mix(mixer: nn.Module, size: int) -> None:
+    """
+    Make a stock mixer a mixed one, in place, that keeps its first states.
+
+    Args:
+        mixer (`torch.nn.Module`): A mixer of transformers.
+        size (`int`): The number of states after the mixing.
+    """
+    N = mixer.ssm_state_size
+    for module, cls in mixed_classes(mixer):
+        module.__class__ = cls
+    like = mixer.A_log
+    for module, name in mixing_sites(mixer):
+        kept = torch.eye(N, size, dtype=like.dtype, device=like.device)
+        values = kept.repeat(mixer.n_groups, 1, 1) if module is mixer else kept
+        module.register_parameter(name, nn.Parameter(values))
+    if like.ndim == 2:
+        mixer.A_log = nn.Parameter(like.detach()[:, :size].clone())
+
+
+def __getattr__(name: str) -> Any:
+    homes = {**MULTI_HEAD_MIXERS, **NORMS, "FalconMambaMixer": "falcon_mamba"}
+    stock = name.removeprefix(PREFIX)
+    if stock == name or stock not in homes:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"transformers.models.{homes[stock]}.modeling_{homes[stock]}")
+    return mixed_class(getattr(module, stock))

@@ -1,0 +1,142 @@
+"""
+Models with selective layers that the classes of transformers cannot hold: a state size of each layer, and mixed states.
+
+`CompressedMamba2ForCausalLM`, `CompressedJambaModel` and so on are made of `Mamba2ForCausalLM`, `JambaModel` and so on
+when they are first asked for. They build the stock model and give each of its state-space layers the form that the
+configuration tells.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .configuration_compressed import PREFIX, STATE_SIZE_NAMES, compressed_config_class
+from .mixing import FOLDED_MIXERS, MULTI_HEAD_MIXERS, NORMED_MIXERS, mix
+
+_MIXERS = {**FOLDED_MIXERS, **NORMED_MIXERS, **MULTI_HEAD_MIXERS}
+_AUTO_CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "Model": "AutoModel",
+}
+
+_made: dict[str, type[PreTrainedModel]] = {}
+
+
+class CompressedStates:
+    """What a compressed model does when it is built."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.state_sizes is not None:
+            give_forms(self)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: the initial values are set by code of transformers, which knows what has been loaded."""
+        return False
+
+
+def state_space_mixers(model: nn.Module) -> dict[str, nn.Module]:
+    """
+    The mixers of a model whose state can have a size of its own, by name and in the model's order.
+
+    Args:
+        model (`torch.nn.Module`): A model of transformers.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(cls.__name__ in _MIXERS for cls in type(module).__mro__)
+    }
+
+
+def give_forms(model: PreTrainedModel) -> None:
+    """
+    Give every state-space layer of a freshly built stock model the sizes and the form of its compressed configuration.
+
+    Args:
+        model (`transformers.PreTrainedModel`): A model whose configuration has `state_sizes`.
+
+    Raises:
+        `ValueError`: the configuration has not one size for each state-space layer.
+    """
+    config, mixers = model.config, state_space_mixers(model)
+    if len(mixers) != len(config.state_sizes):
+        raise ValueError(
+            f"`state_sizes` has {len(config.state_sizes)} numbers; {type(model).__name__} has {len(mixers)} "
+            "state-space layers."
+        )
+    for (name, mixer), size, projected in zip(mixers.items(), config.state_sizes, config.projected_state_sizes):
+        if projected != mixer.ssm_state_size:
+            mixer = _of_size(model, name, mixer, projected)
+        if size < projected:
+            mix(mixer, size)
+
+
+def _of_size(model: PreTrainedModel, name: str, mixer: nn.Module, size: int) -> nn.Module:
+    """Put a mixer of another state size in the place of one; returns it."""
+    config = copy.deepcopy(model.config)
+    setattr(config, config.state_size_name, size)
+    new = type(mixer)(config, layer_idx=mixer.layer_idx)
+    for module in new.modules():
+        model._initialize_weights(module)
+    if hasattr(mixer, "mup_vector"):
+        raise ValueError(
+            "`projected_state_sizes` differ between layers of a FalconH1, whose multipliers transformers keeps for one "
+            "size; they must be equal."
+        )
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+    return new
+
+
+def compressed_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """
+    The compressed class of a stock model class, made at its first use.
+
+    Args:
+        stock (`type`): A model class of transformers whose configuration class is in `STATE_SIZE_NAMES`.
+
+    Raises:
+        `KeyError`: its configuration class is none of them.
+    """
+    name = PREFIX + stock.__name__
+    if name not in _made:
+        config_class = compressed_config_class(stock.config_class)
+        namespace = {
+            "__module__": __name__,
+            "__doc__": f"`{stock.__name__}` with the state sizes and forms of a `{config_class.__name__}`.",
+            "config_class": config_class,
+        }
+        made = type(name, (CompressedStates, stock), namespace)
+        auto_class = next((auto for end, auto in _AUTO_CLASSES.items() if name.endswith(end)), None)
+        if auto_class is not None:
+            made.register_for_auto_class(auto_class)
+        _convert_checkpoints_alike(config_class.model_type, stock.config_class.model_type)
+        _made[name] = made
+    return _made[name]
+
+
+def _convert_checkpoints_alike(model_type: str, stock_type: str) -> None:
+    """Let the weights of a type of model be renamed and joined, on their way to and from files, as those of another."""
+    try:
+        from transformers import conversion_mapping
+    except ImportError:  # transformers that converts nothing
+        return
+    mapping = conversion_mapping.get_checkpoint_conversion_mapping(stock_type)
+    if mapping is not None and conversion_mapping.get_checkpoint_conversion_mapping(model_type) is None:
+        conversion_mapping.register_checkpoint_conversion_mapping(model_type, mapping)
+
+
+def __getattr__(name: str) -> Any:
+    stock = getattr(importlib.import_module("transformers"), name.removeprefix(PREFIX), None)
+    known = isinstance(stock, type) and issubclass(stock, PreTrainedModel)
+    if not name.startswith(PREFIX) or not known or stock.config_class.__name__ not in STATE_SIZE_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return compressed_model_class(stock)
