@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from ..models.compressed import compressed_class_of
 from .base import ABSENT, AttributeChange, LayerReduction, StateSpaceLayer
+from .registry import config_changes
 
 Form = tuple[int, int]
 """State size and projected size of a layer."""
@@ -62,8 +64,6 @@ def all_changes(
         layers (`Sequence[StateSpaceLayer]`): All of its layers.
         reductions (`Sequence[LayerReduction]`): What they built.
     """
-    from .registry import config_changes
-
     forms = {reduction.layer.name: reduction.form for reduction in reductions}
     return [
         *config_changes(layers, {name: projected for name, (_, projected) in forms.items()}),
@@ -77,7 +77,7 @@ def _host(model: nn.Module, name: str) -> nn.Module | None:
     for depth in range(len(path)):
         owner = model.get_submodule(".".join(path[:depth]))
         config = getattr(owner, "config", None)
-        if config is not None and (_is_compressed(owner) or _compressed_class(owner) is not None):
+        if config is not None and (_is_compressed(owner) or compressed_class_of(owner) is not None):
             return owner
     return None
 
@@ -86,24 +86,11 @@ def _is_compressed(owner: nn.Module) -> bool:
     return any(cls.__name__ == "CompressedStates" for cls in type(owner).__mro__)
 
 
-def _compressed_class(owner: nn.Module) -> type | None:
-    # Imported late: most models never need it.
-    from transformers import PreTrainedModel
-
-    from ..models.compressed import compressed_model_class
-    from ..models.compressed.configuration_compressed import STATE_SIZE_NAMES
-
-    known = isinstance(owner, PreTrainedModel) and type(owner.config).__name__ in STATE_SIZE_NAMES
-    if not known or type(owner).__module__.partition(".")[0] != "transformers":
-        return None
-    return compressed_model_class(type(owner))
-
-
 def _changes_of(host: nn.Module, forms: Sequence[Form]) -> list[AttributeChange]:
     sizes, projected = [int(size) for size, _ in forms], [int(full) for _, full in forms]
     needs_class = len(set(forms)) > 1 or sizes != projected
     if needs_class:
-        classes = [] if _is_compressed(host) else _class_changes(host, _compressed_class(host))
+        classes = [] if _is_compressed(host) else _class_changes(host, compressed_class_of(host))
         # Both at once would not be valid in between where one is longer than the other; the class comes first.
         fields = {"projected_state_sizes": projected, "state_sizes": sizes}
         return [*classes, *(AttributeChange(host.config, name, value) for name, value in fields.items())]

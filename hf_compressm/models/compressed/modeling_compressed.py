@@ -29,7 +29,12 @@ _made: dict[str, type[PreTrainedModel]] = {}
 
 
 class CompressedStates:
-    """What a compressed model does when it is built."""
+    """
+    What a compressed model does when it is built.
+
+    Args:
+        config (`transformers.PreTrainedConfig`): A compressed configuration.
+    """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -121,6 +126,20 @@ def compressed_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel
         _convert_checkpoints_alike(config_class.model_type, stock.config_class.model_type)
         _made[name] = made
     return _made[name]
+
+
+def compressed_class_of(model: nn.Module) -> type[PreTrainedModel] | None:
+    """
+    The compressed class that a model can take over by its `__class__`, or None where there is none.
+
+    Args:
+        model (`torch.nn.Module`): Any module; one of transformers' own model classes has a compressed one.
+    """
+    stock = type(model)
+    known = isinstance(model, PreTrainedModel) and type(model.config).__name__ in STATE_SIZE_NAMES
+    if not known or stock.__module__.partition(".")[0] != "transformers":
+        return None
+    return compressed_model_class(stock)
 
 
 def _convert_checkpoints_alike(model_type: str, stock_type: str) -> None:
