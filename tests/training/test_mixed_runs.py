@@ -59,8 +59,8 @@ def test_the_best_model_comes_back_in_its_own_form(build, best: int, form: tuple
     model = build()
     stock = type(model)
     trainer = make_trainer(
-        tmp_path, CompreSSMCallback(TWO_CUTS), model, Rows(token_batch(batch=64)), [Judge()], load_best_model_at_end=True,
-        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        tmp_path, CompreSSMCallback(TWO_CUTS), model, Rows(token_batch(batch=64)), [Judge()],
+        load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
     )  # fmt: skip
     trainer.eval_dataset = Rows(token_batch(batch=4))
     trainer.train()
