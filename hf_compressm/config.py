@@ -15,6 +15,7 @@ CONFIG_NAME = "compressm_config.json"
 
 STRATEGIES = ("tolerance", "fixed", "pragmatic", "target")
 REDUCTORS = ("auto", "balanced", "interpolative", "selection")
+BUDGETS = ("layer", "model")
 SELECTION_SCORES = ("hankel", "readout_energy", "greedy")
 SELECTION_RULES = ("largest", "smallest", "random")
 GRAMIANS = ("loss_gradient", "white_noise", "averaged")
@@ -67,6 +68,10 @@ class CompreSSMConfig:
             not worth the disturbance.
         uniform (`bool`, *optional*, defaults to `True`):
             Give all layers the size that the most demanding one needs, so that the stock model class loads the result.
+        budget (`str`, *optional*, defaults to `"layer"`):
+            What the strategy `"tolerance"` holds the dropped Hankel energy against. `"layer"`: each layer against its
+            own. `"model"`: the sum over all layers against the sum of theirs, with the fewest states in the whole model
+            that keep it, so that layers with more energy keep more states; needs `uniform=False`.
         multiple_of (`int`, *optional*, defaults to 1):
             Round new sizes up to a multiple of this number, for kernels that prefer it.
         min_state_size (`int`, *optional*, defaults to 1):
@@ -139,6 +144,7 @@ class CompreSSMConfig:
     when_stable: float | None = None
     minimum_reduction: float = 0.05
     uniform: bool = True
+    budget: str = "layer"
     multiple_of: int = 1
     min_state_size: int = 1
     reductor: str = "auto"
@@ -186,6 +192,12 @@ class CompreSSMConfig:
                 "selection_rule 'smallest' choose 'hankel' or 'readout_energy'."
             )
         require_window("window", self.window)
+        if self.budget == "model" and (self.uniform or self.strategy != "tolerance"):
+            raise ConfigurationError(
+                "budget='model' gives each layer the states that its share of the Hankel energy asks for; it needs "
+                f"uniform=False and strategy='tolerance', but uniform is {self.uniform} and strategy "
+                f"{self.strategy!r}."
+            )
         self._require_consistent_target()
         self._require_consistent_rollback()
 
@@ -304,6 +316,7 @@ class CompreSSMConfig:
 
 _CHOICES = {
     "strategy": STRATEGIES,
+    "budget": BUDGETS,
     "reductor": REDUCTORS,
     "optimizer_moments": OPTIMIZER_MOMENTS,
     "selection_score": SELECTION_SCORES,

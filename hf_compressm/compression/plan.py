@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..config import CompreSSMConfig
-from ..systems import energy_rank
+from ..systems import energy_rank, joint_energy_ranks
 from .moment import Moment
 
 
@@ -45,7 +45,8 @@ def plan_reduction(
 
     A layer is cut only where the new size is at most `1 - minimum_reduction` of the present one, the 5% gate of
     Chahine et al., 2026 (arXiv 2510.02823). With `uniform`, all layers get the size that the most demanding one needs,
-    the gate looks at the largest present size, and one layer that waits lets all wait.
+    the gate looks at the largest present size, and one layer that waits lets all wait. With `budget="model"` what a
+    layer that is not cut would have dropped is given to no other.
 
     Args:
         spectra (`Mapping[str, torch.Tensor]`): Hankel singular values of each layer, `(N,)`, descending.
@@ -57,7 +58,8 @@ def plan_reduction(
         [`~errors.NotFiniteError`]: a spectrum holds NaN.
     """
     moment = moment or Moment()
-    wanted = {name: _wanted_size(spectra[name], name, size, config, moment) for name, size in sizes.items()}
+    ranks = _ranks(spectra, sizes, config, moment)
+    wanted = {name: _rounded(ranks[name], size, config) for name, size in sizes.items()}
     if config.uniform:
         largest = max(wanted.values())
         cut = not moment.waiting and _passes_gate(largest, max(sizes.values()), config, moment)
@@ -71,13 +73,25 @@ def plan_reduction(
     return {name: LayerPlan(size, wanted[name], wanted[name] if cut[name] else size) for name, size in sizes.items()}
 
 
-def _wanted_size(sigma: Tensor, name: str, size: int, config: CompreSSMConfig, moment: Moment) -> int:
+def _ranks(
+    spectra: Mapping[str, Tensor], sizes: Mapping[str, int], config: CompreSSMConfig, moment: Moment
+) -> dict[str, int]:
+    """The sizes that the strategy asks for, before they are rounded and bounded."""
+    if config.budget == "model":
+        tolerance = config.tolerance * moment.scale
+        return dict(zip(sizes, joint_energy_ranks([spectra[name] for name in sizes], tolerance, config.min_state_size)))
+    return {name: _rank(spectra[name], name, size, config, moment) for name, size in sizes.items()}
+
+
+def _rank(sigma: Tensor, name: str, size: int, config: CompreSSMConfig, moment: Moment) -> int:
     if config.strategy == "tolerance":
-        rank = int(energy_rank(sigma, config.tolerance * moment.scale))
-    elif config.strategy == "target":
-        rank = _next_rung(size, moment.original_sizes.get(name, size), config, moment)
-    else:
-        rank = math.ceil(round((1 - (1 - config.keep_ratio) * moment.scale) * size, 6))
+        return int(energy_rank(sigma, config.tolerance * moment.scale))
+    if config.strategy == "target":
+        return _next_rung(size, moment.original_sizes.get(name, size), config, moment)
+    return math.ceil(round((1 - (1 - config.keep_ratio) * moment.scale) * size, 6))
+
+
+def _rounded(rank: int, size: int, config: CompreSSMConfig) -> int:
     rank = max(rank, config.min_state_size)
     rank = math.ceil(rank / config.multiple_of) * config.multiple_of
     return min(rank, size)

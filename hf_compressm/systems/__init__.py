@@ -14,7 +14,7 @@ from hf_compressm.systems.gramians import (
 from hf_compressm.systems.hankel import HankelDecomposition, hankel_decomposition, hankel_singular_values
 from hf_compressm.systems.lti import DiagonalLTI
 from hf_compressm.systems.projection import project
-from hf_compressm.systems.ranks import energy_rank, error_bound, rank_correlation
+from hf_compressm.systems.ranks import energy_rank, error_bound, joint_energy_ranks, rank_correlation
 from hf_compressm.systems.reductors import (
     COARSE_RESOLUTION,
     balanced_truncation,
@@ -52,6 +52,7 @@ __all__ = [
     "hankel_singular_values",
     "interpolation_residual",
     "interpolative_truncation",
+    "joint_energy_ranks",
     "lyapunov_residual",
     "observability_factor",
     "observability_gramian",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 from hf_compressm.errors import ConfigurationError, DimensionError
@@ -40,11 +43,7 @@ def energy_rank(sigma: torch.Tensor, tolerance: float) -> int | torch.Tensor:
 
     ```
     """
-    if not 0 < tolerance < 1:
-        raise ConfigurationError(
-            f"tolerance is {tolerance}; allowed is a number strictly between 0 and 1, the share of the Hankel energy "
-            f"that may be dropped (0.01 keeps 99%)."
-        )
+    _require_tolerance(tolerance)
     sigma = _checked_spectrum(sigma)
     # Scaled by the largest, so that the sum of a spectrum near the largest double stays finite.
     relative = sigma / sigma[..., :1].clamp_min(torch.finfo(torch.float64).tiny)
@@ -53,6 +52,59 @@ def energy_rank(sigma: torch.Tensor, tolerance: float) -> int | torch.Tensor:
     rank = (dropped > tolerance * total).sum(-1)
     rank = torch.where(total.squeeze(-1) > 0, rank, sigma.shape[-1])
     return int(rank) if rank.ndim == 0 else rank
+
+
+def joint_energy_ranks(spectra: Sequence[torch.Tensor], tolerance: float, least: int = 1) -> list[int]:
+    """The ranks of several systems that keep `1 - tolerance` of their joint Hankel energy with the fewest states.
+
+    The dropped states are those with the smallest Hankel singular values of all systems together, as many as the joint
+    budget `tolerance * sum_l sum_i sigma_li` allows. No choice of the same budget drops more of them: within a system
+    states go from the smallest up, so exchanging a dropped one for another never makes room. A spectrum that is zero
+    keeps all of its states, as in `energy_rank`.
+
+    Args:
+        spectra (`Sequence[torch.Tensor]` of shapes `(N_l,)`): Hankel singular values, non-negative and descending.
+        tolerance (`float`): Share of the joint energy that may be dropped, strictly between 0 and 1.
+        least (`int`, *optional*, defaults to 1): No system keeps fewer states, unless it has fewer.
+
+    Returns:
+        `list[int]`: One rank for each system, from 1 to its N.
+
+    Raises:
+        ConfigurationError: The tolerance is not inside (0, 1), or a spectrum is negative or not descending.
+        DimensionError: A spectrum is a scalar or empty.
+        NotFiniteError: A spectrum holds NaN or infinity.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> joint_energy_ranks([torch.tensor([90.0, 9.0]), torch.tensor([0.7, 0.2, 0.1])], tolerance=0.02)
+    [2, 1]
+
+    ```
+    """
+    _require_tolerance(tolerance)
+    checked = [_checked_spectrum(sigma).cpu() for sigma in spectra]
+    exponent = max(math.frexp(max(float(sigma[0]) for sigma in checked))[1], -1000)
+    ranks = [len(sigma) for sigma in checked]
+    # Scaled near the largest, so that sums stay finite, and by a power of two, which rounds nothing.
+    relative = [sigma * 2.0**-exponent if sigma[0] > 0 else sigma[:0] for sigma in checked]
+    total = sum(float(sigma.flip(0).sum()) for sigma in relative)
+    candidates = [
+        (float(value), -state, system)
+        for system, sigma in enumerate(relative)
+        for state, value in enumerate(sigma.tolist())
+        if state >= max(least, 1)
+    ]
+    dropped = 0.0
+    # Of equal values in one system the last goes first, so that what stays is always a leading part.
+    for value, _, system in sorted(candidates):
+        dropped += value
+        if dropped > tolerance * total:
+            break
+        ranks[system] -= 1
+    return ranks
 
 
 def error_bound(sigma: torch.Tensor, r: int) -> float | torch.Tensor:
@@ -129,6 +181,14 @@ def rank_correlation(scores_a: torch.Tensor, scores_b: torch.Tensor) -> float | 
     # Exact agreement is 1 whatever the rounding, and the only meaningful answer where nothing is ranked.
     correlation = torch.where((a == b).all(-1), 1.0, correlation.clamp(-1, 1))
     return correlation.item() if correlation.ndim == 0 else correlation
+
+
+def _require_tolerance(tolerance: float) -> None:
+    if not 0 < tolerance < 1:
+        raise ConfigurationError(
+            f"tolerance is {tolerance}; allowed is a number strictly between 0 and 1, the share of the Hankel energy "
+            f"that may be dropped (0.01 keeps 99%)."
+        )
 
 
 def _checked_spectrum(sigma: torch.Tensor) -> torch.Tensor:

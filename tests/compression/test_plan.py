@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 from hf_compressm import CompreSSMConfig
 from hf_compressm.compression import plan_reduction
 from hf_compressm.compression.moment import Moment
+from hf_compressm.errors import ConfigurationError
 
 
 def spectrum(*values: float) -> torch.Tensor:
@@ -143,3 +148,59 @@ def test_the_gate_is_not_decided_by_rounding(size: int, new: int, gate: float) -
     plan = plan_reduction({"a": torch.ones(size)}, {"a": size}, config, Moment(1, 1, {"a": size}))
     fixed = CompreSSMConfig(strategy="fixed", keep_ratio=new / size, minimum_reduction=gate)
     assert plan["a"].new_size == plan_reduction({"a": torch.ones(size)}, {"a": size}, fixed)["a"].new_size == new
+
+
+def fewest_states(spectra: list[list[float]], tolerance: float, least: int) -> int:
+    """The least number of states in total that keeps the joint budget, by trying all."""
+    allowed = tolerance * math.fsum(value for sigma in spectra for value in sigma)
+    ranges = [range(min(least, len(sigma)) if sigma[0] > 0 else len(sigma), len(sigma) + 1) for sigma in spectra]
+    return min(
+        sum(ranks)
+        for ranks in itertools.product(*ranges)
+        if math.fsum(value for sigma, rank in zip(spectra, ranks) for value in sigma[rank:]) <= allowed
+    )
+
+
+# Whole numbers, so that ties are common and sums, with these tolerances, exact.
+SPECTRA = st.lists(
+    st.lists(st.integers(0, 12).map(float), min_size=1, max_size=4).map(lambda v: sorted(v, reverse=True)),
+    min_size=1, max_size=4,
+)  # fmt: skip
+
+
+@given(SPECTRA, st.sampled_from([1 / 16, 1 / 8, 1 / 4, 1 / 2]), st.integers(1, 3))
+def test_a_budget_for_the_model_keeps_the_fewest_states(spectra, tolerance: float, least: int) -> None:
+    config = CompreSSMConfig(
+        tolerance=tolerance, uniform=False, budget="model", min_state_size=least, minimum_reduction=0.0
+    )
+    sizes = list(new_sizes({str(i): spectrum(*sigma) for i, sigma in enumerate(spectra)}, config).values())
+    dropped = sum(sum(sigma[rank:]) for sigma, rank in zip(spectra, sizes))
+    assert dropped <= tolerance * sum(map(sum, spectra))
+    assert all(rank >= min(least, len(sigma)) for rank, sigma in zip(sizes, spectra))
+    assert sum(sizes) == fewest_states(spectra, tolerance, least)
+
+
+def test_a_budget_for_the_model_spends_states_where_the_energy_is() -> None:
+    weak, strong = 1e-3 * STEEP, FLAT * 10
+    layers = {"weak": weak, "strong": strong}
+    per_layer = CompreSSMConfig(tolerance=0.005, uniform=False)
+    assert new_sizes(layers, per_layer) == {"weak": 3, "strong": 8}
+    assert new_sizes(layers, replace(per_layer, budget="model")) == {"weak": 1, "strong": 8}
+    assert new_sizes(layers, replace(per_layer, budget="model", multiple_of=4)) == {"weak": 4, "strong": 8}
+    # 2e-5 and 1e-5 of 80.11 are 1.6e-3 and 8.0e-4; below 0.1, 0.01 and 0.001 there are 1.1e-4 in the weak layer.
+    small = replace(per_layer, tolerance=2e-5, budget="model")
+    assert new_sizes(layers, small) == {"weak": 2, "strong": 8}
+    halved = plan_reduction(layers, {"weak": 8, "strong": 8}, small, Moment(scale=0.5))
+    assert {name: layer.new_size for name, layer in halved.items()} == {"weak": 3, "strong": 8}
+
+
+def test_a_layer_that_shows_nothing_keeps_its_states_under_a_budget_for_the_model() -> None:
+    config = CompreSSMConfig(tolerance=0.005, uniform=False, budget="model")
+    assert new_sizes({"dead": 0 * FLAT, "a": STEEP}, config) == {"dead": 8, "a": 3}
+    assert new_sizes({"dead": 0 * FLAT}, config) == {"dead": 8}
+
+
+@pytest.mark.parametrize("settings", [{"uniform": True}, {"uniform": False, "strategy": "fixed"}], ids=str)
+def test_a_budget_for_the_model_needs_sizes_that_follow_the_spectra(settings: dict) -> None:
+    with pytest.raises(ConfigurationError, match="budget='model'"):
+        CompreSSMConfig(budget="model", **settings)

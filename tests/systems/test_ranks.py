@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 
 from hf_compressm.errors import ConfigurationError, DimensionError, NotFiniteError
-from hf_compressm.systems import energy_rank, error_bound, rank_correlation
+from hf_compressm.systems import energy_rank, error_bound, joint_energy_ranks, rank_correlation
 
 
 class TestEnergyRank:
@@ -157,3 +157,9 @@ class TestRankCorrelation:
             rank_correlation(torch.ones(0), torch.ones(0))
         with pytest.raises(NotFiniteError, match="scores_b"):
             rank_correlation(torch.ones(2), torch.tensor([1.0, float("nan")]))
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-200, 1.0, 1e307])
+def test_joint_ranks_do_not_depend_on_the_scale(scale: float) -> None:
+    spectra = [torch.tensor([4.0, 2.0, 1.0]).double() * scale, torch.tensor([3.0, 1.0]).double() * scale]
+    assert joint_energy_ranks(spectra, 0.2) == [2, 1]
