@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -30,11 +29,11 @@ from ..errors import (
     TruncationError,
     UnsupportedModelError,
 )
-from ..systems import Truncation, rank_correlation
+from ..systems import Truncation
 from .apply import Change, DoneLast, ModelChange, UndoneLast, commit_together, roll_back_together
 from .calibration import Calibration, LossFunction, calibrate, evaluate_loss
 from .copies import copy_changes
-from .moment import is_finished, moment_of
+from .moment import is_finished, moment_of, score_correlation
 from .optimizer import OptimizerChange
 from .plan import LayerPlan, plan_reduction
 from .processes import Processes, SingleProcess
@@ -172,7 +171,7 @@ class Compressor:
             self._require_judge(calibration.loss)
             spectra = {name: gramians.hankel_singular_values() for name, gramians in calibration.gramians.items()}
             scores = {name: gramians.state_scores().flatten() for name, gramians in calibration.gramians.items()}
-            correlations = {name: _correlation(self._scores.get(name), scores[name]) for name in scores}
+            correlations = {name: score_correlation(self._scores.get(name), scores[name]) for name in scores}
             moment = moment_of(self.records, self.config, correlations, number, total)
             plan = plan_reduction(spectra, self.sizes, self.config, moment)
             result = self._carry_out(plan, calibration, batches, seed)
@@ -295,7 +294,7 @@ class Compressor:
         if failures and (self.config.uniform or not reductions):
             self._processes.agree("how to cut", {"failures": failures})
             return _Result("skipped", f"a truncation failed its checks: {'; '.join(failures)}", calibration.loss)
-        facts = {name: _fingerprint(truncation) for name, truncation in truncations.items()}
+        facts = {name: truncation.fingerprint() for name, truncation in truncations.items()}
         self._processes.agree("how to cut", {**facts, "failures": failures})
         snapshot = self._snapshot(reductions)
         self._cut_copies = copy_changes(self._find_copies(), self.model, self.layers, truncations)
@@ -390,22 +389,6 @@ class _Result:
     reason: str
     loss_after: float | None
     truncations: dict[str, Truncation] = field(default_factory=dict)
-
-
-def _fingerprint(truncation: Truncation) -> str:
-    """A digest of every number in a truncation."""
-    digest = hashlib.sha256()
-    for tensor in (truncation.T, truncation.W):
-        digest.update(repr((tensor.shape, tensor.dtype)).encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _correlation(previous: Tensor | None, scores: Tensor) -> float | None:
-    """The rank correlation with the previous check's scores, where they belong to the same states."""
-    if previous is None or len(scores) < 2 or len(previous) != len(scores):
-        return None
-    return float(rank_correlation(previous, scores.cpu()))
 
 
 def _combined_seed(seed: int, step: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -157,6 +158,14 @@ class Truncation:
     def full_size(self) -> int:
         """Number of states N before the truncation."""
         return self.T.shape[-2]
+
+    def fingerprint(self) -> str:
+        """A digest of every number in `T` and `W`: equal ones are equal bit by bit."""
+        digest = hashlib.sha256()
+        for tensor in (self.T, self.W):
+            digest.update(repr((tensor.shape, tensor.dtype)).encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def is_selection(self) -> bool:
