@@ -41,8 +41,8 @@ class ReducerChange:
         if not found:
             raise UnsupportedModelError(
                 "several processes train the model, and it is not inside a DistributedDataParallel wrapper: the "
-                "gradients of what a cut replaces would not be averaged. Train with the Trainer's own wrapper, or in "
-                "one process."
+                "gradients of what a cut replaces would not be averaged. Train with the Trainer's own wrapper (on CPUs "
+                "it needs use_cpu=True in the TrainingArguments), or in one process."
             )
         self._wrapper = found[-1]
 
