@@ -14,6 +14,7 @@ from .validation import is_number, require_bool, require_choice, require_integer
 CONFIG_NAME = "compressm_config.json"
 
 STRATEGIES = ("tolerance", "fixed", "pragmatic", "target")
+BUDGETS = ("layer", "model")
 REDUCTORS = ("auto", "balanced", "interpolative", "selection")
 SELECTION_SCORES = ("hankel", "readout_energy", "greedy")
 SELECTION_RULES = ("largest", "smallest", "random")
@@ -67,6 +68,14 @@ class CompreSSMConfig:
             not worth the disturbance.
         uniform (`bool`, *optional*, defaults to `True`):
             Give all layers the size that the most demanding one needs, so that the stock model class loads the result.
+        budget (`str`, *optional*, defaults to `"layer"`):
+            Whose energy, or states, a check reckons with. `"layer"`: every layer's own. `"model"`: those of all layers
+            together, so that states go where the Hankel energy is: under `"tolerance"` the fewest states in total that
+            keep `1 - tolerance` of the energy of all layers (with `uniform`, the smallest common size that does); under
+            the other strategies as many in total as with `"layer"`, those with the largest Hankel singular values (with
+            `uniform`, the same as `"layer"`). The values of different layers have one unit where `gramians` of
+            selective layers are `"loss_gradient"`; those of time-invariant layers depend on how each layer's input and
+            output are scaled. Sizes are rounded afterwards.
         multiple_of (`int`, *optional*, defaults to 1):
             Round new sizes up to a multiple of this number, for kernels that prefer it.
         min_state_size (`int`, *optional*, defaults to 1):
@@ -138,6 +147,7 @@ class CompreSSMConfig:
     when_stable: float | None = None
     minimum_reduction: float = 0.05
     uniform: bool = True
+    budget: str = "layer"
     multiple_of: int = 1
     min_state_size: int = 1
     reductor: str = "auto"
@@ -303,6 +313,7 @@ class CompreSSMConfig:
 
 _CHOICES = {
     "strategy": STRATEGIES,
+    "budget": BUDGETS,
     "reductor": REDUCTORS,
     "optimizer_moments": OPTIMIZER_MOMENTS,
     "selection_score": SELECTION_SCORES,

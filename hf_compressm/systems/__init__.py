@@ -14,7 +14,7 @@ from hf_compressm.systems.gramians import (
 from hf_compressm.systems.hankel import HankelDecomposition, hankel_decomposition, hankel_singular_values
 from hf_compressm.systems.lti import DiagonalLTI
 from hf_compressm.systems.projection import project
-from hf_compressm.systems.ranks import energy_rank, error_bound, rank_correlation
+from hf_compressm.systems.ranks import energy_rank, error_bound, rank_correlation, shared_energy_ranks, shared_ranks
 from hf_compressm.systems.reductors import (
     COARSE_RESOLUTION,
     balanced_truncation,
@@ -58,5 +58,7 @@ __all__ = [
     "require_error_bound",
     "response_error",
     "selection_truncation",
+    "shared_energy_ranks",
+    "shared_ranks",
     "verification_frequencies",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from hf_compressm.errors import ConfigurationError, DimensionError
@@ -40,11 +42,7 @@ def energy_rank(sigma: torch.Tensor, tolerance: float) -> int | torch.Tensor:
 
     ```
     """
-    if not 0 < tolerance < 1:
-        raise ConfigurationError(
-            f"tolerance is {tolerance}; allowed is a number strictly between 0 and 1, the share of the Hankel energy "
-            f"that may be dropped (0.01 keeps 99%)."
-        )
+    _require_tolerance(tolerance)
     sigma = _checked_spectrum(sigma)
     # Scaled by the largest, so that the sum of a spectrum near the largest double stays finite.
     relative = sigma / sigma[..., :1].clamp_min(torch.finfo(torch.float64).tiny)
@@ -53,6 +51,77 @@ def energy_rank(sigma: torch.Tensor, tolerance: float) -> int | torch.Tensor:
     rank = (dropped > tolerance * total).sum(-1)
     rank = torch.where(total.squeeze(-1) > 0, rank, sigma.shape[-1])
     return int(rank) if rank.ndim == 0 else rank
+
+
+def shared_energy_ranks(spectra: Sequence[torch.Tensor], tolerance: float, minimum: int = 1) -> list[int]:
+    """The fewest states in total that keep `1 - tolerance` of the Hankel energy of several systems together.
+
+    The smallest Hankel singular values of all systems are dropped, as many as there are before what is dropped exceeds
+    the tolerance. As each costs one state, no other choice drops more states within the tolerance. The spectra need one
+    unit, since their values are compared. If all are zero, all states are kept, as in [`energy_rank`].
+
+    Args:
+        spectra (`Sequence[torch.Tensor]`, each of shape `(N_i,)`): Hankel singular values, non-negative and descending.
+        tolerance (`float`): Share of the sum of all spectra that may be dropped, strictly between 0 and 1.
+        minimum (`int`, *optional*, defaults to 1): States that each system keeps at least, where it has them.
+
+    Returns:
+        `list[int]`: The rank of each system.
+
+    Raises:
+        ConfigurationError: The tolerance is not inside (0, 1), or a spectrum is negative or not descending.
+        DimensionError: A spectrum is a scalar or empty.
+        NotFiniteError: A spectrum holds NaN or infinity.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> shared_energy_ranks([torch.tensor([90.0, 9.0, 0.9]), torch.tensor([0.5, 0.4, 0.3])], tolerance=0.02)
+    [2, 1]
+
+    ```
+    """
+    _require_tolerance(tolerance)
+    values, owners = _pool(spectra, minimum)
+    checked = [to_double(sigma).cpu() for sigma in spectra]
+    largest = max((float(sigma[0]) for sigma in checked), default=0.0)
+    if largest == 0:
+        return [len(sigma) for sigma in checked]
+    # Scaled by the largest, as in `energy_rank`.
+    total = torch.cat(checked).div(largest).sum()
+    n_dropped = int(((values / largest).cumsum(0) <= tolerance * total).sum())
+    return _ranks_without(n_dropped, owners, spectra)
+
+
+def shared_ranks(spectra: Sequence[torch.Tensor], total: int, minimum: int = 1) -> list[int]:
+    """The ranks of several systems that together keep a number of states: those of the largest Hankel singular values.
+
+    Args:
+        spectra (`Sequence[torch.Tensor]`, each of shape `(N_i,)`): Hankel singular values, non-negative and descending.
+        total (`int`): States that all systems keep together. If `minimum` asks for more, they keep more.
+        minimum (`int`, *optional*, defaults to 1): States that each system keeps at least, where it has them.
+
+    Returns:
+        `list[int]`: The rank of each system.
+
+    Raises:
+        ConfigurationError: A spectrum is negative or not descending.
+        DimensionError: A spectrum is a scalar or empty.
+        NotFiniteError: A spectrum holds NaN or infinity.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> shared_ranks([torch.tensor([4.0, 3.0, 0.1]), torch.tensor([2.0, 0.2, 0.1])], total=4)
+    [2, 2]
+
+    ```
+    """
+    _, owners = _pool(spectra, minimum)
+    excess = sum(len(sigma) for sigma in spectra) - total
+    return _ranks_without(min(max(excess, 0), len(owners)), owners, spectra)
 
 
 def error_bound(sigma: torch.Tensor, r: int) -> float | torch.Tensor:
@@ -129,6 +198,28 @@ def rank_correlation(scores_a: torch.Tensor, scores_b: torch.Tensor) -> float | 
     # Exact agreement is 1 whatever the rounding, and the only meaningful answer where nothing is ranked.
     correlation = torch.where((a == b).all(-1), 1.0, correlation.clamp(-1, 1))
     return correlation.item() if correlation.ndim == 0 else correlation
+
+
+def _require_tolerance(tolerance: float) -> None:
+    if not 0 < tolerance < 1:
+        raise ConfigurationError(
+            f"tolerance is {tolerance}; allowed is a number strictly between 0 and 1, the share of the Hankel energy "
+            f"that may be dropped (0.01 keeps 99%)."
+        )
+
+
+def _pool(spectra: Sequence[torch.Tensor], minimum: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What may be dropped of all spectra, ascending, and which spectrum each value is of."""
+    rest = [_checked_spectrum(sigma).cpu()[minimum:] for sigma in spectra]
+    owners = [torch.full((len(values),), number) for number, values in enumerate(rest)]
+    # Stable, so that equal values are dropped in the same order in every process.
+    order = torch.cat(rest).argsort(stable=True)
+    return torch.cat(rest)[order], torch.cat(owners)[order]
+
+
+def _ranks_without(n_dropped: int, owners: torch.Tensor, spectra: Sequence[torch.Tensor]) -> list[int]:
+    dropped = torch.bincount(owners[:n_dropped], minlength=len(spectra)).tolist()
+    return [len(sigma) - number for sigma, number in zip(spectra, dropped)]
 
 
 def _checked_spectrum(sigma: torch.Tensor) -> torch.Tensor:

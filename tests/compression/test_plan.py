@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -143,3 +146,67 @@ def test_the_gate_is_not_decided_by_rounding(size: int, new: int, gate: float) -
     plan = plan_reduction({"a": torch.ones(size)}, {"a": size}, config, Moment(1, 1, {"a": size}))
     fixed = CompreSSMConfig(strategy="fixed", keep_ratio=new / size, minimum_reduction=gate)
     assert plan["a"].new_size == plan_reduction({"a": torch.ones(size)}, {"a": size}, fixed)["a"].new_size == new
+
+
+LOUD = 100 * spectrum(8, 4, 2, 1, 0.5, 0.25, 0.125, 0.0625)
+QUIET = LOUD / 1000
+
+
+def test_one_budget_spends_states_where_the_energy_is() -> None:
+    own = CompreSSMConfig(tolerance=0.05, uniform=False)
+    assert new_sizes({"a": LOUD, "b": QUIET}, own) == {"a": 5, "b": 5}
+    assert new_sizes({"a": LOUD, "b": QUIET}, replace(own, budget="model")) == {"a": 5, "b": 1}
+    assert new_sizes({"a": LOUD, "b": QUIET}, replace(own, budget="model", min_state_size=3)) == {"a": 5, "b": 3}
+    assert new_sizes({"a": LOUD, "b": QUIET}, replace(own, budget="model", multiple_of=4)) == {"a": 8, "b": 4}
+
+
+@given(
+    values=st.lists(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=5), min_size=2, max_size=3),
+    tolerance=st.floats(1e-3, 0.9),
+    uniform=st.booleans(),
+)
+def test_one_budget_keeps_the_fewest_states_of_all_choices(values, tolerance, uniform) -> None:
+    spectra = {str(i): torch.tensor(sorted(v, reverse=True), dtype=torch.float64) for i, v in enumerate(values)}
+    config = CompreSSMConfig(tolerance=tolerance, uniform=uniform, budget="model", minimum_reduction=0.0)
+    found = list(new_sizes(spectra, config).values())
+    choices = itertools.product(*(range(1, len(v) + 1) for v in values))
+    if uniform:
+        choices = [tuple(min(size, len(v)) for v in values) for size in range(1, 6)]
+    lost = {ranks: float(sum(sigma[rank:].sum() for sigma, rank in zip(spectra.values(), ranks))) for ranks in choices}
+    allowed = tolerance * sum(map(sum, values))
+    assert lost[tuple(found)] <= allowed * (1 + 1e-9)
+    assert sum(found) <= min(sum(ranks) for ranks in lost if lost[ranks] <= allowed * (1 - 1e-9))
+
+
+def test_a_layer_whose_spectrum_is_zero_gives_no_states_to_others() -> None:
+    spectra = {"a": LOUD, "zero": torch.zeros(8, dtype=torch.float64)}
+    config = CompreSSMConfig(tolerance=0.05, budget="model")
+    assert new_sizes(spectra, replace(config, uniform=False)) == {"a": 5, "zero": 8}
+    assert new_sizes(spectra, config) == {"a": 8, "zero": 8}
+    fixed = CompreSSMConfig(strategy="fixed", budget="model", uniform=False)
+    assert new_sizes(spectra, fixed) == {"a": 4, "zero": 4}
+
+
+def test_a_share_of_all_states_is_spent_where_the_energy_is() -> None:
+    config = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, uniform=False, budget="model")
+    assert new_sizes({"a": LOUD, "b": QUIET}, config) == {"a": 7, "b": 1}
+    assert new_sizes({"a": LOUD, "b": QUIET}, replace(config, uniform=True)) == {"a": 4, "b": 4}
+
+
+def test_a_target_is_reached_by_all_layers_together_though_each_changes_its_share() -> None:
+    config = CompreSSMConfig(strategy="target", target_state_size=3, uniform=False, budget="model")
+    spectra, original = {"a": LOUD, "b": QUIET}, {"a": 8, "b": 8}
+    first = plan_reduction(spectra, original, config, Moment(1, 2, original))
+    sizes = {name: layer.new_size for name, layer in first.items()}
+    assert sum(sizes.values()) == 10 and sizes["a"] == 8  # 16 states, two equal ratios down to 6
+    # Now the other layer is the loud one.
+    spectra = {"a": QUIET[: sizes["a"]], "b": LOUD[: sizes["b"]]}
+    second = plan_reduction(spectra, sizes, config, Moment(2, 2, original))
+    assert {name: layer.new_size for name, layer in second.items()} == {"a": 4, "b": 2}
+
+
+def test_layers_that_wait_share_no_budget_with_those_that_are_cut_without_them() -> None:
+    config = CompreSSMConfig(tolerance=0.05, uniform=False, budget="model")
+    sizes = {"a": 8, "b": 8}
+    plan = plan_reduction({"a": LOUD, "b": QUIET}, sizes, config, Moment(1, 2, sizes, waiting=frozenset({"a"})))
+    assert (plan["a"].new_size, plan["b"].new_size) == (8, 5)
