@@ -1,0 +1,102 @@
+"""Training runs whose model needs a compressed class: sizes that differ between layers, and mixed states."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, disable_fast_cpu_scan
+from hf_compressm.architectures import find_layers
+from hf_compressm.errors import UnsupportedModelError
+from tests.cases import logits_of, tiny_jamba, tiny_mamba, tiny_mamba2, token_batch
+from tests.training.test_callback import Notes, make_trainer
+from tests.training.test_resume import SAVES, StopAt
+
+ONE_BUDGET = CompreSSMConfig(
+    strategy="fixed", keep_ratio=0.6, window=(0.0, 0.5), interval=5, uniform=False, budget="model"
+)
+FAMILIES = [tiny_mamba, tiny_mamba2, tiny_jamba]
+
+every_family = pytest.mark.parametrize("build", FAMILIES, ids=lambda build: build.__name__)
+
+
+@pytest.fixture(autouse=True)
+def _switch_off_afterwards():
+    yield
+    disable_fast_cpu_scan()
+
+
+def sizes_of(model) -> list[int]:
+    return [layer.state_size for layer in find_layers(model)]
+
+
+@every_family
+@pytest.mark.parametrize("stop", [7, 12])
+def test_a_run_with_one_budget_resumes_in_the_stock_model_and_loads_from_its_folder(build, stop, tmp_path) -> None:
+    whole, parts, rest = Notes(), Notes(), Notes()
+    reference = make_trainer(tmp_path / "whole", CompreSSMCallback(ONE_BUDGET), build(), callbacks=[whole],
+                             **{**SAVES, "save_strategy": "no"})  # fmt: skip
+    reference.train()
+    sizes = sizes_of(reference.model)
+    assert len(set(sizes)) > 1 and sum(sizes) == 6  # of 16 states 10 were left, then 6
+
+    make_trainer(
+        tmp_path / "parts", CompreSSMCallback(ONE_BUDGET), build(), callbacks=[parts, StopAt(stop)], **SAVES
+    ).train()
+    resumed = build()
+    trainer = make_trainer(tmp_path / "parts", CompreSSMCallback(ONE_BUDGET), resumed, callbacks=[rest], **SAVES)
+    trainer.train(resume_from_checkpoint=True)
+    assert sizes_of(resumed) == sizes
+    assert parts.losses[:stop] + rest.losses[-(20 - stop) :] == pytest.approx(whole.losses, rel=1e-5)
+    expected = reference.model.state_dict()
+    assert resumed.state_dict().keys() == expected.keys()
+    for name, tensor in resumed.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert type(loaded).__name__ == type(resumed).__name__ == f"Compressed{build().__class__.__name__}"
+    assert loaded.config.state_sizes == sizes
+    batch, prompt = token_batch(), token_batch(batch=2, length=7)["input_ids"]
+    torch.testing.assert_close(logits_of(loaded, batch), logits_of(resumed.eval(), batch), rtol=1e-5, atol=1e-6)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    generated = loaded.generate(prompt, **settings)
+    assert torch.equal(generated, loaded.generate(prompt, use_cache=False, **settings))
+
+
+@every_family
+@pytest.mark.parametrize("best_step, total", [(3, 16), (7, 10), (20, 6)])
+def test_the_best_checkpoint_gives_its_form_back(build, best_step: int, total: int, tmp_path) -> None:
+    kept = {}
+
+    class Judge(TrainerCallback):
+        """Lets one step look best."""
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == best_step:
+                kept.update(copy.deepcopy(model.state_dict()), model_class=type(model))
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_loss"] = 0.0 if state.global_step == best_step else 1.0 + state.global_step
+
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 2}
+    trainer = make_trainer(tmp_path, CompreSSMCallback(ONE_BUDGET), build(), callbacks=[Judge()], **SAVES, **settings)
+    trainer.train()
+    model = trainer.model
+    assert sum(sizes_of(model)) == total
+    assert type(model) is kept.pop("model_class")
+    assert model.state_dict().keys() == kept.keys()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("build", [tiny_mamba2, tiny_jamba], ids=lambda build: build.__name__)
+def test_with_stock_sizes_that_differ_are_refused_before_the_first_step(build, tmp_path) -> None:
+    callback = CompreSSMCallback(replace(ONE_BUDGET, stock=True))
+    model = build()
+    with pytest.raises(UnsupportedModelError, match="uniform=False would give each layer its own state size"):
+        make_trainer(tmp_path, callback, model).train()
+    assert sizes_of(model) == [8, 8]
