@@ -14,11 +14,11 @@ from . import (
     zamba,
     zamba2,
 )
+from .axis_map import AxisMap
 from .axis_selection import AxisSelection
 from .base import (
     ABSENT,
     AttributeChange,
-    AxisMap,
     LayerReduction,
     ParameterAddition,
     ParameterChange,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DimensionError
-from .base import AxisMap
+from .axis_map import AxisMap
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..systems import Truncation
+from .axis_map import AxisMap
 from .axis_selection import AxisSelection
-from .base import AttributeChange, AxisMap, LayerReduction, ParameterChange, successor
+from .base import AttributeChange, LayerReduction, ParameterChange, successor
 from .mamba import MambaLayer, projection_rows, variance_shares
 from .mixable import MixableLayer
 

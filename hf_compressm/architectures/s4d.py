@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..systems import DiagonalLTI, Truncation
-from .base import AxisMap
+from .axis_map import AxisMap
 from .modal_map import ModalMap
 from .registry import register
 from .time_invariant import TimeInvariantLayer, clamped_poles, picked

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..systems import Truncation
-from .base import AxisMap, LayerReduction, ParameterChange, ScanObserver, successor
+from .axis_map import AxisMap
+from .base import LayerReduction, ParameterChange, ScanObserver, successor
 from .mamba import projection_maps, projection_rows, variance_shares
 from .registry import register
 from .scan_inputs import ScanInputs

@@ -1,9 +1,10 @@
 """
-Models that transformers does not have: LRU, S4D, and sequence classifiers on Mamba and Mamba-2.
+Models that transformers does not have: LRU, S4D, sequence classifiers on Mamba and Mamba-2, and compressed models.
 
 Importing this package registers them with the Auto classes.
 """
 
+from .compressed.registration import register_configurations
 from .lru import LRUConfig, LRUForCausalLM, LRUForSequenceClassification, LRUModel
 from .mamba_classifiers import (
     Mamba2ClassifierConfig,
@@ -12,6 +13,8 @@ from .mamba_classifiers import (
     MambaForSequenceClassification,
 )
 from .s4d import S4DConfig, S4DForCausalLM, S4DForSequenceClassification, S4DModel
+
+register_configurations()
 
 __all__ = [
     "LRUConfig",

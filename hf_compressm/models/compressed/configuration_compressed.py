@@ -8,6 +8,7 @@ they are first asked for.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -31,13 +32,21 @@ STATE_SIZE_NAMES = {
 
 LARGEST_STATE_SIZE = 65536
 
+when_first_built: list[Callable[[type[PreTrainedConfig]], None]] = []
+"""Called once with each compressed configuration class, just before its first configuration is built."""
+
 _made: dict[str, type[PreTrainedConfig]] = {}
+_built: set[type[PreTrainedConfig]] = set()
 
 
 class CompressedStates:
     """What a compressed configuration adds to that of transformers."""
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if type(self) not in _built:
+            _built.add(type(self))
+            for call in when_first_built:
+                call(type(self))
         super().__post_init__(**kwargs)
         validate_sizes(self)
 

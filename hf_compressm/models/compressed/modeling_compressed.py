@@ -19,7 +19,7 @@ from .configuration_compressed import PREFIX, STATE_SIZE_NAMES, compressed_confi
 from .mixing import FOLDED_MIXERS, MULTI_HEAD_MIXERS, NORMED_MIXERS, mix
 
 _MIXERS = {**FOLDED_MIXERS, **NORMED_MIXERS, **MULTI_HEAD_MIXERS}
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "Model": "AutoModel",
@@ -120,7 +120,7 @@ def compressed_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel
             "config_class": config_class,
         }
         made = type(name, (CompressedStates, stock), namespace)
-        auto_class = next((auto for end, auto in _AUTO_CLASSES.items() if name.endswith(end)), None)
+        auto_class = next((auto for end, auto in AUTO_CLASSES.items() if name.endswith(end)), None)
         if auto_class is not None:
             made.register_for_auto_class(auto_class)
         _convert_checkpoints_alike(config_class.model_type, stock.config_class.model_type)
