@@ -39,6 +39,14 @@ class CalibrationError(CompreSSMError, RuntimeError):
     """The data pass that estimates Gramians could not be completed."""
 
 
+class OtherProcessError(CalibrationError):
+    """Another process of the training could not complete a check; nothing was changed in any of them."""
+
+
+class DisagreementError(CompreSSMError, RuntimeError):
+    """The processes of a training do not agree on what is to be done; nothing was changed in any of them."""
+
+
 class CardError(CompreSSMError, ValueError):
     """A model card that is there cannot be read, so that nothing can be added to it."""
 

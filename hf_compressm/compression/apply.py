@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import nn
@@ -103,6 +103,44 @@ class ModelChange:
             module._parameters[name] = old
         for module, name, old, _ in self._slots:
             setattr(module, name, old)
+
+
+@dataclass(frozen=True)
+class DoneLast:
+    """
+    The commit of a change that looks at what other changes have written: it stands behind them.
+
+    Args:
+        change (`Change`): The change; [`UndoneLast`] holds its other half.
+    """
+
+    change: Change
+
+    def commit(self) -> None:
+        """Commit the change."""
+        self.change.commit()
+
+    def rollback(self) -> None:
+        """Nothing: what it looks at has not been put back yet."""
+
+
+@dataclass(frozen=True)
+class UndoneLast:
+    """
+    The rollback of a change that looks at what other changes have put back: it stands before them.
+
+    Args:
+        change (`Change`): The change; [`DoneLast`] holds its other half.
+    """
+
+    change: Change
+
+    def commit(self) -> None:
+        """Nothing: what it looks at has not been written yet."""
+
+    def rollback(self) -> None:
+        """Roll the change back."""
+        self.change.rollback()
 
 
 def commit_together(changes: Sequence[Change]) -> None:

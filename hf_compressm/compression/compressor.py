@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,21 +17,27 @@ from ..architectures import (
     LayerReduction,
     ParameterChange,
     StateSpaceLayer,
-    SumOverProcesses,
     all_changes,
     can_hold_forms,
     fast_cpu_scan,
     find_layers,
 )
 from ..config import CompreSSMConfig
-from ..errors import CalibrationError, TruncationError, UnsupportedModelError
+from ..errors import (
+    CalibrationError,
+    DisagreementError,
+    OtherProcessError,
+    TruncationError,
+    UnsupportedModelError,
+)
 from ..systems import Truncation, rank_correlation
-from .apply import Change, ModelChange, commit_together, roll_back_together
+from .apply import Change, DoneLast, ModelChange, UndoneLast, commit_together, roll_back_together
 from .calibration import Calibration, LossFunction, calibrate, evaluate_loss
 from .copies import copy_changes
 from .moment import is_finished, moment_of
 from .optimizer import OptimizerChange
 from .plan import LayerPlan, plan_reduction
+from .processes import Processes, SingleProcess
 from .record import CheckRecord, LayerRecord
 from .snapshot import Snapshot
 
@@ -50,7 +57,7 @@ class Compressor:
         optimizer (`torch.optim.Optimizer`, *optional*): Trains the model: its groups get the new parameters, its
             moments are carried over.
         followers (`Sequence[Follow]`, *optional*): What else changes together with the model.
-        sum_over_processes (`Callable`, *optional*): Adds a tensor over all processes.
+        processes ([`~compression.processes.Processes`], *optional*): The processes that train the model together.
         find_copies (`Callable`, *optional*): Returns modules, or dictionaries of tensors by parameter name, that may be
             copies of the model's weights (an average over steps, say) and are cut with it where they are.
         progress (`bool`, *optional*): Show progress bars; when unset, only on a terminal.
@@ -67,7 +74,7 @@ class Compressor:
         loss_function: LossFunction | None = None,
         optimizer: Any = None,
         followers: Sequence[Follow] = (),
-        sum_over_processes: SumOverProcesses | None = None,
+        processes: Processes | None = None,
         find_copies: Callable[[], Iterable[Any]] = tuple,
         progress: bool | None = None,
     ) -> None:
@@ -79,7 +86,7 @@ class Compressor:
         self._loss_function = loss_function
         self._optimizer = optimizer
         self._followers = list(followers)
-        self._sum_over_processes = sum_over_processes
+        self._processes = processes or SingleProcess()
         self._find_copies = find_copies
         self._cut_copies: list[Change] = []
         self._progress = progress
@@ -140,6 +147,14 @@ class Compressor:
         Raises:
             [`~errors.CalibrationError`]: the batches give no finite loss or Gramians. Nothing was changed.
         """
+        try:
+            return self._check(batches, step, number, total)
+        except BaseException as error:
+            if not isinstance(error, (OtherProcessError, DisagreementError)):
+                self._processes.failed(error)
+            raise
+
+    def _check(self, batches: Sequence[Any], step: int | None, number: int, total: int) -> CheckRecord:
         start = time.perf_counter()
         seed = _combined_seed(self.config.seed, step)
         parameters = self._count_parameters()
@@ -150,7 +165,7 @@ class Compressor:
                 batches,
                 gramians=self.config.gramians,
                 loss_function=self._loss_function,
-                sum_over_processes=self._sum_over_processes,
+                sum_over_processes=self._processes.sum,
                 seed=seed,
                 progress=self._progress,
             )
@@ -278,7 +293,10 @@ class Compressor:
             return _Result("kept", f"the spectra ask for {wanted} of {size} states", calibration.loss)
         truncations, reductions, failures = self._prepare(plan, calibration, seed)
         if failures and (self.config.uniform or not reductions):
+            self._processes.agree("how to cut", {"failures": failures})
             return _Result("skipped", f"a truncation failed its checks: {'; '.join(failures)}", calibration.loss)
+        facts = {name: _fingerprint(truncation) for name, truncation in truncations.items()}
+        self._processes.agree("how to cut", {**facts, "failures": failures})
         snapshot = self._snapshot(reductions)
         self._cut_copies = copy_changes(self._find_copies(), self.model, self.layers, truncations)
         changes = [*self._changes(reductions), *self._cut_copies]
@@ -320,7 +338,8 @@ class Compressor:
         changes: list[Change] = [model_change]
         if self._optimizer is not None:
             changes.append(OptimizerChange.of(self._optimizer, model_change, self.config.optimizer_moments))
-        return [*changes, *(follow(model_change.parameters) for follow in self._followers)]
+        followers = [follow(model_change.parameters) for follow in self._followers]
+        return [*map(UndoneLast, followers), *changes, *map(DoneLast, followers)]
 
     def _snapshot(self, reductions: Sequence[LayerReduction]) -> Snapshot | None:
         if not self.config.can_roll_back:
@@ -329,7 +348,7 @@ class Compressor:
         return Snapshot.of([reduction.layer for reduction in reductions], self._optimizer, only=replaced)
 
     def _loss(self, batches: Sequence[Any]) -> float:
-        return evaluate_loss(self.model, batches, self._loss_function, self._sum_over_processes)
+        return evaluate_loss(self.model, batches, self._loss_function, self._processes.sum)
 
     def _layer_records(
         self,
@@ -371,6 +390,15 @@ class _Result:
     reason: str
     loss_after: float | None
     truncations: dict[str, Truncation] = field(default_factory=dict)
+
+
+def _fingerprint(truncation: Truncation) -> str:
+    """A digest of every number in a truncation."""
+    digest = hashlib.sha256()
+    for tensor in (truncation.T, truncation.W):
+        digest.update(repr((tensor.shape, tensor.dtype)).encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _correlation(previous: Tensor | None, scores: Tensor) -> float | None:

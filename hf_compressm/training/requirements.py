@@ -11,17 +11,16 @@ def require_plain_run(args: TrainingArguments) -> None:
     """
     Refuse a run whose wrapper keeps copies or buckets of the parameters that a cut would leave stale.
 
-    A data-parallel wrapper whose parameters were replaced trains on without reducing their gradients and without any
-    error, so the refusal comes before the first step.
+    The refusal comes before the first step. Several processes under DistributedDataParallel are no reason for one: its
+    reducer is made anew with every cut (see `data_parallel.py`).
 
     Args:
         args (`transformers.TrainingArguments`): The run's arguments.
 
     Raises:
-        [`~errors.UnsupportedModelError`]: the run has several processes or GPUs, or uses FSDP or DeepSpeed.
+        [`~errors.UnsupportedModelError`]: the run spreads one process over several GPUs, or uses FSDP or DeepSpeed.
     """
     problems = [
-        (args.world_size > 1, f"runs in {args.world_size} processes"),
         (args.n_gpu > 1, f"spreads one process over {args.n_gpu} GPUs with DataParallel"),
         (bool(args.fsdp), "uses FSDP"),
         (bool(args.deepspeed), "uses DeepSpeed"),
@@ -30,5 +29,6 @@ def require_plain_run(args: TrainingArguments) -> None:
     if found:
         raise UnsupportedModelError(
             f"this training {' and '.join(found)}, whose wrapper would not notice that a parameter became smaller. "
-            "Train in one process on one device, or train without the callback and use compress() afterwards."
+            "Train in one process, or with one process a device (torchrun) under DistributedDataParallel, or train "
+            "without the callback and use compress() afterwards."
         )

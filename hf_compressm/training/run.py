@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..compression import (
     sizes_after,
     write_history,
 )
+from ..compression.processes import SingleProcess
 from ..config import CompreSSMConfig
 from ..errors import (
     CalibrationError,
@@ -39,6 +41,8 @@ from ..errors import (
 from ..ops import compile_kernels
 from .batches import training_batches
 from .checkpoints import mark_active, mark_ended
+from .data_parallel import ReducerChange, WrapperFinder, rebuild_stale_reducers
+from .distributed import processes_of_training, run_facts
 from .requirements import require_plain_run
 from .resume import SavedRun
 from .rollback import EvaluationWatch
@@ -92,6 +96,8 @@ class CompressionRun:
         self._averaged_weights = averaged_weights
         if any(type(other) is type(callback) for other in self._neighbours):
             raise ConfigurationError("the Trainer has two CompreSSMCallbacks; one has to hold all settings.")
+        self._processes = processes_of_training()
+        self._finder = None if isinstance(self._processes, SingleProcess) else WrapperFinder(model)
         show = state.is_world_process_zero and not args.disable_tqdm
         self._compressor = Compressor(
             model,
@@ -99,8 +105,13 @@ class CompressionRun:
             loss_function=loss_function,
             optimizer=optimizer,
             find_copies=self._averages,
+            processes=self._processes,
+            followers=[] if self._finder is None else [partial(ReducerChange, self._finder)],
             progress=None if show else False,
         )
+        self._processes.agree("the training", run_facts(config, self._compressor.sizes))
+        if self._finder is not None:
+            rebuild_stale_reducers(model)
         parameters = [p for layer in self._compressor.layers for p in layer.state_parameters().values()]
         require_trained(optimizer, parameters)
         self._resume(saved)
@@ -115,7 +126,8 @@ class CompressionRun:
             train_dataloader,
             args.train_batch_size,
             config.calibration_batches,
-            args.seed + config.seed,
+            # Each process looks at examples of its own.
+            args.seed + config.seed + 7919 * args.process_index,
             given=calibration_batches,
         )
         self._trackers = trackers_among(self._neighbours)
@@ -184,8 +196,10 @@ class CompressionRun:
         return Path(self._args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self._state.global_step}"
 
     def ended(self) -> None:
-        """Let go of the training data."""
+        """Let go of the training data and the wrapper."""
         self._batches.close()
+        if self._finder is not None:
+            self._finder.close()
         mark_ended(self._args.output_dir)
         if self._compressor.snapshot is not None:
             self._compressor.snapshot = None

@@ -1,0 +1,52 @@
+"""What a check needs of the other processes of a training: sums, agreement, and word of a failure."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Processes(Protocol):
+    """The processes that train one model together."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """
+        The sum of a float64 tensor over all processes.
+
+        Raises:
+            [`~errors.OtherProcessError`]: another process has failed before it came here.
+        """
+        ...
+
+    def agree(self, subject: str, facts: dict[str, Any]) -> None:
+        """
+        Make sure that all processes say the same.
+
+        Args:
+            subject (`str`): What the facts are about, for the message.
+            facts (`dict`): Facts by name, with values that `repr` tells apart.
+
+        Raises:
+            [`~errors.OtherProcessError`]: another process has failed before it came here.
+            [`~errors.DisagreementError`]: some facts differ; raised in every process.
+        """
+        ...
+
+    def failed(self, error: BaseException) -> None:
+        """Tell the others, who wait in [`sum`] or [`agree`], that this process will not come."""
+        ...
+
+
+class SingleProcess:
+    """A training in one process."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+    def agree(self, subject: str, facts: dict[str, Any]) -> None:
+        """Nothing: one process agrees with itself."""
+
+    def failed(self, error: BaseException) -> None:
+        """Nothing: nobody waits."""

@@ -1,0 +1,119 @@
+"""A data-parallel wrapper learns of parameters that were replaced below it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..architectures import ParameterChange
+from ..errors import UnsupportedModelError
+
+
+class WrapperFinder:
+    """
+    Finds the wrapper of a model, which the Trainer shows to no callback.
+
+    Args:
+        model (`torch.nn.Module`): The model as the callback gets it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._found: DistributedDataParallel | None = None
+        self._handle = torch.nn.modules.module.register_module_forward_pre_hook(self._look)
+
+    def _look(self, module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, DistributedDataParallel) and module.module is self._model:
+            self._found = module
+            self.close()
+
+    def wrapper(self) -> DistributedDataParallel:
+        """
+        The wrapper.
+
+        Raises:
+            [`~errors.UnsupportedModelError`]: there is none, so that nobody would reduce the new parameters' gradients.
+        """
+        if self._found is None:
+            found = wrappers_of(self._model)
+            if not found:
+                raise UnsupportedModelError(
+                    "several processes train the model, and it is not inside a DistributedDataParallel wrapper: the "
+                    "gradients of what a cut replaces would not be averaged. Train with the Trainer's own wrapper, or "
+                    "in one process."
+                )
+            self._found = found[-1]
+        return self._found
+
+    def close(self) -> None:
+        """Look no further."""
+        self._handle.remove()
+
+
+def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
+    """All data-parallel wrappers of a model that are alive."""
+    # `isinstance` would ask dead weak references for their class.
+    return [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel) and o.module is model]
+
+
+class ReducerChange:
+    """
+    A wrapper whose reducer is made anew for the parameters that the model has by then.
+
+    Args:
+        finder ([`WrapperFinder`]): Finds the wrapper.
+        parameters (`Sequence[ParameterChange]`): What is replaced below it.
+    """
+
+    def __init__(self, finder: WrapperFinder, parameters: Sequence[ParameterChange] = ()) -> None:
+        self._wrapper = finder.wrapper()
+
+    def commit(self) -> None:
+        """Make the reducer for the new parameters."""
+        rebuild_reducer(self._wrapper)
+
+    def rollback(self) -> None:
+        """Make the reducer for the old parameters, which are back."""
+        rebuild_reducer(self._wrapper)
+
+
+def rebuild_reducer(wrapper: DistributedDataParallel) -> None:
+    """
+    Give a wrapper buckets and hooks for the present parameters of its module; all processes have to call it together.
+
+    The old reducer goes first: a node of its graph that stays alive would check new gradients against old shapes. What
+    is used here is what `DistributedDataParallel.__init__` does (torch 2.13); torch has no public way.
+
+    Args:
+        wrapper (`torch.nn.parallel.DistributedDataParallel`): The wrapper, between two steps.
+    """
+    hooks = list(wrapper._comm_hooks)
+    wrapper._remove_autograd_hooks()
+    ignored = wrapper.parameters_to_ignore
+    wrapper._module_parameters = [p for name, p in wrapper.module.named_parameters() if name not in ignored]
+    wrapper.logger = None
+    wrapper.reducer = None
+    parameters, expect_sparse_gradient = wrapper._build_params_for_reducer()
+    names = wrapper._build_debug_param_to_name_mapping(parameters)
+    wrapper._ddp_init_helper(parameters, expect_sparse_gradient, names, wrapper.static_graph)
+    wrapper._has_rebuilt_buckets = False
+    if wrapper.static_graph:
+        wrapper.reducer._set_static_graph()
+        wrapper.logger._set_static_graph()
+        wrapper._static_graph_delay_allreduce_enqueued = False
+    wrapper._comm_hooks = []
+    for hook, state in hooks:
+        wrapper.register_comm_hook(state, hook)
+
+
+def rebuild_stale_reducers(model: nn.Module) -> None:
+    """Rebuild the wrappers of a model that has changed behind their back, as a load of its best checkpoint does."""
+    present = {id(parameter) for parameter in model.parameters()}
+    for wrapper in wrappers_of(model):
+        if {id(parameter) for parameter in wrapper._module_parameters} != present:
+            rebuild_reducer(wrapper)

@@ -1,0 +1,92 @@
+"""The processes of a training, as `torch.distributed` knows them: sums, agreement, and word of a failure."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..compression.processes import Processes, SingleProcess
+from ..config import CompreSSMConfig
+from ..errors import DisagreementError, OtherProcessError
+
+_LIBRARIES = ("hf-compressm", "torch", "transformers", "accelerate")
+
+
+def processes_of_training() -> Processes:
+    """The default process group, or one process where there is none."""
+    initialised = dist.is_available() and dist.is_initialized()
+    return DistributedProcesses() if initialised and dist.get_world_size() > 1 else SingleProcess()
+
+
+def run_facts(config: CompreSSMConfig, layers: dict[str, int]) -> dict[str, Any]:
+    """
+    What has to be the same in all processes before a training starts.
+
+    Args:
+        config ([`CompreSSMConfig`]): The settings.
+        layers (`dict[str, int]`): State size of each layer, by its name.
+    """
+    facts = {f"setting {name}": value for name, value in config.to_dict().items()}
+    for library in _LIBRARIES:
+        try:
+            facts[f"version of {library}"] = version(library)
+        except PackageNotFoundError:
+            facts[f"version of {library}"] = None
+    return {**facts, "state sizes": layers}
+
+
+class DistributedProcesses:
+    """
+    All processes of the default process group.
+
+    Before every sum the processes tell each other whether they are well, so that one which has failed keeps none of the
+    others waiting.
+    """
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, in its own dtype and on its device."""
+        self._exchange(None)
+        # NCCL sums what is on its device only.
+        on_device = dist.get_backend() == "nccl" and tensor.device.type != "cuda"
+        summed = tensor.detach().to(torch.device("cuda", torch.cuda.current_device()) if on_device else tensor.device)
+        summed = summed.clone() if summed is tensor else summed.contiguous()
+        dist.all_reduce(summed)
+        return summed.to(tensor.device)
+
+    def agree(self, subject: str, facts: dict[str, Any]) -> None:
+        """Make sure that all processes say the same."""
+        digests = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in facts.items()}
+        everyone = self._exchange(digests)
+        differing = {
+            rank: sorted(name for name in {**everyone[0], **told} if told.get(name) != everyone[0].get(name))
+            for rank, told in enumerate(everyone)
+            if told != everyone[0]
+        }
+        if differing:
+            ranks = "; ".join(f"process {rank} in {', '.join(names)}" for rank, names in differing.items())
+            raise DisagreementError(
+                f"the processes do not agree on {subject}. Different from process 0: {ranks}. Start all with the "
+                "same settings, data and library versions. Nothing was changed."
+            )
+
+    def failed(self, error: BaseException) -> None:
+        """Tell the others, who wait in [`sum`] or [`agree`], that this process will not come."""
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, f"{type(error).__name__}: {error}")
+
+    def _exchange(self, payload: Any) -> list[Any]:
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, {"told": payload})
+        failures = {rank: entry for rank, entry in enumerate(told) if isinstance(entry, str)}
+        if failures:
+            listed = "; ".join(f"process {rank}: {message}" for rank, message in failures.items())
+            raise OtherProcessError(f"another process could not complete the check ({listed}). Nothing was changed.")
+        return [entry["told"] for entry in told]

@@ -1,0 +1,217 @@
+"""
+Trains tiny models in the processes that a launcher has started, and writes what each process ends with.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/distributed/worker.py FOLDER CASE ...
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMError  # noqa: E402
+from hf_compressm.training import data_parallel  # noqa: E402
+from tests.cases import VOCABULARY, tiny_lru, tiny_mamba  # noqa: E402
+from tests.selective_models import tiny_mamba2  # noqa: E402
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+JOINT_BATCH = 8
+STEPS = 9
+
+
+def rows(count: int, seed: int) -> torch.Tensor:
+    """Random tokens, the same in every process."""
+    return torch.randint(0, VOCABULARY, (count, 12), generator=torch.Generator().manual_seed(seed))
+
+
+def dataset() -> Dataset:
+    """The training set."""
+    tokens = rows(JOINT_BATCH * STEPS, seed=1).tolist()
+    return Dataset.from_dict({"input_ids": tokens, "labels": tokens}).with_format("torch")
+
+
+def calibration_batch() -> dict[str, torch.Tensor]:
+    """This process's share of the joint calibration batch."""
+    mine = rows(JOINT_BATCH, seed=2).chunk(WORLD)[RANK]
+    return {"input_ids": mine, "labels": mine}
+
+
+class Watch(TrainerCallback):
+    """Counts what the reducer does, by a communication hook, and sees whether what was replaced is freed."""
+
+    def __init__(self) -> None:
+        self.buckets: list[int] = []
+        self.old: list[weakref.ref] = []
+        self.wrapper: Any = None
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if state.global_step != 1 or WORLD == 1:
+            return
+        self.wrapper = data_parallel.wrappers_of(model)[0]
+        self.old = [weakref.ref(self.wrapper.reducer), *(weakref.ref(p) for p in model.parameters())]
+        average = torch.distributed.algorithms.ddp_comm_hooks.default_hooks.allreduce_hook
+
+        def count(group, bucket):
+            self.buckets.append(bucket.buffer().numel())
+            return average(group, bucket)
+
+        self.wrapper.register_comm_hook(None, count)
+
+
+def train(
+    build: Callable[[], torch.nn.Module],
+    folder: Path,
+    resume: str | None = None,
+    callbacks: tuple[TrainerCallback, ...] = (),
+    steps: int = STEPS,
+    config: dict[str, Any] | None = None,
+    **settings: Any,
+) -> tuple[Trainer, CompreSSMCallback]:
+    """One training in all processes, cut after the steps 3 and 6."""
+    accumulation = settings.get("gradient_accumulation_steps", 1)
+    args = TrainingArguments(
+        output_dir=folder, max_steps=steps, per_device_train_batch_size=JOINT_BATCH // WORLD // accumulation,
+        learning_rate=1e-2, lr_scheduler_type="linear", report_to="none", use_cpu=True, disable_tqdm=True,
+        logging_steps=1, save_strategy="no", train_sampling_strategy="sequential", **settings,
+    )  # fmt: skip
+    config = {"strategy": "fixed", "keep_ratio": 0.5, "window": (3, 6), "interval": 3, **(config or {})}
+    callback = CompreSSMCallback(CompreSSMConfig(**config), calibration_batches=[calibration_batch()])
+    model = build()
+    trainer = Trainer(model=model, args=args, train_dataset=dataset(), callbacks=[callback, *callbacks])
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, callback
+
+
+def ended(trainer: Trainer, callback: CompreSSMCallback) -> dict[str, Any]:
+    """What a process ends with."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "parameters": {name: p.detach().clone() for name, p in trainer.model.named_parameters()},
+        "losses": losses,
+        "records": [(record.outcome, record.loss_before, record.loss_after) for record in callback.records],
+        "sizes": [layer.size_after for layer in callback.records[-1].layers],
+    }
+
+
+def plain(build: Callable[[], torch.nn.Module], **settings: Any) -> Callable[[Path], dict[str, Any]]:
+    """A case that trains with some settings."""
+    return lambda folder: ended(*train(build, folder, **settings))
+
+
+def watched(folder: Path) -> dict[str, Any]:
+    """What the reducer does, and what stays in memory."""
+    watch = Watch()
+    trainer, callback = train(tiny_mamba, folder, callbacks=(watch,), ddp_find_unused_parameters=False)
+    size = sum(p.numel() for p in trainer.model.parameters())
+    present = {id(p) for p in trainer.model.parameters()}
+    gc.collect()
+    alive = [ref() for ref in watch.old[1:] if ref() is not None and id(ref()) not in present]
+    freed = watch.old[0]() is not watch.wrapper.reducer
+    return {**ended(trainer, callback), "buckets": watch.buckets, "size": size, "stale": len(alive), "freed": freed}
+
+
+def without_rebuild(folder: Path) -> dict[str, Any]:
+    """The negative control: nobody tells the wrapper."""
+    rebuild = data_parallel.rebuild_reducer
+    data_parallel.rebuild_reducer = lambda wrapper: None
+    try:
+        return ended(*train(tiny_mamba, folder))
+    finally:
+        data_parallel.rebuild_reducer = rebuild
+
+
+def static_graph(folder: Path) -> dict[str, Any]:
+    """A wrapper with a static graph and gradients that are views of the buckets."""
+    from accelerate import DistributedDataParallelKwargs
+
+    class StaticTrainer(Trainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(
+                static_graph=True, gradient_as_bucket_view=True, find_unused_parameters=False
+            )
+
+    original, globals()["Trainer"] = Trainer, StaticTrainer
+    try:
+        return ended(*train(tiny_mamba, folder))
+    finally:
+        globals()["Trainer"] = original
+
+
+def refused(folder: Path, change: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The message that a process stops with."""
+    try:
+        train(tiny_mamba, folder, **change())
+    except CompreSSMError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"error": None}
+
+
+def different_settings(folder: Path) -> dict[str, Any]:
+    """Processes with another tolerance each."""
+    return refused(folder, lambda: {"config": {"keep_ratio": 0.5 + 0.1 * RANK}})
+
+
+def broken_process(folder: Path) -> dict[str, Any]:
+    """One process has a calibration batch without labels; all of them skip the checks and train on."""
+    global calibration_batch
+    whole = calibration_batch
+    if RANK == 1:
+        calibration_batch = lambda: {"input_ids": whole()["input_ids"]}  # noqa: E731
+    try:
+        return ended(*train(tiny_mamba, folder))
+    finally:
+        calibration_batch = whole
+
+
+def nan_process(folder: Path) -> dict[str, Any]:
+    """One process has an overflowing loss in its calibration; all of them skip the checks and train on."""
+    from hf_compressm.compression import calibration
+
+    finite = calibration._finite
+    if RANK == 1:
+        calibration._finite = lambda loss: finite(loss * float("nan"))
+    try:
+        return ended(*train(tiny_mamba, folder))
+    finally:
+        calibration._finite = finite
+
+
+def rolled_back(folder: Path) -> dict[str, Any]:
+    """A cut that is judged too bad by all processes together, and taken back."""
+    return ended(*train(tiny_mamba, folder, config={"rollback_tolerance": 1e-9, "keep_ratio": 0.1}))
+
+
+CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "mamba": plain(tiny_mamba),
+    "mamba2": plain(tiny_mamba2),
+    "lru": plain(tiny_lru),
+    "no_unused": plain(tiny_mamba, ddp_find_unused_parameters=False),
+    "accumulation": plain(tiny_mamba, gradient_accumulation_steps=2),
+    "compiled": plain(tiny_mamba, torch_compile=True, torch_compile_backend="eager"),
+    "static_graph": static_graph,
+    "watched": watched,
+    "without_rebuild": without_rebuild,
+    "different_settings": different_settings,
+    "broken_process": broken_process,
+    "nan_process": nan_process,
+    "rolled_back": rolled_back,
+}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    target = Path(sys.argv[1])
+    for case in sys.argv[2:]:
+        torch.save(CASES[case](target / f"{case}-{WORLD}"), target / f"{case}-{WORLD}-{RANK}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
