@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, disable_fast_cpu_scan
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress, disable_fast_cpu_scan
 from hf_compressm.architectures import find_layers
 from hf_compressm.errors import UnsupportedModelError
 from tests.cases import logits_of, tiny_jamba, tiny_mamba, tiny_mamba2, token_batch
+from tests.selective_models import tiny_bamba, tiny_falcon_h1, tiny_falcon_mamba, tiny_zamba
 from tests.training.test_callback import Notes, make_trainer
 from tests.training.test_resume import SAVES, StopAt
 
@@ -93,10 +94,25 @@ def test_the_best_checkpoint_gives_its_form_back(build, best_step: int, total: i
     assert all(torch.equal(kept[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("build", [tiny_mamba2, tiny_jamba], ids=lambda build: build.__name__)
-def test_with_stock_sizes_that_differ_are_refused_before_the_first_step(build, tmp_path) -> None:
-    callback = CompreSSMCallback(replace(ONE_BUDGET, stock=True))
+@pytest.mark.parametrize(
+    "build, settings",
+    [(tiny_mamba2, {"stock": True}), (tiny_jamba, {"stock": True}), (tiny_falcon_h1, {"reductor": "selection"})],
+    ids=["mamba2", "jamba", "falcon_h1"],
+)
+def test_sizes_that_no_checkpoint_holds_are_refused_before_the_first_step(build, settings, tmp_path) -> None:
+    callback = CompreSSMCallback(replace(ONE_BUDGET, **settings))
     model = build()
     with pytest.raises(UnsupportedModelError, match="uniform=False would give each layer its own state size"):
         make_trainer(tmp_path, callback, model).train()
     assert sizes_of(model) == [8, 8]
+
+
+def test_layers_of_any_family_whose_sizes_differ_load_again(tmp_path) -> None:
+    for build in (tiny_falcon_h1, tiny_bamba, tiny_falcon_mamba, tiny_zamba):
+        model = build()
+        compress(model, [token_batch()], replace(ONE_BUDGET, strategy="tolerance", tolerance=0.3))
+        assert min(sizes_of(model)) < 8
+        model.save_pretrained(tmp_path / build.__name__)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / build.__name__)
+        assert type(loaded) is type(model) and sizes_of(loaded) == sizes_of(model)
+        torch.testing.assert_close(logits_of(loaded.eval(), token_batch()), logits_of(model.eval(), token_batch()))
