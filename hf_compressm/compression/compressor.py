@@ -16,9 +16,7 @@ from tqdm.auto import tqdm
 from ..architectures import (
     LayerReduction,
     ParameterChange,
-    StateSpaceLayer,
     all_changes,
-    can_hold_forms,
     fast_cpu_scan,
     find_layers,
 )
@@ -28,7 +26,6 @@ from ..errors import (
     DisagreementError,
     OtherProcessError,
     TruncationError,
-    UnsupportedModelError,
 )
 from ..systems import Truncation, rank_correlation
 from .apply import Change, DoneLast, ModelChange, UndoneLast, commit_together, roll_back_together
@@ -39,6 +36,7 @@ from .optimizer import OptimizerChange
 from .plan import LayerPlan, plan_reduction
 from .processes import Processes, SingleProcess
 from .record import CheckRecord, LayerRecord
+from .requirements import chosen_reductors
 from .snapshot import Snapshot
 
 Follow = Callable[[Sequence[ParameterChange]], Change]
@@ -91,35 +89,7 @@ class Compressor:
         self._cut_copies: list[Change] = []
         self._progress = progress
         self._scores: dict[str, Tensor] = {}
-        self._reductors = {layer.name: self._reductor_of(layer) for layer in self.layers}
-        self._require_sizes_that_fit()
-
-    def _reductor_of(self, layer: StateSpaceLayer) -> str:
-        stock, name = self._needs_stock(layer), self.config.reductor
-        name = layer.default_reductor(stock) if name == "auto" else name
-        if name not in layer.reductors(stock):
-            raise UnsupportedModelError(
-                f"{layer.name} ({layer.family}) cannot hold what the reductor {name!r} gives"
-                f"{' in a stock model class' if name in layer.reductors(False) else ''}; "
-                f"choose one of {', '.join(sorted(layer.reductors(stock)))}."
-            )
-        return name
-
-    def _needs_stock(self, layer: StateSpaceLayer) -> bool:
-        """Whether a layer may only take a form that the model's present class holds."""
-        return self.config.stock or not can_hold_forms(self.model, layer)
-
-    def _require_sizes_that_fit(self) -> None:
-        fixed = [
-            layer.name
-            for layer in self.layers
-            if not layer.sizes_may_differ(self._needs_stock(layer), self._reductors[layer.name])
-        ]
-        if not self.config.uniform and len(self.layers) > 1 and fixed:
-            raise UnsupportedModelError(
-                f"uniform=False would give each layer its own state size, which the checkpoint of {fixed[0]} "
-                f"({self.layers[0].family}) cannot hold. Leave uniform=True."
-            )
+        self._reductors = chosen_reductors(model, self.layers, config)
 
     @property
     def sizes(self) -> dict[str, int]:
