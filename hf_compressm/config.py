@@ -14,8 +14,8 @@ from .validation import is_number, require_bool, require_choice, require_integer
 CONFIG_NAME = "compressm_config.json"
 
 STRATEGIES = ("tolerance", "fixed", "pragmatic", "target")
-BUDGETS = ("layer", "model")
 REDUCTORS = ("auto", "balanced", "interpolative", "selection")
+BUDGETS = ("layer", "model")
 SELECTION_SCORES = ("hankel", "readout_energy", "greedy")
 SELECTION_RULES = ("largest", "smallest", "random")
 GRAMIANS = ("loss_gradient", "white_noise", "averaged")
@@ -69,13 +69,9 @@ class CompreSSMConfig:
         uniform (`bool`, *optional*, defaults to `True`):
             Give all layers the size that the most demanding one needs, so that the stock model class loads the result.
         budget (`str`, *optional*, defaults to `"layer"`):
-            Whose energy, or states, a check reckons with. `"layer"`: every layer's own. `"model"`: those of all layers
-            together, so that states go where the Hankel energy is: under `"tolerance"` the fewest states in total that
-            keep `1 - tolerance` of the energy of all layers (with `uniform`, the smallest common size that does); under
-            the other strategies as many in total as with `"layer"`, those with the largest Hankel singular values (with
-            `uniform`, the same as `"layer"`). The values of different layers have one unit where `gramians` of
-            selective layers are `"loss_gradient"`; those of time-invariant layers depend on how each layer's input and
-            output are scaled. Sizes are rounded afterwards.
+            What the strategy `"tolerance"` holds the dropped Hankel energy against. `"layer"`: each layer against its
+            own. `"model"`: the sum over all layers against the sum of theirs, with the fewest states in the whole model
+            that keep it, so that layers with more energy keep more states; needs `uniform=False`.
         multiple_of (`int`, *optional*, defaults to 1):
             Round new sizes up to a multiple of this number, for kernels that prefer it.
         min_state_size (`int`, *optional*, defaults to 1):
@@ -105,8 +101,9 @@ class CompreSSMConfig:
             half the share that a fixed cut drops).
         selection_score (`str`, *optional*, defaults to `"hankel"`):
             What ranks the states under `"selection"`: `"hankel"` (the square root of the product of the two Gramians'
-            diagonals), `"readout_energy"` (the sum of \\( h_n^2 C_n^2 \\) over the data), or `"greedy"` (the states
-            that `"interpolative"` keeps, of selective layers; time-invariant ones take `"hankel"`).
+            diagonals), `"readout_energy"` (the sum of \\( h_n^2 C_n^2 \\) over the data), or `"greedy"` (of
+            selective layers: states are dropped one after the other, each time the one whose loss costs the least
+            observable energy; time-invariant layers take `"hankel"`).
         selection_rule (`str`, *optional*, defaults to `"largest"`):
             Which states `"selection"` keeps: the `"largest"` scores, or, as ablations, the `"smallest"` or `"random"`
             ones.
@@ -195,6 +192,12 @@ class CompreSSMConfig:
                 "selection_rule 'smallest' choose 'hankel' or 'readout_energy'."
             )
         require_window("window", self.window)
+        if self.budget == "model" and (self.uniform or self.strategy != "tolerance"):
+            raise ConfigurationError(
+                "budget='model' gives each layer the states that its share of the Hankel energy asks for; it needs "
+                f"uniform=False and strategy='tolerance', but uniform is {self.uniform} and strategy "
+                f"{self.strategy!r}."
+            )
         self._require_consistent_target()
         self._require_consistent_rollback()
 

@@ -14,8 +14,6 @@ from . import (
     zamba,
     zamba2,
 )
-from .axis_map import AxisMap
-from .axis_selection import AxisSelection
 from .base import (
     ABSENT,
     AttributeChange,
@@ -30,6 +28,7 @@ from .base import (
 )
 from .compressed_forms import all_changes, can_hold_forms
 from .modal_map import ModalMap
+from .moment_maps import AxisMap, AxisSelection, Rescaling
 from .registry import config_changes, find_layers, register, registered_families
 from .scan_inputs import MultiHeadScanInputs, ScanInputs, SelectiveScanInputs
 from .scan_switch import (
@@ -54,6 +53,7 @@ __all__ = [
     "ModalMap",
     "MultiHeadScanInputs",
     "ParameterChange",
+    "Rescaling",
     "ScanInputs",
     "ScanObserver",
     "SelectiveScanInputs",

@@ -200,6 +200,10 @@ class StateSpaceLayer(ABC):
     def state_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters whose shape depends on the state size, by their names inside the module."""
 
+    def rescaled_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that a cut may multiply by a number and whose shape stays, by their names in the module."""
+        return {}
+
     @abstractmethod
     def saved_state_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
         """
@@ -277,7 +281,9 @@ class StateSpaceLayer(ABC):
         Raises:
             [`~errors.DimensionError`]: a tensor is missing, or has not the shape that the layer needs.
         """
-        changes = self._put_back(self.state_parameters(), values, states, self.state_shapes(form[0]))
+        rescaled = {name: p for name, p in self.rescaled_parameters().items() if name in values}
+        shapes = {**self.state_shapes(form[0]), **{name: tuple(p.shape) for name, p in rescaled.items()}}
+        changes = self._put_back({**self.state_parameters(), **rescaled}, values, states, shapes)
         return LayerReduction(self, changes, self.size_changes(form[0]), *form)
 
     def _put_back(
@@ -340,7 +346,7 @@ class StateSpaceLayer(ABC):
             [`~errors.UnsupportedModelError`]: a parameter is sharded, quantised, empty, on the meta device,
                 parametrised, or wrapped by an adapter.
         """
-        for name, parameter in self.state_parameters().items():
+        for name, parameter in {**self.state_parameters(), **self.rescaled_parameters()}.items():
             problem = _unreducible(parameter)
             if problem:
                 raise UnsupportedModelError(

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..systems import Truncation
-from .axis_map import AxisMap
 from .base import AttributeChange, LayerReduction, ParameterChange, successor
+from .moment_maps import AxisMap
 from .registry import register
 from .selective import SelectiveLayer, named_size, rows_of_identity
 from .selective_scan_switch import register_selective_scan

@@ -133,7 +133,7 @@ class MixableLayer(SelectiveLayer):
         if self.is_mixed:
             return self._remixed(truncation)
         if truncation.is_selection:
-            return self._selected(self._require_selection(truncation))
+            return self._selected(self._require_selection(truncation), truncation.squares)
         return self._mixed(truncation)
 
     def _mixed(self, truncation: Truncation) -> LayerReduction:
@@ -233,7 +233,8 @@ class MixableLayer(SelectiveLayer):
     def _saved_projected_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
         raise NotImplementedError
 
-    def _selected(self, kept: Tensor) -> LayerReduction:
+    def _selected(self, kept: Tensor, squares: Tensor | None) -> LayerReduction:
+        """The reduction that keeps some states; `squares` as in a truncation."""
         raise NotImplementedError
 
     def _beside(self) -> nn.Parameter:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DimensionError
-from .axis_map import AxisMap
+from .moment_maps import AxisMap
 
 
 @dataclass(frozen=True)

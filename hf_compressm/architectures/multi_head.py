@@ -16,9 +16,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .axis_selection import AxisSelection
 from .base import AttributeChange, LayerReduction, ParameterChange, successor
 from .mixable import MixableLayer
+from .moment_maps import AxisSelection
 from .selective import STATE_SIZE_NAMES, named_size
 
 # The names of transformers and of mamba-ssm for the same sizes.
@@ -103,7 +103,7 @@ class MultiHeadLayer(MixableLayer):
     def _beside(self) -> nn.Parameter:
         return self.module.in_proj.weight
 
-    def _selected(self, kept: Tensor) -> LayerReduction:
+    def _selected(self, kept: Tensor, squares: Tensor | None) -> LayerReduction:
         """The reduction that keeps some of the states of each group. kept: (groups, r), or (r,) for all groups."""
         kept = kept.expand(self.groups, -1)
         size = kept.shape[-1]

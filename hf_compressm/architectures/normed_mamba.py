@@ -3,23 +3,26 @@ What FalconMamba and Jamba share: Mamba mixers with a norm of B and of C between
 
 A norm forbids folding the readout into `x_proj`. A mixed layer combines what the norms give; stock weights hold
 selections only: the columns of `A_log`, the rows of `x_proj` and the weights of the norms that belong to the kept
-states. There, the norm divides by the root mean square
-over all states, which a cut changes; where the norms have weights, these make up for what it changes on average.
+states.
+
+A norm divides by the root mean square over all states. States worth keeping have larger entries than the others, so a
+norm over them alone divides by more. The weights of the norms make up for it on average; where they have none, the
+skip and the output projection do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from ..systems import Truncation
-from .axis_map import AxisMap
-from .axis_selection import AxisSelection
 from .base import AttributeChange, LayerReduction, ParameterChange, successor
 from .mamba import MambaLayer, projection_rows, variance_shares
 from .mixable import MixableLayer
+from .moment_maps import AxisMap, AxisSelection, Rescaling
+from .selective import rows_of_identity
 
 _NORMS = ("b_layernorm", "c_layernorm")
 
@@ -47,6 +50,15 @@ class NormedMambaLayer(MixableLayer, MambaLayer):
         weights = {f"{name}.weight": getattr(self.module, name).weight for name in _NORMS}
         trained = {name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter)}
         return {**MambaLayer.state_parameters(self), **trained}
+
+    def rescaled_parameters(self) -> dict[str, nn.Parameter]:
+        """`D` and `out_proj.weight` where the norms are not trained and an adapter does not hold the projection."""
+        module = self.module
+        if any(isinstance(getattr(module, name).weight, nn.Parameter) for name in _NORMS):
+            return {}
+        if not isinstance(module.out_proj, nn.Linear):
+            return {}
+        return {"D": module.D, "out_proj.weight": module.out_proj.weight}
 
     def _stock_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
         """The shapes of `A_log`, `x_proj` and the norms' weights at a state size."""
@@ -79,28 +91,49 @@ class NormedMambaLayer(MixableLayer, MambaLayer):
         shares = AxisMap(1, variance_shares(truncation, kept), kept)
         return [ParameterChange(A_log, successor(A_log, A_log.detach()[:, kept]), shares)]
 
-    def _selected(self, kept: Tensor) -> LayerReduction:
+    def _selected(self, kept: Tensor, squares: Tensor | None) -> LayerReduction:
         """The reduction that keeps some of the states."""
         size, rank = len(kept), self.time_step_rank
         A_log, rows = self.module.A_log, projection_rows(rank, kept, self.state_size)
         changes = [ParameterChange(A_log, successor(A_log, A_log[:, kept]), AxisSelection(1, kept, self.state_size))]
+        factors = {name: self._lost_scale(name, kept, squares) for name in _NORMS}
+        weights = {name: getattr(self.module, name).weight for name in _NORMS}
         for name, old in self._stock_parameters().items():
             if name.startswith("x_proj"):
                 changes.append(ParameterChange(old, successor(old, old[rows]), AxisSelection(0, rows, len(old))))
-            elif name != "A_log":
-                changes.append(self._selected_norm(old, name, kept))
+        for name, weight in weights.items():
+            if isinstance(weight, nn.Parameter):
+                changes.append(self._rescaled_norm(weight, kept, factors[name]))
+        if not any(isinstance(weight, nn.Parameter) for weight in weights.values()):
+            changes += self._rescaled_output(math.prod(factors.values()))
         return LayerReduction(self, changes, self._stock_changes(size), size)
 
-    def _selected_norm(self, old: nn.Parameter, name: str, kept: Tensor) -> ParameterChange:
-        r"""
-        The norm's weights of the kept states, times the root mean square of their projections over that of all.
-
-        For inputs without correlations the mean square of a projection is the square of its row's length. The gradient
-        of the weights moves with the inverse.
+    def _lost_scale(self, norm_name: str, kept: Tensor, squares: Tensor | None) -> float:
         """
-        first = self.time_step_rank + (0 if name.startswith("b_") else self.state_size)
-        squares = self.module.x_proj.weight[first : first + self.state_size].double().square().sum(1)
-        factor = (squares[kept].mean() / squares.mean()).sqrt()
-        factor = factor if factor > 0 and torch.isfinite(factor) else torch.ones_like(factor)
-        picked = torch.eye(self.state_size, dtype=torch.float64, device=kept.device)[kept]
+        The root mean square of what enters the norm for the kept states, over that for all: what a norm over the kept
+        ones alone divides by too much.
+
+        It is measured where `squares` tell what leaves the norm; otherwise that of inputs without correlations.
+        """
+        index = _NORMS.index(norm_name)
+        if squares is None:
+            first = self.time_step_rank + index * self.state_size
+            entering = self.module.x_proj.weight[first : first + self.state_size].double().square().sum(1)
+        else:
+            entering = squares[index].to(kept.device) / getattr(self.module, norm_name).weight.double().square()
+        # What the norm's weight hides cannot be known: a mean of the others.
+        factor = float((entering[kept].nanmean() / entering.nanmean()).sqrt())
+        return factor if 0 < factor < math.inf else 1.0
+
+    def _rescaled_norm(self, old: nn.Parameter, kept: Tensor, factor: float) -> ParameterChange:
+        """The norm's weights of the kept states, times a factor; their gradient moves with the inverse."""
+        picked = rows_of_identity(kept, self.state_size)
         return ParameterChange(old, successor(old, factor * old[kept].double()), AxisMap(0, picked / factor, kept))
+
+    def _rescaled_output(self, factor: float) -> list[ParameterChange]:
+        """What is read after the scan, times a factor, and the skip beside the scan, divided by it."""
+        scales = {"D": 1 / factor, "out_proj.weight": factor}
+        return [
+            ParameterChange(old, successor(old, scales[name] * old.double()), Rescaling(1 / scales[name]))
+            for name, old in self.rescaled_parameters().items()
+        ]

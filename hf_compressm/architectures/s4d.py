@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..systems import DiagonalLTI, Truncation
-from .axis_map import AxisMap
 from .modal_map import ModalMap
+from .moment_maps import AxisMap
 from .registry import register
 from .time_invariant import TimeInvariantLayer, clamped_poles, picked
 

@@ -67,6 +67,10 @@ class ScanInputs(ABC):
         batch, length = self.u.shape[:2]
         return sample_times(batch, length, default_sample_count(length, self.state_size), generator)
 
+    def squares(self) -> Tensor:
+        """Mean squares over sequences and steps of each state's entry of B and of C, `(..., 2, N)` float64."""
+        return torch.stack([entries.double().square().mean((0, 1)) for entries in (self.B, self.C)], dim=-2)
+
     @abstractmethod
     def state_gramian(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """

@@ -163,12 +163,13 @@ def plain_eager_call(*tensors: torch.Tensor) -> bool:
 
 def _forward_globals(module: nn.Module) -> dict[str, Any]:
     # A subclass that inherits `forward` resolves names where `forward` was written, not where the subclass was; one
-    # that wraps it leaves the scan to a class further up.
-    namespaces = [
-        inspect.unwrap(vars(cls)["forward"]).__globals__ for cls in type(module).__mro__ if "forward" in vars(cls)
-    ]
-    calling = (namespace for namespace in namespaces if any(name in namespace for name in _replacements))
-    return next(calling, namespaces[0])
+    # whose `forward` calls that of `super()` leaves the scan to a class further up.
+    forwards = [inspect.unwrap(vars(cls)["forward"]) for cls in type(module).__mro__ if "forward" in vars(cls)]
+    for forward in forwards:
+        calls_further_up = "__class__" in forward.__code__.co_freevars
+        if any(name in forward.__globals__ for name in _replacements) or not calls_further_up:
+            return forward.__globals__
+    return forwards[0].__globals__
 
 
 def _default_sites() -> list[tuple[dict[str, Any], str]]:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..systems import Truncation
-from .axis_map import AxisMap
 from .base import LayerReduction, ParameterChange, ScanObserver, successor
 from .mamba import projection_maps, projection_rows, variance_shares
+from .moment_maps import AxisMap
 from .registry import register
 from .scan_inputs import ScanInputs
 from .selective import SelectiveLayer

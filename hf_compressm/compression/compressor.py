@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +15,9 @@ from tqdm.auto import tqdm
 from ..architectures import (
     LayerReduction,
     ParameterChange,
+    StateSpaceLayer,
     all_changes,
+    can_hold_forms,
     fast_cpu_scan,
     find_layers,
 )
@@ -26,17 +27,17 @@ from ..errors import (
     DisagreementError,
     OtherProcessError,
     TruncationError,
+    UnsupportedModelError,
 )
-from ..systems import Truncation, rank_correlation
+from ..systems import Truncation
 from .apply import Change, DoneLast, ModelChange, UndoneLast, commit_together, roll_back_together
 from .calibration import Calibration, LossFunction, calibrate, evaluate_loss
 from .copies import copy_changes
-from .moment import is_finished, moment_of
+from .moment import is_finished, moment_of, score_correlation
 from .optimizer import OptimizerChange
 from .plan import LayerPlan, plan_reduction
 from .processes import Processes, SingleProcess
 from .record import CheckRecord, LayerRecord
-from .requirements import chosen_reductors
 from .snapshot import Snapshot
 
 Follow = Callable[[Sequence[ParameterChange]], Change]
@@ -89,7 +90,35 @@ class Compressor:
         self._cut_copies: list[Change] = []
         self._progress = progress
         self._scores: dict[str, Tensor] = {}
-        self._reductors = chosen_reductors(model, self.layers, config)
+        self._reductors = {layer.name: self._reductor_of(layer) for layer in self.layers}
+        self._require_sizes_that_fit()
+
+    def _reductor_of(self, layer: StateSpaceLayer) -> str:
+        stock, name = self._needs_stock(layer), self.config.reductor
+        name = layer.default_reductor(stock) if name == "auto" else name
+        if name not in layer.reductors(stock):
+            raise UnsupportedModelError(
+                f"{layer.name} ({layer.family}) cannot hold what the reductor {name!r} gives"
+                f"{' in a stock model class' if name in layer.reductors(False) else ''}; "
+                f"choose one of {', '.join(sorted(layer.reductors(stock)))}."
+            )
+        return name
+
+    def _needs_stock(self, layer: StateSpaceLayer) -> bool:
+        """Whether a layer may only take a form that the model's present class holds."""
+        return self.config.stock or not can_hold_forms(self.model, layer)
+
+    def _require_sizes_that_fit(self) -> None:
+        fixed = [
+            layer.name
+            for layer in self.layers
+            if not layer.sizes_may_differ(self._needs_stock(layer), self._reductors[layer.name])
+        ]
+        if not self.config.uniform and len(self.layers) > 1 and fixed:
+            raise UnsupportedModelError(
+                f"uniform=False would give each layer its own state size, which the checkpoint of {fixed[0]} "
+                f"({self.layers[0].family}) cannot hold. Leave uniform=True."
+            )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -146,7 +175,7 @@ class Compressor:
             self._require_judge(calibration.loss)
             spectra = {name: gramians.hankel_singular_values() for name, gramians in calibration.gramians.items()}
             scores = {name: gramians.state_scores().flatten() for name, gramians in calibration.gramians.items()}
-            correlations = {name: _correlation(self._scores.get(name), scores[name]) for name in scores}
+            correlations = {name: score_correlation(self._scores.get(name), scores[name]) for name in scores}
             moment = moment_of(self.records, self.config, correlations, number, total)
             plan = plan_reduction(spectra, self.sizes, self.config, moment)
             result = self._carry_out(plan, calibration, batches, seed)
@@ -269,7 +298,7 @@ class Compressor:
         if failures and (self.config.uniform or not reductions):
             self._processes.agree("how to cut", {"failures": failures})
             return _Result("skipped", f"a truncation failed its checks: {'; '.join(failures)}", calibration.loss)
-        facts = {name: _fingerprint(truncation) for name, truncation in truncations.items()}
+        facts = {name: truncation.fingerprint() for name, truncation in truncations.items()}
         self._processes.agree("how to cut", {**facts, "failures": failures})
         snapshot = self._snapshot(reductions)
         self._cut_copies = copy_changes(self._find_copies(), self.model, self.layers, truncations)
@@ -364,22 +393,6 @@ class _Result:
     reason: str
     loss_after: float | None
     truncations: dict[str, Truncation] = field(default_factory=dict)
-
-
-def _fingerprint(truncation: Truncation) -> str:
-    """A digest of every number in a truncation."""
-    digest = hashlib.sha256()
-    for tensor in (truncation.T, truncation.W):
-        digest.update(repr((tensor.shape, tensor.dtype)).encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _correlation(previous: Tensor | None, scores: Tensor) -> float | None:
-    """The rank correlation with the previous check's scores, where they belong to the same states."""
-    if previous is None or len(scores) < 2 or len(previous) != len(scores):
-        return None
-    return float(rank_correlation(previous, scores.cpu()))
 
 
 def _combined_seed(seed: int, step: int | None) -> int:

@@ -55,7 +55,8 @@ class TensorCopyChange:
         self._tensors = tensors
         self._new: dict[str, Tensor] = {}
         for layer in layers:
-            names = {name: f"{layer.name}.{name}".lstrip(".") for name in layer.state_parameters()}
+            held = {**layer.state_parameters(), **layer.rescaled_parameters()}
+            names = {name: f"{layer.name}.{name}".lstrip(".") for name in held}
             if layer.name not in truncations or not all(name in tensors for name in names.values()):
                 continue
             self._new.update(_reduced_tensors(layer, tensors, names, truncations[layer.name]))
@@ -76,7 +77,7 @@ def _reduced_tensors(
     layer: StateSpaceLayer, tensors: Mapping[str, Tensor], names: Mapping[str, str], truncation: Truncation
 ) -> dict[str, Tensor]:
     twin = type(layer)(layer.name, copy.deepcopy(layer.module))
-    parameters = twin.state_parameters()
+    parameters = {**twin.state_parameters(), **twin.rescaled_parameters()}
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[names[name]])

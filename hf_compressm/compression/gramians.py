@@ -7,7 +7,7 @@ Two kinds share one interface. [`EmpiricalGramians`] are sums over calibration d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -22,6 +22,7 @@ from ..systems import (
     balanced_truncation_of_each,
     balancing_truncation_of_each,
     diagonal_hankel_scores,
+    greedy_selection_truncation,
     hankel_decomposition,
     interpolation_residual,
     interpolative_truncation,
@@ -83,11 +84,14 @@ class EmpiricalGramians(LayerGramians):
         Q (`torch.Tensor` of the same shape, float64): Mean of \\( g g^\top \\), the observability Gramian; its scale
             is that of the loss (or of the probe), so only ratios carry meaning.
         readout_energy (`torch.Tensor` of shape `(N,)` or `(groups, N)`, float64): Mean of \\( h_n^2 C_n^2 \\).
+        squares (`torch.Tensor` of shape `(2, N)` or `(groups, 2, N)`, float64, *optional*): Means of \\( B_n^2 \\) and
+            of \\( C_n^2 \\), which every truncation takes along.
     """
 
     P: Tensor
     Q: Tensor
     readout_energy: Tensor
+    squares: Tensor | None = None
 
     @cached_property
     def _decomposition(self) -> HankelDecomposition:
@@ -130,13 +134,15 @@ class EmpiricalGramians(LayerGramians):
         Raises:
             [`~errors.TruncationError`]: the truncation failed one of its own checks.
         """
+        return replace(self._truncation(rank, reductor, config, seed), squares=self.squares)
+
+    def _truncation(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int) -> Truncation:
         if reductor == "balanced":
             return balancing_truncation_of_each(self._decomposition, rank)
         if reductor == "interpolative":
             return interpolative_truncation(self.P, self.Q, rank, factors=self._factors)
         if config.selection_score == "greedy" and config.selection_rule == "largest":
-            kept = interpolative_truncation(self.P, self.Q, rank, factors=self._factors).indices
-            return Truncation.from_indices(kept, full_size=self.P.shape[-1])
+            return greedy_selection_truncation(self.P, self.Q, rank)
         energy = config.selection_score == "readout_energy"
         return self._select(self.readout_energy if energy else self.state_scores(), rank, config, seed)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from ..config import CompreSSMConfig
+from ..systems import rank_correlation
 from .record import CheckRecord, LayerRecord
 
 # One high correlation can be chance; two running mean that the order has stopped moving.
@@ -108,3 +111,16 @@ def _original_sizes(records: Sequence[CheckRecord]) -> dict[str, int]:
 
 def _rollbacks(records: Sequence[CheckRecord]) -> int:
     return sum(record.outcome == "rolled_back" for record in records)
+
+
+def score_correlation(previous: Tensor | None, scores: Tensor) -> float | None:
+    """
+    The rank correlation of a layer's scores with those of the previous check, where they belong to the same states.
+
+    Args:
+        previous (`torch.Tensor` of shape `(N,)`, *optional*): The scores then.
+        scores (`torch.Tensor` of shape `(N,)`): The scores now.
+    """
+    if previous is None or len(scores) < 2 or len(previous) != len(scores):
+        return None
+    return float(rank_correlation(previous, scores.cpu()))

@@ -53,6 +53,7 @@ class _Sums:
     P: Tensor | float = 0.0
     Q: Tensor | float = 0.0
     readout_energy: Tensor | float = 0.0
+    squares: Tensor | float = 0.0
     rows: int = 0
 
 
@@ -68,6 +69,7 @@ class _SampledGramians(GramianObserver):
         P, readout_energy = inputs.state_gramian(times)
         sums = self._sums.setdefault(inputs.part, _Sums())
         sums.P, sums.readout_energy = sums.P + P, sums.readout_energy + readout_energy
+        sums.squares = sums.squares + inputs.rows * inputs.squares().to(P.device)
         sums.rows += inputs.rows
         return times
 
@@ -84,17 +86,12 @@ class _SampledGramians(GramianObserver):
                 f"{layer_name} was not {what} the calibration batches, so its Gramians are unknown. Calibrate with "
                 "batches that use every state-space layer."
             )
-        P, Q, readout_energy = (_side_by_side(self._sums, name) for name in ("P", "Q", "readout_energy"))
-        sums = [P.flatten(), Q.flatten(), readout_energy.flatten(), P.new_tensor([float(parts[0].rows)])]
-        totals = sum_over_processes(torch.cat(sums))
-        P, Q, readout_energy, rows = (
-            total.reshape(shape)
-            for total, shape in zip(
-                totals.split([P.numel(), Q.numel(), readout_energy.numel(), 1]),
-                (P.shape, Q.shape, readout_energy.shape, ()),
-            )
-        )
-        return _checked(layer_name, P / rows, Q / rows, readout_energy / rows)
+        names = ("P", "Q", "readout_energy", "squares")
+        sums = [_side_by_side(self._sums, name) for name in names]
+        rows = sums[0].new_tensor([float(parts[0].rows)])
+        totals = sum_over_processes(torch.cat([*(total.flatten() for total in sums), rows]))
+        *totals, rows = totals.split([*(total.numel() for total in sums), 1])
+        return _checked(layer_name, *(found.reshape(total.shape) / rows for found, total in zip(totals, sums)))
 
 
 def _in_order(by_part: dict[int | None, Any]) -> dict[int | None, Any]:
@@ -108,13 +105,15 @@ def _side_by_side(by_part: dict[int | None, Any], name: str) -> Tensor:
     return tensors[0] if None in by_part else torch.stack(tensors)
 
 
-def _checked(layer_name: str, P: Tensor, Q: Tensor, readout_energy: Tensor) -> EmpiricalGramians:
+def _checked(
+    layer_name: str, P: Tensor, Q: Tensor, readout_energy: Tensor, squares: Tensor | None = None
+) -> EmpiricalGramians:
     if not all(torch.isfinite(tensor).all() for tensor in (P, Q, readout_energy)):
         raise CalibrationError(
             f"the Gramians of {layer_name} are not finite; its states or the loss gradient overflow on the calibration "
             "batches. Check the loss, or lower the learning rate."
         )
-    return EmpiricalGramians((P + P.mT) / 2, (Q + Q.mT) / 2, readout_energy)
+    return EmpiricalGramians((P + P.mT) / 2, (Q + Q.mT) / 2, readout_energy, squares)
 
 
 class _AdjointTap(torch.autograd.Function):

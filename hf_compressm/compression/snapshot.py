@@ -25,7 +25,7 @@ _PARAMETER, _STATE = "parameter:", "state:"
 @dataclass(frozen=True)
 class Snapshot:
     """
-    The state parameters of some layers and their optimizer state, from before a cut.
+    The parameters of some layers that a cut replaces and their optimizer state, from before the cut.
 
     It refers to the tensors that the cut took out of the model and the optimizer and copies none but scalars, so what
     it costs is that they stay in memory.
@@ -61,7 +61,7 @@ class Snapshot:
         held = {
             f"{layer.name}.{name}": parameter
             for layer in layers
-            for name, parameter in layer.state_parameters().items()
+            for name, parameter in {**layer.state_parameters(), **layer.rescaled_parameters()}.items()
             if replaced is None or id(parameter) in replaced
         }
         kept = {} if optimizer is None else unwrap_optimizer(optimizer).state

@@ -14,7 +14,7 @@ from hf_compressm.systems.gramians import (
 from hf_compressm.systems.hankel import HankelDecomposition, hankel_decomposition, hankel_singular_values
 from hf_compressm.systems.lti import DiagonalLTI
 from hf_compressm.systems.projection import project
-from hf_compressm.systems.ranks import energy_rank, error_bound, rank_correlation, shared_energy_ranks, shared_ranks
+from hf_compressm.systems.ranks import energy_rank, error_bound, joint_energy_ranks, rank_correlation
 from hf_compressm.systems.reductors import (
     COARSE_RESOLUTION,
     balanced_truncation,
@@ -22,6 +22,7 @@ from hf_compressm.systems.reductors import (
     balancing_truncation,
     balancing_truncation_of_each,
     diagonal_hankel_scores,
+    greedy_selection_truncation,
     interpolation_residual,
     interpolative_truncation,
     selection_truncation,
@@ -46,10 +47,12 @@ __all__ = [
     "energy_rank",
     "error_bound",
     "gramian_factor",
+    "greedy_selection_truncation",
     "hankel_decomposition",
     "hankel_singular_values",
     "interpolation_residual",
     "interpolative_truncation",
+    "joint_energy_ranks",
     "lyapunov_residual",
     "observability_factor",
     "observability_gramian",
@@ -58,7 +61,5 @@ __all__ = [
     "require_error_bound",
     "response_error",
     "selection_truncation",
-    "shared_energy_ranks",
-    "shared_ranks",
     "verification_frequencies",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -53,20 +54,21 @@ def energy_rank(sigma: torch.Tensor, tolerance: float) -> int | torch.Tensor:
     return int(rank) if rank.ndim == 0 else rank
 
 
-def shared_energy_ranks(spectra: Sequence[torch.Tensor], tolerance: float, minimum: int = 1) -> list[int]:
-    """The fewest states in total that keep `1 - tolerance` of the Hankel energy of several systems together.
+def joint_energy_ranks(spectra: Sequence[torch.Tensor], tolerance: float, least: int = 1) -> list[int]:
+    """The ranks of several systems that keep `1 - tolerance` of their joint Hankel energy with the fewest states.
 
-    The smallest Hankel singular values of all systems are dropped, as many as there are before what is dropped exceeds
-    the tolerance. As each costs one state, no other choice drops more states within the tolerance. The spectra need one
-    unit, since their values are compared. If all are zero, all states are kept, as in [`energy_rank`].
+    The dropped states are those with the smallest Hankel singular values of all systems together, as many as the joint
+    budget `tolerance * sum_l sum_i sigma_li` allows. No choice of the same budget drops more of them: within a system
+    states go from the smallest up, so exchanging a dropped one for another never makes room. A spectrum that is zero
+    keeps all of its states, as in `energy_rank`.
 
     Args:
-        spectra (`Sequence[torch.Tensor]`, each of shape `(N_i,)`): Hankel singular values, non-negative and descending.
-        tolerance (`float`): Share of the sum of all spectra that may be dropped, strictly between 0 and 1.
-        minimum (`int`, *optional*, defaults to 1): States that each system keeps at least, where it has them.
+        spectra (`Sequence[torch.Tensor]` of shapes `(N_l,)`): Hankel singular values, non-negative and descending.
+        tolerance (`float`): Share of the joint energy that may be dropped, strictly between 0 and 1.
+        least (`int`, *optional*, defaults to 1): No system keeps fewer states, unless it has fewer.
 
     Returns:
-        `list[int]`: The rank of each system.
+        `list[int]`: One rank for each system, from 1 to its N.
 
     Raises:
         ConfigurationError: The tolerance is not inside (0, 1), or a spectrum is negative or not descending.
@@ -77,51 +79,32 @@ def shared_energy_ranks(spectra: Sequence[torch.Tensor], tolerance: float, minim
 
     ```python
     >>> import torch
-    >>> shared_energy_ranks([torch.tensor([90.0, 9.0, 0.9]), torch.tensor([0.5, 0.4, 0.3])], tolerance=0.02)
+    >>> joint_energy_ranks([torch.tensor([90.0, 9.0]), torch.tensor([0.7, 0.2, 0.1])], tolerance=0.02)
     [2, 1]
 
     ```
     """
     _require_tolerance(tolerance)
-    values, owners = _pool(spectra, minimum)
-    checked = [to_double(sigma).cpu() for sigma in spectra]
-    largest = max((float(sigma[0]) for sigma in checked), default=0.0)
-    if largest == 0:
-        return [len(sigma) for sigma in checked]
-    # Scaled by the largest, as in `energy_rank`.
-    total = torch.cat(checked).div(largest).sum()
-    n_dropped = int(((values / largest).cumsum(0) <= tolerance * total).sum())
-    return _ranks_without(n_dropped, owners, spectra)
-
-
-def shared_ranks(spectra: Sequence[torch.Tensor], total: int, minimum: int = 1) -> list[int]:
-    """The ranks of several systems that together keep a number of states: those of the largest Hankel singular values.
-
-    Args:
-        spectra (`Sequence[torch.Tensor]`, each of shape `(N_i,)`): Hankel singular values, non-negative and descending.
-        total (`int`): States that all systems keep together. If `minimum` asks for more, they keep more.
-        minimum (`int`, *optional*, defaults to 1): States that each system keeps at least, where it has them.
-
-    Returns:
-        `list[int]`: The rank of each system.
-
-    Raises:
-        ConfigurationError: A spectrum is negative or not descending.
-        DimensionError: A spectrum is a scalar or empty.
-        NotFiniteError: A spectrum holds NaN or infinity.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> shared_ranks([torch.tensor([4.0, 3.0, 0.1]), torch.tensor([2.0, 0.2, 0.1])], total=4)
-    [2, 2]
-
-    ```
-    """
-    _, owners = _pool(spectra, minimum)
-    excess = sum(len(sigma) for sigma in spectra) - total
-    return _ranks_without(min(max(excess, 0), len(owners)), owners, spectra)
+    checked = [_checked_spectrum(sigma).cpu() for sigma in spectra]
+    exponent = max(math.frexp(max(float(sigma[0]) for sigma in checked))[1], -1000)
+    ranks = [len(sigma) for sigma in checked]
+    # Scaled near the largest, so that sums stay finite, and by a power of two, which rounds nothing.
+    relative = [sigma * 2.0**-exponent if sigma[0] > 0 else sigma[:0] for sigma in checked]
+    total = sum(float(sigma.flip(0).sum()) for sigma in relative)
+    candidates = [
+        (float(value), -state, system)
+        for system, sigma in enumerate(relative)
+        for state, value in enumerate(sigma.tolist())
+        if state >= max(least, 1)
+    ]
+    dropped = 0.0
+    # Of equal values in one system the last goes first, so that what stays is always a leading part.
+    for value, _, system in sorted(candidates):
+        dropped += value
+        if dropped > tolerance * total:
+            break
+        ranks[system] -= 1
+    return ranks
 
 
 def error_bound(sigma: torch.Tensor, r: int) -> float | torch.Tensor:
@@ -206,20 +189,6 @@ def _require_tolerance(tolerance: float) -> None:
             f"tolerance is {tolerance}; allowed is a number strictly between 0 and 1, the share of the Hankel energy "
             f"that may be dropped (0.01 keeps 99%)."
         )
-
-
-def _pool(spectra: Sequence[torch.Tensor], minimum: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What may be dropped of all spectra, ascending, and which spectrum each value is of."""
-    rest = [_checked_spectrum(sigma).cpu()[minimum:] for sigma in spectra]
-    owners = [torch.full((len(values),), number) for number, values in enumerate(rest)]
-    # Stable, so that equal values are dropped in the same order in every process.
-    order = torch.cat(rest).argsort(stable=True)
-    return torch.cat(rest)[order], torch.cat(owners)[order]
-
-
-def _ranks_without(n_dropped: int, owners: torch.Tensor, spectra: Sequence[torch.Tensor]) -> list[int]:
-    dropped = torch.bincount(owners[:n_dropped], minlength=len(spectra)).tolist()
-    return [len(sigma) - number for sigma, number in zip(spectra, dropped)]
 
 
 def _checked_spectrum(sigma: torch.Tensor) -> torch.Tensor:

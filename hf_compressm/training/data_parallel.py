@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,49 +12,13 @@ from ..architectures import ParameterChange
 from ..errors import UnsupportedModelError
 
 
-class WrapperFinder:
+def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
     """
-    Finds the wrapper of a model, which the Trainer shows to no callback.
+    All data-parallel wrappers of a model that are alive; the Trainer shows its wrapper to no callback.
 
     Args:
-        model (`torch.nn.Module`): The model as the callback gets it.
+        model (`torch.nn.Module`): The model without its wrapper.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._found: DistributedDataParallel | None = None
-        self._handle = torch.nn.modules.module.register_module_forward_pre_hook(self._look)
-
-    def _look(self, module: nn.Module, inputs: Any) -> None:
-        if isinstance(module, DistributedDataParallel) and module.module is self._model:
-            self._found = module
-            self.close()
-
-    def wrapper(self) -> DistributedDataParallel:
-        """
-        The wrapper.
-
-        Raises:
-            [`~errors.UnsupportedModelError`]: there is none, so that nobody would reduce the new parameters' gradients.
-        """
-        if self._found is None:
-            found = wrappers_of(self._model)
-            if not found:
-                raise UnsupportedModelError(
-                    "several processes train the model, and it is not inside a DistributedDataParallel wrapper: the "
-                    "gradients of what a cut replaces would not be averaged. Train with the Trainer's own wrapper, or "
-                    "in one process."
-                )
-            self._found = found[-1]
-        return self._found
-
-    def close(self) -> None:
-        """Look no further."""
-        self._handle.remove()
-
-
-def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
-    """All data-parallel wrappers of a model that are alive."""
     # `isinstance` would ask dead weak references for their class.
     return [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel) and o.module is model]
 
@@ -66,12 +28,23 @@ class ReducerChange:
     A wrapper whose reducer is made anew for the parameters that the model has by then.
 
     Args:
-        finder ([`WrapperFinder`]): Finds the wrapper.
-        parameters (`Sequence[ParameterChange]`): What is replaced below it.
+        model (`torch.nn.Module`): The model as a callback gets it, without its wrapper.
+        parameters (`Sequence[ParameterChange]`): What is replaced in it.
+
+    Raises:
+        [`~errors.UnsupportedModelError`]: no wrapper holds the model, so that nobody would reduce the new parameters'
+            gradients.
     """
 
-    def __init__(self, finder: WrapperFinder, parameters: Sequence[ParameterChange] = ()) -> None:
-        self._wrapper = finder.wrapper()
+    def __init__(self, model: nn.Module, parameters: Sequence[ParameterChange] = ()) -> None:
+        found = wrappers_of(model)
+        if not found:
+            raise UnsupportedModelError(
+                "several processes train the model, and it is not inside a DistributedDataParallel wrapper: the "
+                "gradients of what a cut replaces would not be averaged. Train with the Trainer's own wrapper, or in "
+                "one process."
+            )
+        self._wrapper = found[-1]
 
     def commit(self) -> None:
         """Make the reducer for the new parameters."""

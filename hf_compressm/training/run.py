@@ -41,7 +41,7 @@ from ..errors import (
 from ..ops import compile_kernels
 from .batches import training_batches
 from .checkpoints import mark_active, mark_ended
-from .data_parallel import ReducerChange, WrapperFinder, rebuild_stale_reducers
+from .data_parallel import ReducerChange, rebuild_stale_reducers
 from .distributed import processes_of_training, run_facts
 from .requirements import require_plain_run
 from .resume import SavedRun
@@ -97,7 +97,7 @@ class CompressionRun:
         if any(type(other) is type(callback) for other in self._neighbours):
             raise ConfigurationError("the Trainer has two CompreSSMCallbacks; one has to hold all settings.")
         self._processes = processes_of_training()
-        self._finder = None if isinstance(self._processes, SingleProcess) else WrapperFinder(model)
+        alone = isinstance(self._processes, SingleProcess)
         show = state.is_world_process_zero and not args.disable_tqdm
         self._compressor = Compressor(
             model,
@@ -106,13 +106,15 @@ class CompressionRun:
             optimizer=optimizer,
             find_copies=self._averages,
             processes=self._processes,
-            followers=[] if self._finder is None else [partial(ReducerChange, self._finder)],
+            followers=[] if alone else [partial(ReducerChange, model)],
             progress=None if show else False,
         )
         self._processes.agree("the training", run_facts(config, self._compressor.sizes))
-        if self._finder is not None:
+        if not alone:
             rebuild_stale_reducers(model)
-        parameters = [p for layer in self._compressor.layers for p in layer.state_parameters().values()]
+        layers = self._compressor.layers
+        replaced = [{**layer.state_parameters(), **layer.rescaled_parameters()} for layer in layers]
+        parameters = [parameter for of_layer in replaced for parameter in of_layer.values()]
         require_trained(optimizer, parameters)
         self._resume(saved)
         stale = drop_stale_states(optimizer)
@@ -196,10 +198,8 @@ class CompressionRun:
         return Path(self._args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self._state.global_step}"
 
     def ended(self) -> None:
-        """Let go of the training data and the wrapper."""
+        """Let go of the training data."""
         self._batches.close()
-        if self._finder is not None:
-            self._finder.close()
         mark_ended(self._args.output_dir)
         if self._compressor.snapshot is not None:
             self._compressor.snapshot = None

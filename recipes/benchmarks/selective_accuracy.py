@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -87,8 +87,8 @@ def cut_in_training(family: str, task: Task, seed: int, steps: int, moment: floa
     return task.judge(model)
 
 
-def measure(family: str, task: Task, seeds: int, steps: int) -> dict[str, Any]:
-    """All figures of one family, each a list over seeds."""
+def measure(family: str, task: Task, seeds: int, steps: int) -> Iterator[dict[str, Any]]:
+    """All figures of one family, each a list over seeds, after every seed."""
     figures: dict[str, Any] = {"uncut": [], "right after": {}, "in training": {}, "from scratch": []}
     batch = {name: torch.stack(list(task.train[:128][name])) for name in ("input_ids", "labels")}
     for seed in range(seeds):
@@ -107,8 +107,7 @@ def measure(family: str, task: Task, seeds: int, steps: int) -> dict[str, Any]:
                 found = cut_in_training(family, task, seed, steps, moment, settings)
                 figures["in training"].setdefault(form, {}).setdefault(f"{moment:.0%}", []).append(found)
         figures["from scratch"].append(task.judge(train(family, task, seed, steps, IN_TRAINING_SIZE)))
-        print(f"{family}, seed {seed}: {json.dumps(figures)}", flush=True)
-    return figures
+        yield figures
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:
@@ -150,20 +149,20 @@ def main() -> None:
     path = RESULTS / f"selective_cut_{options.data}.json"
     for family in options.families:
         with fast_cpu_scan():
-            found = measure(family, task, options.seeds, options.steps)
-        # Read only now: another process may have written its family meanwhile.
-        known = json.loads(path.read_text()) if path.exists() else {}
-        known[family] = found
-        figures = {name: known[name] for name in FAMILIES if name in known}
-        write(options, task, figures)
+            for found in measure(family, task, options.seeds, options.steps):
+                # Read only now: another process may have written its family meanwhile.
+                known = json.loads(path.read_text()) if path.exists() else {}
+                known[family] = found
+                write(options, task, {name: known[name] for name in FAMILIES if name in known})
 
 
 def write(options: Any, task: Task, figures: dict[str, Any]) -> None:
     """Write the two tables of one kind of data."""
+    seeds = ", ".join(f"{name}: {len(found['from scratch'])}" for name, found in figures.items())
     note = (
         f"Small causal models (width 32, two state-space layers of 64 states, in jamba and bamba an attention layer "
-        f"between them), plain Trainer, {options.steps} steps of 32 examples, {options.seeds} seeds; mean and standard "
-        f"deviation of the {task.figure} over seeds."
+        f"between them), plain Trainer, {options.steps} steps of 32 examples; mean and standard deviation of the "
+        f"{task.figure} over seeds ({seeds})."
     )
     write_result(
         f"selective_cut_{options.data}",

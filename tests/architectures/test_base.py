@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_compressm.architectures import AxisMap, AxisSelection, find_layers, register, successor
+from hf_compressm.architectures import AxisMap, AxisSelection, Rescaling, find_layers, register, successor
 from hf_compressm.architectures.mamba import MambaLayer
 from hf_compressm.errors import ConfigurationError, DimensionError, UnsupportedModelError
 from tests.cases import tiny_mamba
@@ -152,3 +152,11 @@ def test_each_block_is_mapped_by_its_own_matrix() -> None:
     torch.testing.assert_close(blocks.sliced().first(moment), picked)
     # A factor of Adafactor's lacks the last axis.
     torch.testing.assert_close(blocks.second(moment[..., 0]), blocks.second(moment)[..., 0])
+
+
+def test_moments_of_a_rescaled_parameter() -> None:
+    moment = torch.rand(4, 3)
+    halved = Rescaling(0.5)
+    assert torch.equal(halved.first(moment), moment / 2) and torch.equal(halved.second(moment), moment / 4)
+    assert torch.equal(halved.sliced().first(moment), moment)
+    assert torch.equal(halved.second(moment[:, 0], axis=0), moment[:, 0] / 4)

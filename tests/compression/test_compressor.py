@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ EVERY_WAY = [
 @pytest.mark.parametrize("case, reductor, gramians", EVERY_WAY)
 def test_every_family_is_cut_by_every_reductor(case, reductor: str, gramians: str) -> None:
     model, batch = case.build(), case.batch()
-    config = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, reductor=reductor, gramians=gramians)
+    config = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, reductor=reductor, gramians=gramians, stock=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     record = compress(model, [batch], config)
     assert record.outcome == "cut"
@@ -91,7 +92,7 @@ def test_the_interpolative_cut_beats_selection_and_random_states() -> None:
 @pytest.mark.parametrize("case", PRETRAINED_CASES, ids=case_id)
 def test_saved_and_loaded_by_the_stock_class(case, tmp_path) -> None:
     model, batch = case.build(), case.batch()
-    compress(model, [batch], HALF)
+    compress(model, [batch], replace(HALF, stock=True))
     model.save_pretrained(tmp_path)
     loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -213,7 +214,7 @@ def test_a_calibration_error_changes_nothing() -> None:
 
 def test_sizes_that_differ_are_refused_where_the_checkpoint_cannot_hold_them() -> None:
     with pytest.raises(UnsupportedModelError, match="uniform=False.*mamba.*Leave uniform=True"):
-        compress(tiny_mamba(), [token_batch()], CompreSSMConfig(uniform=False))
+        compress(tiny_mamba(), [token_batch()], CompreSSMConfig(uniform=False, stock=True))
 
 
 def test_tied_embeddings_stay_tied() -> None:

@@ -8,7 +8,7 @@ import torch
 from hf_compressm import CompreSSMConfig
 from hf_compressm.compression.gramians import EmpiricalGramians
 from hf_compressm.errors import ConfigurationError
-from hf_compressm.systems import hankel_singular_values, interpolative_truncation
+from hf_compressm.systems import greedy_selection_truncation, hankel_singular_values
 
 N, GROUPS = 6, 3
 
@@ -67,12 +67,12 @@ def test_balanced_truncation_loses_what_the_spectrum_says_and_keeps_the_leading_
     torch.testing.assert_close(gramians.scores_after(truncation)[0], sigma[:3])
 
 
-def test_greedy_selection_keeps_the_interpolative_states_and_folds_nothing() -> None:
+def test_greedy_selection_folds_nothing() -> None:
     gramians = grouped_gramians()
     config = CompreSSMConfig(reductor="selection", selection_score="greedy")
     truncation = gramians.truncate(3, "selection", config)
     assert truncation.is_selection
-    assert torch.equal(truncation.indices, interpolative_truncation(gramians.P, gramians.Q, 3).indices)
+    assert torch.equal(truncation.indices, greedy_selection_truncation(gramians.P, gramians.Q, 3).indices)
     # A random selection is an ablation of every score.
     ablation = CompreSSMConfig(reductor="selection", selection_score="greedy", selection_rule="random")
     draws = {tuple(gramians.truncate(3, "selection", ablation, seed).indices.flatten().tolist()) for seed in range(5)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -25,21 +27,22 @@ def train(model, optimizer, batch: dict, steps: int = 2) -> None:
         optimizer.zero_grad()
 
 
-def cut_model(case, optimizer_class=torch.optim.AdamW):
+def cut_model(case, optimizer_class=torch.optim.AdamW, stock: bool = True):
     model, batch = case.build(), case.batch()
     optimizer = optimizer_class(model.parameters(), lr=1e-2)
     train(model, optimizer, batch)
     before = snapshot(model)
     states = [{k: torch.as_tensor(v).clone() for k, v in optimizer.state[p].items()} for p in model.parameters()]
-    compressor = Compressor(model, JUDGED_LATER, optimizer=optimizer, progress=False)
+    compressor = Compressor(model, replace(JUDGED_LATER, stock=stock), optimizer=optimizer, progress=False)
     assert compressor.check([batch], step=3).outcome == "cut"
     return model, batch, optimizer, compressor, before, states
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 @pytest.mark.parametrize("restart", [False, True])
-def test_taking_a_cut_back_restores_weights_optimizer_and_sizes(case, restart: bool, tmp_path) -> None:
-    model, _, optimizer, compressor, before, states = cut_model(case)
+@pytest.mark.parametrize("stock", [False, True])
+def test_taking_a_cut_back_restores_weights_optimizer_and_sizes(case, stock: bool, restart: bool, tmp_path) -> None:
+    model, _, optimizer, compressor, before, states = cut_model(case, stock=stock)
     if restart:
         compressor.snapshot.save(tmp_path)
         compressor.snapshot = Snapshot.load(tmp_path)

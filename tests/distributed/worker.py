@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ def train(
     args = TrainingArguments(
         output_dir=folder, max_steps=steps, per_device_train_batch_size=JOINT_BATCH // WORLD // accumulation,
         learning_rate=1e-2, lr_scheduler_type="linear", report_to="none", use_cpu=True, disable_tqdm=True,
-        logging_steps=1, save_strategy="no", train_sampling_strategy="sequential", **settings,
+        logging_steps=1, train_sampling_strategy="sequential", **{"save_strategy": "no", **settings},
     )  # fmt: skip
     config = {"strategy": "fixed", "keep_ratio": 0.5, "window": (3, 6), "interval": 3, **(config or {})}
     callback = CompreSSMCallback(CompreSSMConfig(**config), calibration_batches=[calibration_batch()])
@@ -99,6 +101,7 @@ def ended(trainer: Trainer, callback: CompreSSMCallback) -> dict[str, Any]:
         "parameters": {name: p.detach().clone() for name, p in trainer.model.named_parameters()},
         "losses": losses,
         "records": [(record.outcome, record.loss_before, record.loss_after) for record in callback.records],
+        "reasons": [record.reason for record in callback.records],
         "sizes": [layer.size_after for layer in callback.records[-1].layers],
     }
 
@@ -187,6 +190,27 @@ def nan_process(folder: Path) -> dict[str, Any]:
         calibration._finite = finite
 
 
+def dying(folder: Path) -> dict[str, Any]:
+    """The last process is killed inside the cut, after everything was prepared and before anything is written."""
+    from hf_compressm.compression import compressor
+
+    commit = compressor.commit_together
+
+    def die(changes):
+        if RANK == WORLD - 1 and len(changes) > 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        commit(changes)
+
+    compressor.commit_together = die
+    return ended(*train(tiny_mamba, folder, save_strategy="steps", save_steps=2))
+
+
+def resumed(folder: Path) -> dict[str, Any]:
+    """What `dying` or `saving` left, resumed; with as many processes as there are now."""
+    source = next(folder.parent.glob(f"{os.environ['RESUME_FROM']}-*/checkpoint-{os.environ['RESUME_STEP']}"))
+    return ended(*train(tiny_mamba, folder, resume=str(source)))
+
+
 def rolled_back(folder: Path) -> dict[str, Any]:
     """A cut that is judged too bad by all processes together, and taken back."""
     return ended(*train(tiny_mamba, folder, config={"rollback_tolerance": 1e-9, "keep_ratio": 0.1}))
@@ -195,7 +219,7 @@ def rolled_back(folder: Path) -> dict[str, Any]:
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "mamba": plain(tiny_mamba),
     "mamba2": plain(tiny_mamba2),
-    "lru": plain(tiny_lru),
+    "lru": plain(partial(tiny_lru, norm="layer")),
     "no_unused": plain(tiny_mamba, ddp_find_unused_parameters=False),
     "accumulation": plain(tiny_mamba, gradient_accumulation_steps=2),
     "compiled": plain(tiny_mamba, torch_compile=True, torch_compile_backend="eager"),
@@ -206,6 +230,9 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "broken_process": broken_process,
     "nan_process": nan_process,
     "rolled_back": rolled_back,
+    "saving": plain(tiny_mamba, save_strategy="steps", save_steps=7),
+    "dying": dying,
+    "resumed": resumed,
 }
 
 if __name__ == "__main__":

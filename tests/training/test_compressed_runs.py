@@ -17,9 +17,7 @@ from tests.selective_models import tiny_bamba, tiny_falcon_h1, tiny_falcon_mamba
 from tests.training.test_callback import Notes, make_trainer
 from tests.training.test_resume import SAVES, StopAt
 
-ONE_BUDGET = CompreSSMConfig(
-    strategy="fixed", keep_ratio=0.6, window=(0.0, 0.5), interval=5, uniform=False, budget="model"
-)
+ONE_BUDGET = CompreSSMConfig(tolerance=0.3, window=(0.0, 0.5), interval=5, uniform=False, budget="model")
 FAMILIES = [tiny_mamba, tiny_mamba2, tiny_jamba]
 
 every_family = pytest.mark.parametrize("build", FAMILIES, ids=lambda build: build.__name__)
@@ -43,7 +41,7 @@ def test_a_run_with_one_budget_resumes_in_the_stock_model_and_loads_from_its_fol
                              **{**SAVES, "save_strategy": "no"})  # fmt: skip
     reference.train()
     sizes = sizes_of(reference.model)
-    assert len(set(sizes)) > 1 and sum(sizes) == 6  # of 16 states 10 were left, then 6
+    assert len(set(sizes)) > 1
 
     make_trainer(
         tmp_path / "parts", CompreSSMCallback(ONE_BUDGET), build(), callbacks=[parts, StopAt(stop)], **SAVES
@@ -70,8 +68,8 @@ def test_a_run_with_one_budget_resumes_in_the_stock_model_and_loads_from_its_fol
 
 
 @every_family
-@pytest.mark.parametrize("best_step, total", [(3, 16), (7, 10), (20, 6)])
-def test_the_best_checkpoint_gives_its_form_back(build, best_step: int, total: int, tmp_path) -> None:
+@pytest.mark.parametrize("best_step", [3, 7])
+def test_the_best_checkpoint_gives_its_form_back(build, best_step: int, tmp_path) -> None:
     kept = {}
 
     class Judge(TrainerCallback):
@@ -79,7 +77,7 @@ def test_the_best_checkpoint_gives_its_form_back(build, best_step: int, total: i
 
         def on_step_end(self, args, state, control, model=None, **kwargs):
             if state.global_step == best_step:
-                kept.update(copy.deepcopy(model.state_dict()), model_class=type(model))
+                kept.update(copy.deepcopy(model.state_dict()), model_class=type(model), sizes=sizes_of(model))
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             metrics["eval_loss"] = 0.0 if state.global_step == best_step else 1.0 + state.global_step
@@ -88,7 +86,9 @@ def test_the_best_checkpoint_gives_its_form_back(build, best_step: int, total: i
     trainer = make_trainer(tmp_path, CompreSSMCallback(ONE_BUDGET), build(), callbacks=[Judge()], **SAVES, **settings)
     trainer.train()
     model = trainer.model
-    assert sum(sizes_of(model)) == total
+    sizes = kept.pop("sizes")
+    assert sizes_of(model) == sizes
+    assert (sizes == [8, 8]) == (best_step < 5)
     assert type(model) is kept.pop("model_class")
     assert model.state_dict().keys() == kept.keys()
     assert all(torch.equal(kept[name], tensor) for name, tensor in model.state_dict().items())
@@ -110,7 +110,7 @@ def test_sizes_that_no_checkpoint_holds_are_refused_before_the_first_step(build,
 def test_layers_of_any_family_whose_sizes_differ_load_again(tmp_path) -> None:
     for build in (tiny_falcon_h1, tiny_bamba, tiny_falcon_mamba, tiny_zamba):
         model = build()
-        compress(model, [token_batch()], replace(ONE_BUDGET, strategy="tolerance", tolerance=0.3))
+        compress(model, [token_batch()], ONE_BUDGET)
         assert min(sizes_of(model)) < 8
         model.save_pretrained(tmp_path / build.__name__)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / build.__name__)

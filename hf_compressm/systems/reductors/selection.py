@@ -62,6 +62,52 @@ def selection_truncation(
     return Truncation.from_indices(order[..., :r].sort(dim=-1).values, full_size=scores.shape[-1])
 
 
+@torch.no_grad()
+def greedy_selection_truncation(P: torch.Tensor, Q: torch.Tensor, r: int) -> Truncation:
+    """Drops one state after the other, each time the one whose loss costs least, until `r` are left.
+
+    Of a selection that drops the states `D`, the lost observable energy is `trace(Q E)` with `E = P[D, D]`, that is the
+    sum of the entries of `P * Q` (entry by entry) over `D x D`. Its diagonal alone, which scores of single states are
+    made of, does not see that the losses of two states can cancel or add up. Sums over `D x D` are never negative, as
+    `P * Q` is positive semidefinite (Schur, 1911). The units of a state decide nothing.
+
+    Args:
+        P (`torch.Tensor` of shape `(..., N, N)`): State covariance (controllability Gramian).
+        Q (`torch.Tensor` of shape `(..., N, N)`): Observability Gramian.
+        r (`int`): Number of states to keep, from 1 to N.
+
+    Returns:
+        [`Truncation`]: A selection in float64, with indices in ascending order and `T = W`.
+
+    Raises:
+        DimensionError: The shapes are not `(..., N, N)`, or differ, or `r` is not an integer from 1 to N.
+        NotFiniteError: An entry is NaN or infinite.
+        ConfigurationError: A matrix is not Hermitian.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> P = torch.tensor([[2.0, -2.0, 0.0], [-2.0, 2.0, 0.0], [0.0, 0.0, 1.0]])  # states 0 and 1 cancel
+    >>> greedy_selection_truncation(P, Q=torch.ones(3, 3), r=1).indices
+    tensor([2])
+
+    ```
+    """
+    require_same_shape(P, Q)
+    P, Q = checked_gramian("P", P), checked_gramian("Q", Q)
+    r = checked_rank(r, P.shape[-1])
+    coupling = (P * Q.conj()).real
+    added = coupling.diagonal(dim1=-2, dim2=-1).clone()
+    kept = torch.ones_like(added, dtype=torch.bool)
+    for _ in range(P.shape[-1] - r):
+        cheapest = torch.where(kept, added, torch.inf).argmin(-1, keepdim=True)
+        kept.scatter_(-1, cheapest, False)
+        added += 2 * coupling.take_along_dim(cheapest.unsqueeze(-1), dim=-2).squeeze(-2)
+    indices = kept.nonzero()[:, -1].reshape(*kept.shape[:-1], r)
+    return Truncation.from_indices(indices, full_size=P.shape[-1])
+
+
 def diagonal_hankel_scores(P: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
     """`sqrt(P_ii Q_ii)`: the Hankel singular value that each state would have if it were alone.
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from hf_compressm.errors import ConfigurationError, DimensionError, NotFiniteError
-from hf_compressm.systems import DiagonalLTI, diagonal_hankel_scores, selection_truncation
+from hf_compressm.systems import (
+    DiagonalLTI,
+    Truncation,
+    diagonal_hankel_scores,
+    greedy_selection_truncation,
+    interpolation_residual,
+    selection_truncation,
+)
 
 from ..oracles import random_system
 
@@ -98,3 +107,43 @@ class TestArguments:
             diagonal_hankel_scores(torch.eye(2), torch.eye(3))
         with pytest.raises(ConfigurationError, match="Q is not Hermitian"):
             diagonal_hankel_scores(torch.eye(2), torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+
+
+def measured(*batch: int, n: int = 7, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gramians of correlated states and adjoints."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = torch.randn(2, *batch, n, n, generator=generator, dtype=torch.float64) * 0.7 ** torch.arange(n)
+    P, Q = samples @ samples.mT
+    return P, Q
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_selection_is_close_to_the_best_subset(seed: int) -> None:
+    P, Q = measured(seed=seed)
+    for r in range(1, 7):
+        found = interpolation_residual(P, Q, greedy_selection_truncation(P, Q, r))
+        every = [interpolation_residual(P, Q, Truncation.from_indices(list(kept), 7))
+                 for kept in itertools.combinations(range(7), r)]  # fmt: skip
+        assert min(every) - 1e-12 <= found <= min(every) + 0.1
+
+
+def test_greedy_selection_takes_the_cheapest_state_each_time() -> None:
+    """The loss of a selection, measured by the residual, is what each step compares."""
+    P, Q = measured(seed=5)
+    kept = list(range(7))
+    for r in range(6, 0, -1):
+        losses = {
+            n: interpolation_residual(P, Q, Truncation.from_indices([k for k in kept if k != n], 7)) for n in kept
+        }
+        kept.remove(min(losses, key=losses.get))
+        assert greedy_selection_truncation(P, Q, r).indices.tolist() == kept
+
+
+def test_greedy_selection_of_a_batch_and_in_other_units() -> None:
+    P, Q = measured(2, 3)
+    batch = greedy_selection_truncation(P, Q, 3)
+    units = 10.0 ** torch.arange(-3, 4).double()
+    for at in itertools.product(range(2), range(3)):
+        assert torch.equal(batch.indices[at], greedy_selection_truncation(P[at], Q[at], 3).indices)
+        scaled = greedy_selection_truncation(P[at] * units * units[:, None], Q[at] / units / units[:, None], 3)
+        assert torch.equal(batch.indices[at], scaled.indices)

@@ -1,4 +1,9 @@
-"""How gradients and moments move along an axis whose entries are combined."""
+"""
+Moment maps: how a parameter's gradient, and with it what an optimizer keeps of it, moves when the parameter is cut.
+
+Each has an `axis`, says by `moves_factors` whether it maps factored second moments too, and maps first and second
+moments; `sliced` is the map that only picks entries. [`ModalMap`] is another one, for complex states.
+"""
 
 from __future__ import annotations
 
@@ -62,3 +67,70 @@ class AxisMap:
         equation = "...o,no->...n" if matrix.ndim == 2 else "b...o,bno->b...n"
         mapped = torch.einsum(equation, rows, matrix.to(device=moment.device))
         return mapped.movedim(-1, axis).to(moment.dtype).contiguous()
+
+
+@dataclass(frozen=True)
+class AxisSelection:
+    """
+    How a parameter's gradient, and with it the optimizer's moments, moves when entries along an axis are picked.
+
+    It does what an [`AxisMap`] with rows of the identity does, without a matrix of the length squared.
+
+    Args:
+        axis (`int`): The axis of the parameter that changes its length.
+        kept (`torch.Tensor` of shape `(new,)`, int64): The old entry that each new one is.
+        length (`int`): The old length of the axis.
+    """
+
+    axis: int
+    kept: Tensor
+    length: int
+
+    moves_factors: ClassVar[bool] = True
+    """Whether the map also moves factors of a second moment (Adafactor's), which lack one of the other axes."""
+
+    def sliced(self) -> AxisSelection:
+        """The map itself, which only picks entries."""
+        return self
+
+    def first(self, moment: Tensor, axis: int | None = None) -> Tensor:
+        """Pick the entries of a first moment (`length` entries along the axis)."""
+        axis = self.axis if axis is None else axis
+        if moment.shape[axis] != self.length:
+            raise DimensionError(
+                f"a moment of shape {tuple(moment.shape)} has {moment.shape[axis]} entries along axis {axis}; "
+                f"the map takes {self.length}."
+            )
+        return moment.index_select(axis, self.kept.to(moment.device))
+
+    def second(self, moment: Tensor, axis: int | None = None) -> Tensor:
+        """Pick the entries of a second moment (`length` entries along the axis)."""
+        return self.first(moment, axis)
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """
+    How a parameter's gradient, and with it the optimizer's moments, moves when the parameter is multiplied by a number.
+
+    Args:
+        factor (`float`): What the gradient is multiplied by, the inverse of what the parameter is multiplied by.
+    """
+
+    factor: float
+
+    # No axis changes its length; factors of a second moment (Adafactor's) all scale alike.
+    axis: ClassVar[int] = -1
+    moves_factors: ClassVar[bool] = True
+
+    def sliced(self) -> Rescaling:
+        """The map that leaves moments as they are."""
+        return Rescaling(1.0)
+
+    def first(self, moment: Tensor, axis: int | None = None) -> Tensor:
+        """Rescale a first moment."""
+        return torch.mul(moment, self.factor)
+
+    def second(self, moment: Tensor, axis: int | None = None) -> Tensor:
+        """Rescale a second moment, or a factor of one."""
+        return torch.mul(moment, self.factor**2)

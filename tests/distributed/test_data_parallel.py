@@ -1,0 +1,113 @@
+"""Cuts under DistributedDataParallel, in real processes over gloo, against the same training in one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).parent / "worker.py"
+TOGETHER = ("mamba", "mamba2", "lru", "no_unused", "accumulation", "static_graph", "watched", "compiled", "rolled_back")
+ALONE = ("mamba", "mamba2", "lru", "rolled_back")
+TROUBLED = ("without_rebuild", "different_settings", "broken_process", "nan_process", "saving")
+
+
+def launch(folder: Path, cases: tuple[str, ...], processes: int, **environment: str) -> subprocess.CompletedProcess:
+    """Run the worker in one process or, by torchrun, in several."""
+    command = [sys.executable]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", f"{processes}", "--master_port", f"{port}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    command += [str(WORKER), str(folder), *cases]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def result(folder: Path, case: str, processes: int, rank: int) -> dict:
+    """What a process ended with."""
+    return torch.load(folder / f"{case}-{processes}-{rank}.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("distributed")
+    for cases, processes in ((TOGETHER + TROUBLED, 2), (ALONE, 1)):
+        run = launch(path, cases, processes)
+        assert run.returncode == 0, run.stderr[-4000:]
+    return path
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    assert one["parameters"].keys() == other["parameters"].keys()
+    return max((one["parameters"][name] - other["parameters"][name]).abs().max().item() for name in one["parameters"])
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_all_processes_end_with_the_same_parameters(folder: Path, case: str) -> None:
+    first, second = (result(folder, case, 2, rank) for rank in (0, 1))
+    assert first["sizes"] == second["sizes"] == ([8, 8] if case == "rolled_back" else [4, 4])
+    assert largest_difference(first, second) == 0
+    assert [record[0] for record in first["records"]] == [record[0] for record in second["records"]]
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_they_end_as_one_process_on_the_joint_batch(folder: Path, case: str) -> None:
+    alone = result(folder, case if case in ALONE else "mamba", 1, 0)
+    together = result(folder, case, 2, 0)
+    assert together["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    if case != "lru":  # whose modes have a phase of their own, which rounding decides
+        assert largest_difference(alone, together) < 5e-5
+    for record, expected in zip(together["records"], alone["records"]):
+        assert record[0] == expected[0] and record[1:] == pytest.approx(expected[1:], abs=1e-5)
+
+
+def test_without_a_new_reducer_the_processes_drift_apart(folder: Path) -> None:
+    assert largest_difference(*(result(folder, "without_rebuild", 2, rank) for rank in (0, 1))) > 1e-4
+
+
+def test_every_gradient_is_reduced_once_and_nothing_old_stays(folder: Path) -> None:
+    found = result(folder, "watched", 2, 0)
+    assert found["freed"] and found["stale"] == 0
+    # One bucket a step, that of the parameters which the model has then.
+    assert len(found["buckets"]) == 8 and found["buckets"][-1] == found["size"] < found["buckets"][0]
+
+
+def test_different_settings_are_refused_in_every_process(folder: Path) -> None:
+    for rank in (0, 1):
+        message = result(folder, "different_settings", 2, rank)["error"]
+        assert message.startswith("DisagreementError") and "process 1 in setting keep_ratio" in message
+
+
+@pytest.mark.parametrize(("case", "reason"), [("broken_process", "scalar loss"), ("nan_process", "loss is nan")])
+def test_trouble_in_one_process_lets_all_skip_the_check(folder: Path, case: str, reason: str) -> None:
+    first, second = (result(folder, case, 2, rank) for rank in (0, 1))
+    assert [record[0] for record in first["records"]] == [record[0] for record in second["records"]] == ["skipped"]
+    assert "process 1" in first["reasons"][0] and reason in first["reasons"][0] and reason in second["reasons"][0]
+    assert largest_difference(first, second) == 0
+
+
+def test_a_run_resumes_with_another_number_of_processes(folder: Path) -> None:
+    run = launch(folder, ("resumed",), 1, RESUME_FROM="saving", RESUME_STEP="7")
+    assert run.returncode == 0, run.stderr[-4000:]
+    resumed, whole = result(folder, "resumed", 1, 0), result(folder, "saving", 2, 0)
+    assert resumed["sizes"] == whole["sizes"] == [4, 4]
+    assert largest_difference(resumed, whole) < 5e-5
+
+
+def test_a_process_that_dies_in_a_cut_ends_the_run_and_a_relaunch_resumes(folder: Path) -> None:
+    run = launch(folder, ("dying",), 2)
+    assert run.returncode != 0 and "SIGKILL" in run.stderr
+    checkpoints = sorted(path.name for path in (folder / "dying-2").glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-2", "checkpoint-4"]
+    run = launch(folder, ("resumed",), 2, RESUME_FROM="dying", RESUME_STEP="4")
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert largest_difference(*(result(folder, "resumed", 2, rank) for rank in (0, 1))) == 0
+    assert largest_difference(result(folder, "resumed", 2, 0), result(folder, "mamba", 2, 0)) < 5e-5
