@@ -182,8 +182,8 @@ class StateSpaceLayer(ABC):
         """The one of [`~StateSpaceLayer.reductors`] that a configuration with `reductor="auto"` means."""
 
     @classmethod
-    def sizes_may_differ(cls, stock: bool) -> bool:
-        """Whether a checkpoint of the family can hold another state size in each layer."""
+    def sizes_may_differ(cls, stock: bool, reductor: str) -> bool:
+        """Whether a checkpoint of the family can hold another state size in each layer, as a reductor gives it."""
         return False
 
     @property

@@ -26,6 +26,11 @@ class FalconH1Layer(MultiHeadLayer):
     mixer_names = frozenset({"FalconH1Mixer"})
     config_size_name = "mamba_d_state"
 
+    @classmethod
+    def sizes_may_differ(cls, stock: bool, reductor: str) -> bool:
+        """Only where states are mixed: transformers sets the multipliers of all layers for one projected size."""
+        return reductor != "selection" and super().sizes_may_differ(stock, reductor)
+
     def _stock_changes(self, size: int) -> list[AttributeChange]:
         """The sizes of a Mamba-2 mixer, the joint size of all groups, and the multipliers of the projection."""
         changes = super()._stock_changes(size)

@@ -58,7 +58,7 @@ class SelectiveLayer(StateSpaceLayer):
         return named_size(module, STATE_SIZE_NAMES) is not None and calls_registered_scan(module)
 
     @classmethod
-    def sizes_may_differ(cls, stock: bool) -> bool:
+    def sizes_may_differ(cls, stock: bool, reductor: str) -> bool:
         """Not in a stock model class."""
         return not stock
 

@@ -52,7 +52,7 @@ class TimeInvariantLayer(StateSpaceLayer):
         return "balanced"
 
     @classmethod
-    def sizes_may_differ(cls, stock: bool) -> bool:
+    def sizes_may_differ(cls, stock: bool, reductor: str) -> bool:
         """Whether a checkpoint of the family can hold another state size in each layer: always."""
         return True
 

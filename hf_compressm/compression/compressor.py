@@ -109,7 +109,11 @@ class Compressor:
         return self.config.stock or not can_hold_forms(self.model, layer)
 
     def _require_sizes_that_fit(self) -> None:
-        fixed = [layer.name for layer in self.layers if not layer.sizes_may_differ(self._needs_stock(layer))]
+        fixed = [
+            layer.name
+            for layer in self.layers
+            if not layer.sizes_may_differ(self._needs_stock(layer), self._reductors[layer.name])
+        ]
         if not self.config.uniform and len(self.layers) > 1 and fixed:
             raise UnsupportedModelError(
                 f"uniform=False would give each layer its own state size, which the checkpoint of {fixed[0]} "
