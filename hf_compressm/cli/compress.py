@@ -54,6 +54,9 @@ def compress(
     per_layer: Annotated[
         bool, typer.Option("--per-layer", help="Give each layer a size of its own, where the family can hold it.")
     ] = False,
+    stock: Annotated[
+        bool, typer.Option("--stock", help="Only make what the model's class in transformers holds.")
+    ] = False,
     multiple_of: Annotated[int, typer.Option(min=1, help="Round sizes up to a multiple of this.")] = 1,
     text_file: TextFiles = None,
     dataset: DatasetName = None,
@@ -92,7 +95,7 @@ def compress(
     hf-compressm compress my-model -o smaller --state-size 8 --data-file train.parquet --push-to-hub me/smaller
     ```
     """
-    config = _config(tolerance, state_size, ratio, method, per_layer, multiple_of, gramians, seed)
+    config = _config(tolerance, state_size, ratio, method, per_layer, stock, multiple_of, gramians, seed)
     source = DataSource(
         text_file or (), dataset, data_file or (), split, text_column, tokenizer, sequences, length, batch_size
     )
@@ -128,6 +131,7 @@ def _config(
     ratio: float | None,
     method: str | None,
     per_layer: bool,
+    stock: bool,
     multiple_of: int,
     gramians: str,
     seed: int,
@@ -146,7 +150,13 @@ def _config(
         amount = {"strategy": "target", "target_ratio": ratio}
     chosen = {} if method is None else {"reductor": method}
     return CompreSSMConfig(
-        **amount, **chosen, uniform=not per_layer, multiple_of=multiple_of, gramians=gramians, seed=seed
+        **amount,
+        **chosen,
+        uniform=not per_layer,
+        stock=stock,
+        multiple_of=multiple_of,
+        gramians=gramians,
+        seed=seed,
     )
 
 

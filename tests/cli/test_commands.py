@@ -194,7 +194,7 @@ ERRORS = [
     (["compress", "model", "-o", "s", *TEXT, "--state-size", "4", "--per-layer"], "leave out --per-layer"),
     (["compress", "model", "-o", "s", *TEXT, "--method", "magic"], "reductor is 'magic'"),
     (["compress", "model", "-o", "s", *TEXT, "--method", "balanced"], "cannot hold"),
-    (["compress", "model", "-o", "s", *TEXT, "--per-layer"], "uniform=False"),
+    (["compress", "model", "-o", "s", *TEXT, "--per-layer", "--stock"], "uniform=False"),
     (["analyze", "model", "--dataset", "me/data"], "me/data (split 'train') cannot be read"),
     (["report", "model"], "has no compressm_history.json"),
     (["push", "nowhere", "me/model"], "nowhere is no folder"),
