@@ -8,13 +8,14 @@ classes of such modules are in `models/compressed`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import DimensionError
 from ..systems import Truncation
 from .base import (
     AttributeChange,
@@ -138,18 +139,9 @@ class MixableLayer(SelectiveLayer):
 
     def _mixed(self, truncation: Truncation) -> LayerReduction:
         """The reduction of a stock layer that mixes its states from now on."""
-        from ..models.compressed.mixing import mixed_classes
-
-        beside = self._beside()
-        added = []
-        for (module, name), matrix in zip(self._sites(), (truncation.W, truncation.T)):
-            values = self._grouped(matrix).to(device=beside.device, dtype=beside.dtype).contiguous().clone()
-            new = nn.Parameter(values, requires_grad=beside.requires_grad)
-            added.append(ParameterAddition(module, name, new, beside))
-        classes = [AttributeChange(module, "__class__", cls) for module, cls in mixed_classes(self.module)]
-        size = truncation.state_size
-        changes = self._changes_of_dynamics(truncation)
-        return LayerReduction(self, changes, classes, size, self.projected_size, added=added)
+        added = self._additions((truncation.W, truncation.T))
+        size, changes = truncation.state_size, self._changes_of_dynamics(truncation)
+        return LayerReduction(self, changes, self._mixed_classes(), size, self.projected_size, added=added)
 
     def _remixed(self, truncation: Truncation) -> LayerReduction:
         r"""
@@ -178,8 +170,11 @@ class MixableLayer(SelectiveLayer):
             states (`Mapping[str, Mapping]`): The optimizer's state of each, by the same names.
             form (`tuple[int, int]`): State size and projected size.
         """
-        if not self.is_mixed or form[0] < form[1]:
+        mixed = form[0] < form[1]
+        if self.is_mixed == mixed:
             return super().restoration(values, states, form)
+        if mixed:
+            return self._mixed_again(values, states, form)
         from ..models.compressed.mixing import stock_classes
 
         removed = [ParameterRemoval(module, name) for module, name in self._sites()]
@@ -187,6 +182,36 @@ class MixableLayer(SelectiveLayer):
         kept = {name: p for name, p in self._stock_parameters().items() if name in values}
         changes = self._put_back(kept, values, states, self._stock_shapes(form[1]))
         return LayerReduction(self, changes, classes, form[0], form[1], removed=removed)
+
+    def _mixed_again(
+        self, values: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]], form: tuple[int, int]
+    ) -> LayerReduction:
+        """What gives a stock layer the matrices of a mixed one, as where a checkpoint of an adapter brings its base."""
+        if form[1] != self.projected_size:
+            raise DimensionError(
+                f"the snapshot of {self.name} projects B and C to {form[1]} entries; the layer, to "
+                f"{self.projected_size}."
+            )
+        matrices = [values.get(path) for path in self._site_paths()]
+        if any(matrix is None for matrix in matrices):
+            raise DimensionError(f"the snapshot of {self.name} has no mixing matrices.")
+        kept = {name: p for name, p in self._stock_parameters().items() if name in self._dynamics}
+        changes = self._put_back(kept, values, states, self._stock_shapes(form[0]))
+        return LayerReduction(self, changes, self._mixed_classes(), *form, added=self._additions(matrices))
+
+    def _additions(self, matrices: Sequence[Tensor]) -> list[ParameterAddition]:
+        """The mixing matrices of B and of C as parameters of a stock layer."""
+        beside, added = self._beside(), []
+        for (module, name), matrix in zip(self._sites(), matrices):
+            values = self._grouped(matrix).to(device=beside.device, dtype=beside.dtype).contiguous().clone()
+            new = nn.Parameter(values, requires_grad=beside.requires_grad)
+            added.append(ParameterAddition(module, name, new, beside))
+        return added
+
+    def _mixed_classes(self) -> list[AttributeChange]:
+        from ..models.compressed.mixing import mixed_classes
+
+        return [AttributeChange(module, "__class__", cls) for module, cls in mixed_classes(self.module)]
 
     def _sites(self) -> list[tuple[nn.Module, str]]:
         from ..models.compressed.mixing import mixing_sites

@@ -11,10 +11,10 @@ from transformers import Trainer
 
 from hf_compressm import CompreSSMConfig
 from hf_compressm.architectures import find_layers
-from hf_compressm.compression import Compressor
+from hf_compressm.compression import Compressor, Snapshot
 from hf_compressm.errors import UnsupportedModelError
 from tests import selective_models
-from tests.cases import token_batch
+from tests.cases import logits_of, token_batch
 
 FAMILIES = [
     "mamba2", "zamba2", "bamba", "falcon_h1", "granite_moe_hybrid", "nemotron_h", "falcon_mamba", "jamba",
@@ -179,3 +179,17 @@ def test_an_optimizer_that_would_not_train_the_matrices_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="stock=True"):
         compressor.check([token_batch()])
     assert dict(model.named_parameters()) == before and type(model).__name__ == "Mamba2ForCausalLM"
+
+
+@every_family
+def test_layers_that_were_saved_alone_are_put_into_the_model_that_was_built(family: str, tmp_path) -> None:
+    """As where a checkpoint holds an adapter only, and the cut base beside it."""
+    model, optimizer = trained(family)
+    before = copy.deepcopy(model)
+    Compressor(model, HALF, optimizer=optimizer).check([token_batch()])
+    Snapshot.of(find_layers(model)).save(tmp_path)
+    rebuilt = Compressor(before, HALF)
+    rebuilt.put_in(Snapshot.load(tmp_path))
+    assert type(before) is type(model) and rebuilt.sizes == dict.fromkeys(rebuilt.sizes, 4)
+    assert_same(before.state_dict(), model.state_dict())
+    assert torch.equal(logits_of(before, token_batch()), logits_of(model, token_batch()))
