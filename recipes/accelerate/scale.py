@@ -180,8 +180,8 @@ def main() -> None:
     ]
     large = tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
     setting = (
-        f"For each process {options.sequences} calibration sequences of {options.length} tokens, on a device that\nreaches "
-        f"{options.teraflops:g} x 10^12 operations a second, with a slowest link of {options.gigabytes:g} GB/s."
+        f"For each process {options.sequences} calibration sequences of {options.length} tokens, on a device that\n"
+        f"reaches {options.teraflops:g} x 10^12 operations a second, with a slowest link of {options.gigabytes:g} GB/s."
     )
     header = ["model", "bytes by formula", "bytes counted", "operations counted / formula"]
     small = tabulate(counted(), headers=header, tablefmt="github", disable_numparse=True)
@@ -199,7 +199,7 @@ so the time is a lower bound.
   products of sampled states. A training step of the same batch takes three forward passes.
 - *Summed*: what one process gives to the all-reduce, `8 x (layers x (2 N^2 + 3 N + 1) + 4)` bytes, in float64.
 - *Gramians*: what a calibration holds for all layers until the spectra are known, `8 x layers x (2 N^2 + 3 N)` bytes.
-- *Kept*: inputs of the scans that wait for the backward pass, in two bytes a number; a training step keeps most of them too.
+- *Kept*: inputs of the scans that wait for the backward pass, two bytes a number; a training step keeps most of them too.
 
 The same formulas on small models, against what was counted while a check ran:
 
