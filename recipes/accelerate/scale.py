@@ -199,7 +199,7 @@ so the time is a lower bound.
   products of sampled states. A training step of the same batch takes three forward passes.
 - *Summed*: what one process gives to the all-reduce, `8 x (layers x (2 N^2 + 3 N + 1) + 4)` bytes, in float64.
 - *Gramians*: what a calibration holds for all layers until the spectra are known, `8 x layers x (2 N^2 + 3 N)` bytes.
-- *Kept*: inputs of the scans that wait for the backward pass, two bytes a number; a training step keeps most of them too.
+- *Kept*: inputs of the scans that wait for the backward pass, two bytes a number; a step keeps most of them too.
 
 The same formulas on small models, against what was counted while a check ran:
 
