@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
+import torch.distributed as dist
 from transformers import TrainingArguments
 
 from ..errors import UnsupportedModelError
+
+
+# What accelerate takes for "yes" in the environment.
+_YES = ("1", "on", "t", "true", "y", "yes")
 
 
 def require_plain_run(args: TrainingArguments) -> None:
@@ -18,12 +25,15 @@ def require_plain_run(args: TrainingArguments) -> None:
         args (`transformers.TrainingArguments`): The run's arguments.
 
     Raises:
-        [`~errors.UnsupportedModelError`]: the run spreads one process over several GPUs, or uses FSDP or DeepSpeed.
+        [`~errors.UnsupportedModelError`]: the run spreads one process over several GPUs, has processes that
+            torch.distributed does not connect, or uses FSDP or DeepSpeed.
     """
+    connected = dist.is_available() and dist.is_initialized()
     problems = [
+        (args.world_size > 1 and not connected, f"runs in {args.world_size} processes outside of torch.distributed"),
         (args.n_gpu > 1, f"spreads one process over {args.n_gpu} GPUs with DataParallel"),
-        (bool(args.fsdp), "uses FSDP"),
-        (bool(args.deepspeed), "uses DeepSpeed"),
+        (bool(args.fsdp) or _launched_with(args, "FSDP"), "uses FSDP"),
+        (bool(args.deepspeed) or _launched_with(args, "DEEPSPEED"), "uses DeepSpeed"),
     ]
     found = [problem for present, problem in problems if present]
     if found:
@@ -32,3 +42,10 @@ def require_plain_run(args: TrainingArguments) -> None:
             "Train in one process, or with one process a device (torchrun) under DistributedDataParallel, or train "
             "without the callback and use compress() afterwards."
         )
+
+
+def _launched_with(args: TrainingArguments, wrapper: str) -> bool:
+    """Whether `accelerate launch` asks for a wrapper, which the arguments then say nothing of."""
+    state = getattr(args, "distributed_state", None)
+    kind = getattr(getattr(state, "distributed_type", None), "value", None)
+    return kind == wrapper or os.environ.get(f"ACCELERATE_USE_{wrapper}", "").lower() in _YES

@@ -289,7 +289,15 @@ def test_an_empty_schedule_is_refused_before_training(tmp_path) -> None:
         make_trainer(tmp_path, CompreSSMCallback(CompreSSMConfig(interval=100))).train()
 
 
-def test_a_run_with_several_processes_is_refused_before_training(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(("variable", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+def test_wrappers_that_only_the_launcher_names_are_refused(tmp_path, monkeypatch, variable: str, name: str) -> None:
+    trainer = make_trainer(tmp_path, CompreSSMCallback())
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    with pytest.raises(UnsupportedModelError, match=f"uses {name}"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+def test_processes_that_torch_does_not_connect_are_refused_before_training(tmp_path, monkeypatch) -> None:
     trainer = make_trainer(tmp_path, CompreSSMCallback())
     monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: 2))
     with pytest.raises(UnsupportedModelError, match="runs in 2 processes"):
