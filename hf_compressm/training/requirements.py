@@ -9,7 +9,6 @@ from transformers import TrainingArguments
 
 from ..errors import UnsupportedModelError
 
-
 # What accelerate takes for "yes" in the environment.
 _YES = ("1", "on", "t", "true", "y", "yes")
 
