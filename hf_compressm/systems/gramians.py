@@ -175,7 +175,7 @@ def gramian_factor(gramian: torch.Tensor, name: str = "gramian") -> torch.Tensor
 
     ```python
     >>> import torch
-    >>> gramian_factor(torch.tensor([[4.0, 4.0], [4.0, 4.0]])).abs()
+    >>> gramian_factor(torch.tensor([[4.0, 4.0], [4.0, 4.0]])).abs().round(decimals=6)
     tensor([[2., 0.],
             [2., 0.]], dtype=torch.float64)
 

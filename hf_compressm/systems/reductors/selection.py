@@ -88,7 +88,7 @@ def greedy_selection_truncation(P: torch.Tensor, Q: torch.Tensor, r: int) -> Tru
 
     ```python
     >>> import torch
-    >>> P = torch.tensor([[2.0, -2.0, 0.0], [-2.0, 2.0, 0.0], [0.0, 0.0, 1.0]])  # states 0 and 1 cancel
+    >>> P = torch.tensor([[2.0, -2.0, 0.0], [-2.0, 2.0, 0.0], [0.0, 0.0, 3.0]])  # states 0 and 1 cancel
     >>> greedy_selection_truncation(P, Q=torch.ones(3, 3), r=1).indices
     tensor([2])
 
