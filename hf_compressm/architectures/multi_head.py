@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import AttributeChange, LayerReduction, ParameterChange, successor
+from .chunk_scan_switch import register_chunk_scan
 from .mixable import MixableLayer
 from .moment_maps import AxisSelection
 from .selective import STATE_SIZE_NAMES, named_size
@@ -126,3 +127,7 @@ class MultiHeadLayer(MixableLayer):
             after = torch.arange(end, getattr(module, name).weight.shape[0], device=kept.device)
             rows[name] = torch.cat([before, end - 2 * width + inside, end - width + inside, after])
         return rows
+
+
+# Layers of all of these families that mix states run through one forward pass of this library.
+register_chunk_scan("hf_compressm.models.compressed.mixed_multi_head")

@@ -35,7 +35,13 @@ _ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_
 
 def _mamba2(state_size: int, **settings: Any) -> PreTrainedModel:
     config = Mamba2Config(
-        num_hidden_layers=2, state_size=state_size, head_dim=16, num_heads=4, n_groups=1, chunk_size=65, **settings
+        num_hidden_layers=2,
+        state_size=state_size,
+        head_dim=16,
+        num_heads=settings["hidden_size"] // 8,
+        n_groups=1,
+        chunk_size=65,
+        **settings,
     )
     return Mamba2ForCausalLM(config)
 
@@ -55,8 +61,8 @@ def _jamba(state_size: int, **settings: Any) -> PreTrainedModel:
 
 def _bamba(state_size: int, **settings: Any) -> PreTrainedModel:
     config = BambaConfig(
-        mamba_d_state=state_size, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_chunk_size=65,
-        attn_layer_indices=[1], **_ATTENTION, **settings,
+        mamba_d_state=state_size, mamba_n_heads=settings["hidden_size"] // 8, mamba_d_head=16, mamba_n_groups=1,
+        mamba_chunk_size=65, attn_layer_indices=[1], **_ATTENTION, **settings,
     )  # fmt: skip
     return BambaForCausalLM(config)
 

@@ -364,3 +364,13 @@ def test_each_layer_may_have_a_size_of_its_own(family: str) -> None:
     assert [layer.state_size for layer in find_layers(model)] == sizes
     assert logits_of(model, {"input_ids": tokens()}).isfinite().all()
     assert AutoConfig.for_model(config.model_type).__class__ is config_class
+
+
+def test_mixed_layers_run_through_the_fast_scan() -> None:
+    from hf_compressm import fast_cpu_scan
+    from hf_compressm.models.compressed import mixed_multi_head
+
+    stock = mixed_multi_head.mamba2_chunk_scan
+    with fast_cpu_scan():
+        assert mixed_multi_head.mamba2_chunk_scan is not stock
+    assert mixed_multi_head.mamba2_chunk_scan is stock
