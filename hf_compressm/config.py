@@ -282,10 +282,11 @@ class CompreSSMConfig:
         Build a configuration from JSON text.
 
         Raises:
-            [`~errors.ConfigurationError`]: the text is not a JSON object, or a setting in it is not allowed.
+            [`~errors.ConfigurationError`]: the text is not a JSON object, or a setting in it is not allowed or
+                given twice.
         """
         try:
-            settings = json.loads(text)
+            settings = json.loads(text, object_pairs_hook=_without_repeats)
         except json.JSONDecodeError as error:
             raise ConfigurationError(f"the configuration is not valid JSON: {error}.") from error
         if not isinstance(settings, dict):
@@ -324,3 +325,10 @@ _CHOICES = {
     "gramians": GRAMIANS,
     "after_rollback": AFTER_ROLLBACK,
 }
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    repeated = sorted({name for name, _ in pairs if sum(other == name for other, _ in pairs) > 1})
+    if repeated:
+        raise ConfigurationError(f"{', '.join(map(repr, repeated))} is given more than once; keep one of the values.")
+    return dict(pairs)

@@ -89,3 +89,8 @@ def test_is_immutable() -> None:
     config = CompreSSMConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.tolerance = 0.5
+
+
+def test_a_setting_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="'tolerance' is given more than once"):
+        CompreSSMConfig.from_json_string('{"tolerance": 0.1, "seed": 1, "tolerance": 0.2}')
