@@ -1,17 +1,20 @@
 """
 What a cut costs Mamba-2, FalconMamba, Jamba and a hybrid: right after it, and at the end of a training that it was in.
 
-    python recipes/benchmarks/selective_accuracy.py [--families mamba2 jamba] [--data text --data-files FILE ...]
+    python recipes/benchmarks/selective_accuracy.py [--processes 2] [--families mamba2 jamba] [--seeds 3]
+    python recipes/benchmarks/selective_accuracy.py --data text --data-files FILE ...
 
-Families that are left out keep the figures of an earlier run, so that several processes can share the work.
+The tables are written anew after every model and seed; families that are left out keep the figures of an earlier run.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -87,13 +90,16 @@ def cut_in_training(family: str, task: Task, seed: int, steps: int, moment: floa
     return task.judge(model)
 
 
-def measure(family: str, task: Task, seeds: int, steps: int) -> Iterator[dict[str, Any]]:
-    """All figures of one family, each a list over seeds, after every seed."""
-    figures: dict[str, Any] = {"uncut": [], "right after": {}, "in training": {}, "from scratch": []}
+def measure(work: tuple[str, int], options: Any) -> tuple[str, dict[str, Any]]:
+    """All figures of one family and seed."""
+    torch.set_num_threads(1)
+    family, seed = work
+    task = make_task(options)
+    figures: dict[str, Any] = {"right after": {}, "in training": {}}
     batch = {name: torch.stack(list(task.train[:128][name])) for name in ("input_ids", "labels")}
-    for seed in range(seeds):
-        model = train(family, task, seed, steps)
-        figures["uncut"].append(task.judge(model))
+    with fast_cpu_scan():
+        model = train(family, task, seed, options.steps)
+        figures["uncut"] = task.judge(model)
         for form, settings in FORMS.items():
             if ALREADY_DEFAULT.get(family) == form:
                 continue
@@ -101,13 +107,27 @@ def measure(family: str, task: Task, seeds: int, steps: int) -> Iterator[dict[st
                 config = CompreSSMConfig(strategy="fixed", keep_ratio=kept / STATE_SIZE, seed=seed, **settings)
                 smaller = copy.deepcopy(model)
                 compress(smaller, [batch], config, progress=False)
-                figures["right after"].setdefault(form, {}).setdefault(str(kept), []).append(task.judge(smaller))
+                figures["right after"].setdefault(form, {})[str(kept)] = task.judge(smaller)
         for form, settings in IN_TRAINING.items():
             for moment in MOMENTS:
-                found = cut_in_training(family, task, seed, steps, moment, settings)
-                figures["in training"].setdefault(form, {}).setdefault(f"{moment:.0%}", []).append(found)
-        figures["from scratch"].append(task.judge(train(family, task, seed, steps, IN_TRAINING_SIZE)))
-        yield figures
+                found = cut_in_training(family, task, seed, options.steps, moment, settings)
+                figures["in training"].setdefault(form, {})[f"{moment:.0%}"] = found
+        figures["from scratch"] = task.judge(train(family, task, seed, options.steps, IN_TRAINING_SIZE))
+    return family, figures
+
+
+def append(lists: dict[str, Any], values: dict[str, Any]) -> None:
+    """Append every figure of one seed to the list at its place."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            append(lists.setdefault(name, {}), value)
+        else:
+            lists.setdefault(name, []).append(value)
+
+
+def make_task(options: Any) -> Task:
+    """The task that the options name."""
+    return digits_task() if options.data == "digits" else text_task(options.data_files)
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:
@@ -139,34 +159,35 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--families", nargs="+", choices=sorted(FAMILIES), default=list(FAMILIES))
     options.add_argument("--seeds", type=int, default=3, help="models to train of each kind")
-    options.add_argument("--steps", type=int, default=600, help="training steps of each")
+    options.add_argument("--steps", type=int, default=400, help="training steps of each")
+    options.add_argument("--processes", type=int, default=1, help="processes that share the work, one thread each")
     options.add_argument("--data", choices=("digits", "text"), default="digits")
     options.add_argument("--data-files", nargs="+", default=(), help="text files, for --data text")
     options = options.parse_args()
     if options.data == "text" and not options.data_files:
         raise SystemExit("--data text needs --data-files")
-    task = digits_task() if options.data == "digits" else text_task(options.data_files)
     path = RESULTS / f"selective_cut_{options.data}.json"
-    for family in options.families:
-        with fast_cpu_scan():
-            for found in measure(family, task, options.seeds, options.steps):
-                # Read only now: another process may have written its family meanwhile.
-                known = json.loads(path.read_text()) if path.exists() else {}
-                known[family] = found
-                write(options, task, {name: known[name] for name in FAMILIES if name in known})
+    known = json.loads(path.read_text()) if path.exists() else {}
+    figures = {family: found for family, found in known.items() if family not in options.families}
+    figure = make_task(options).figure
+    work = [(family, seed) for seed in range(options.seeds) for family in options.families]
+    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
+        for family, found in pool.imap_unordered(partial(measure, options=options), work):
+            append(figures.setdefault(family, {}), found)
+            write(options, figure, {name: figures[name] for name in FAMILIES if name in figures})
 
 
-def write(options: Any, task: Task, figures: dict[str, Any]) -> None:
+def write(options: Any, figure: str, figures: dict[str, Any]) -> None:
     """Write the two tables of one kind of data."""
     seeds = ", ".join(f"{name}: {len(found['from scratch'])}" for name, found in figures.items())
     note = (
         f"Small causal models (width 32, two state-space layers of 64 states, in jamba and bamba an attention layer "
         f"between them), plain Trainer, {options.steps} steps of 32 examples; mean and standard deviation of the "
-        f"{task.figure} over seeds ({seeds})."
+        f"{figure} over seeds ({seeds})."
     )
     write_result(
         f"selective_cut_{options.data}",
-        f"{task.figure.capitalize()} right after cutting N = 64 ({options.data})",
+        f"{figure.capitalize()} right after cutting N = 64 ({options.data})",
         ["family", "form", *(f"r = {kept}" for kept in KEPT)],
         _rows_right_after(figures),
         figures,
@@ -174,7 +195,7 @@ def write(options: Any, task: Task, figures: dict[str, Any]) -> None:
     )
     write_result(
         f"selective_training_{options.data}",
-        f"{task.figure.capitalize()} at the end of training, cut from N = 64 to {IN_TRAINING_SIZE} ({options.data})",
+        f"{figure.capitalize()} at the end of training, cut from N = 64 to {IN_TRAINING_SIZE} ({options.data})",
         ["family", "N = 64 throughout", f"N = {IN_TRAINING_SIZE} from scratch", "form"]
         + [f"cut at {moment:.0%}" for moment in MOMENTS],
         _rows_in_training(figures),
@@ -184,5 +205,4 @@ def write(options: Any, task: Task, figures: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()
