@@ -24,6 +24,7 @@ _HOMES = {
     "enable_fast_cpu_scan": ".architectures",
     "fast_cpu_scan": ".architectures",
     "read_history": ".compression",
+    "train_in_segments": ".training",
 }
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "enable_fast_cpu_scan",
     "fast_cpu_scan",
     "read_history",
+    "train_in_segments",
 ]
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from .compression import CheckRecord, RunReport, Spectrum, analyze, compress, read_history
     from .config import CompreSSMConfig
     from .errors import CompreSSMError
-    from .training import CompreSSMCallback
+    from .training import CompreSSMCallback, train_in_segments
 
 
 def __getattr__(name: str) -> Any:

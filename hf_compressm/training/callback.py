@@ -15,8 +15,10 @@ from ..errors import ConfigurationError
 from .batches import require_batches, require_function
 from .card import keep_card
 from .checkpoints import after_replacing, before_replacing, set_aside_incomplete
+from .requirements import require_plain_run
 from .resume import follow_checkpoints, saved_run
 from .run import CompressionRun
+from .segment_run import SegmentRun
 
 
 class CompreSSMCallback(TrainerCallback, ExportableState):
@@ -69,17 +71,42 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if config is not None and not isinstance(config, CompreSSMConfig):
             raise ConfigurationError(f"config is a {type(config).__name__}; give a CompreSSMConfig.")
         self.config = config or CompreSSMConfig()
-        self._loss_function = require_function("loss_function", loss_function)
-        self._given_batches = require_batches("calibration_batches", calibration_batches)
+        self.loss_function = require_function("loss_function", loss_function)
+        self.calibration_batches = require_batches("calibration_batches", calibration_batches)
         # One average by itself is meant as a list of one.
         single = isinstance(averaged_weights, (nn.Module, Mapping))
         self._averaged_weights = [averaged_weights] if single else averaged_weights
-        self._run: CompressionRun | None = None
+        self._run: CompressionRun | SegmentRun | None = None
+        self._is_whole = False
+        self._sizes_in_segments: dict[str, int] | None = None
 
     @property
     def records(self) -> list[CheckRecord]:
         """What every check of the latest training saw and did."""
         return [] if self._run is None else self._run.records
+
+    @property
+    def averages_weights(self) -> bool:
+        """Whether averages of the weights were given that have to be cut with the model."""
+        return bool(self._averaged_weights)
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the latest training ended so that a check can be made; see [`train_in_segments`]."""
+        return isinstance(self._run, SegmentRun) and self._run.paused
+
+    def train_whole(self) -> None:
+        """Expect a model that no wrapper shards, whatever the arguments say of FSDP; see [`train_in_segments`]."""
+        self._is_whole, self._sizes_in_segments = True, None
+
+    def pause_at_checks(self, sizes: dict[str, int]) -> None:
+        """
+        Save and stop at the next check, which is made between two trainings; see [`train_in_segments`].
+
+        Args:
+            sizes (`dict[str, int]`): State size of each layer, by its name.
+        """
+        self._is_whole, self._sizes_in_segments = False, dict(sizes)
 
     def state(self) -> dict[str, Any]:
         """The settings and the records so far, as the Trainer writes them into every checkpoint."""
@@ -92,9 +119,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     def _arguments_json_cannot_hold(self) -> list[str]:
         given = {
-            "loss_function": self._loss_function is not None,
-            "calibration_batches": self._given_batches is not None,
-            "averaged_weights": bool(self._averaged_weights),
+            "loss_function": self.loss_function is not None,
+            "calibration_batches": self.calibration_batches is not None,
+            "averaged_weights": self.averages_weights,
         }
         return [name for name, present in given.items() if present]
 
@@ -111,8 +138,6 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Find the layers and the steps to check; everything that cannot work is refused here."""
-        # A search over hyperparameters makes a new model, a smaller batch after a lack of memory a new start.
-        follow_checkpoints(model)
         lost = sorted(set(getattr(self, "saved_arguments", [])) - set(self._arguments_json_cannot_hold()))
         if lost:
             raise ConfigurationError(
@@ -122,6 +147,14 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if self._run is not None:
             self._run.ended()
         keep_card(self)
+        if self._sizes_in_segments is not None:
+            saved, sizes = saved_run(state, self), self._sizes_in_segments
+            self._sizes_in_segments = None
+            self._run = SegmentRun(self.config, self, args, state, control, model, saved, sizes)
+            return
+        require_plain_run(args, self._is_whole)
+        # A search over hyperparameters makes a new model, a smaller batch after a lack of memory a new start.
+        follow_checkpoints(model)
         self._run = CompressionRun(
             self.config,
             self,
@@ -132,8 +165,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             kwargs["optimizer"],
             kwargs["train_dataloader"],
             saved_run(state, self),
-            loss_function=self._loss_function,
-            calibration_batches=self._given_batches,
+            loss_function=self.loss_function,
+            calibration_batches=self.calibration_batches,
             averaged_weights=self._averaged_weights,
         )
 

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 INCOMPLETE_PREFIX = "incomplete-"
 REPLACED_PREFIX = "replaced-"
+UNFINISHED_PREFIX = "unfinished-"
 LOCK_NAME = ".compressm_running"
 
 # One file, shards of the Hub's form, of FSDP's and of DeepSpeed's.
@@ -122,6 +123,9 @@ def set_aside_incomplete(output_dir: str | os.PathLike) -> list[Path]:
             moved.append(_free_name(folder.with_name(INCOMPLETE_PREFIX + folder.name)))
             folder.rename(moved[-1])
             logger.warning("%s is incomplete (%s) and is now called %s.", folder, problem, moved[-1].name)
+    for folder in sorted(Path(output_dir).glob(f"{UNFINISHED_PREFIX}{PREFIX_CHECKPOINT_DIR}-*")):
+        # A copy that was being made of a checkpoint, which is still there.
+        shutil.rmtree(folder)
     for folder in sorted(Path(output_dir).glob(f"{REPLACED_PREFIX}{PREFIX_CHECKPOINT_DIR}-*")):
         original = folder.with_name(folder.name.removeprefix(REPLACED_PREFIX))
         if original.exists():

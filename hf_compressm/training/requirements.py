@@ -13,7 +13,7 @@ from ..errors import UnsupportedModelError
 _YES = ("1", "on", "t", "true", "y", "yes")
 
 
-def require_plain_run(args: TrainingArguments) -> None:
+def require_plain_run(args: TrainingArguments, is_whole: bool = False) -> None:
     """
     Refuse a run whose wrapper keeps copies or buckets of the parameters that a cut would leave stale.
 
@@ -22,6 +22,8 @@ def require_plain_run(args: TrainingArguments) -> None:
 
     Args:
         args (`transformers.TrainingArguments`): The run's arguments.
+        is_whole (`bool`, *optional*, defaults to `False`): The model is known not to be sharded, as on one device,
+            where FSDP is asked for in vain.
 
     Raises:
         [`~errors.UnsupportedModelError`]: the run spreads one process over several GPUs, has processes that
@@ -31,15 +33,15 @@ def require_plain_run(args: TrainingArguments) -> None:
     problems = [
         (args.world_size > 1 and not connected, f"runs in {args.world_size} processes outside of torch.distributed"),
         (args.n_gpu > 1, f"spreads one process over {args.n_gpu} GPUs with DataParallel"),
-        (bool(args.fsdp) or _launched_with(args, "FSDP"), "uses FSDP"),
+        (not is_whole and (bool(args.fsdp) or _launched_with(args, "FSDP")), "uses FSDP"),
         (bool(args.deepspeed) or _launched_with(args, "DEEPSPEED"), "uses DeepSpeed"),
     ]
     found = [problem for present, problem in problems if present]
     if found:
         raise UnsupportedModelError(
             f"this training {' and '.join(found)}, whose wrapper would not notice that a parameter became smaller. "
-            "Train in one process, or with one process a device (torchrun) under DistributedDataParallel, or train "
-            "without the callback and use compress() afterwards."
+            "Train in one process, with one process a device (torchrun) under DistributedDataParallel, under FSDP by "
+            "train_in_segments(), or without the callback and with compress() afterwards."
         )
 
 

@@ -30,20 +30,13 @@ from ..compression import (
 )
 from ..compression.processes import SingleProcess
 from ..config import CompreSSMConfig
-from ..errors import (
-    CalibrationError,
-    ConfigurationError,
-    NotFiniteError,
-    TruncationError,
-    UnstableSystemError,
-    UnsupportedModelError,
-)
+from ..errors import ConfigurationError, UnsupportedModelError
 from ..ops import compile_kernels
 from .batches import training_batches
+from .checking import check_or_skip
 from .checkpoints import mark_active, mark_ended
 from .data_parallel import ReducerChange, rebuild_stale_reducers
 from .distributed import processes_of_training, run_facts
-from .requirements import require_plain_run
 from .resume import SavedRun
 from .rollback import EvaluationWatch
 from .schedule import check_steps
@@ -87,7 +80,6 @@ class CompressionRun:
         calibration_batches: Iterable[Any] | None = None,
         averaged_weights: Iterable[Any] = (),
     ) -> None:
-        require_plain_run(args)
         self.config = config
         self.steps = check_steps(config, state.max_steps)
         self._args, self._state, self._control, self._model = args, state, control, model
@@ -243,17 +235,10 @@ class CompressionRun:
     def _check(self, step: int) -> None:
         if self._watch is not None:
             self._watch.require_comparison()
-        known = len(self._compressor.records)
-        try:
-            record = self._compressor.check(
-                self._batches.draw(step), step=step, number=self.steps.index(step) + 1, total=len(self.steps)
-            )
-        except (CalibrationError, NotFiniteError, TruncationError, UnstableSystemError) as error:
-            record = self._compressor.skip(str(error), step=step)
-            logger.warning("the check after step %d was skipped: %s", step, error)
-        if self._watch is not None and record.outcome == "cut":
+        records = check_or_skip(self._compressor, self._batches.draw(step), step, self.steps)
+        if self._watch is not None and records[-1].outcome == "cut":
             self._watch.cut_made(step)
-        self._keep(self._compressor.records[known:])
+        self._keep(records)
 
     def _keep(self, records: list[CheckRecord]) -> None:
         for record in records:

@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).parent / "worker.py"
+from .conftest import ALONE
+from .processes import largest_difference, launch, result
+
 TOGETHER = ("mamba", "mamba2", "lru", "no_unused", "accumulation", "static_graph", "watched", "compiled", "rolled_back")
-ALONE = ("mamba", "mamba2", "lru", "rolled_back")
 TROUBLED = ("without_rebuild", "different_settings", "broken_process", "nan_process", "saving")
-
-
-def launch(folder: Path, cases: tuple[str, ...], processes: int, **environment: str) -> subprocess.CompletedProcess:
-    """Run the worker in one process or, by torchrun, in several."""
-    command = [sys.executable]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", f"{processes}", "--master_port", f"{port}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    command += [str(WORKER), str(folder), *cases]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-
-
-def result(folder: Path, case: str, processes: int, rank: int) -> dict:
-    """What a process ended with."""
-    return torch.load(folder / f"{case}-{processes}-{rank}.pt", weights_only=False)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("distributed")
-    for cases, processes in ((TOGETHER + TROUBLED, 2), (ALONE, 1)):
-        run = launch(path, cases, processes)
-        assert run.returncode == 0, run.stderr[-4000:]
+    run = launch(path, TOGETHER + TROUBLED, 2)
+    assert run.returncode == 0, run.stderr[-4000:]
     return path
-
-
-def largest_difference(one: dict, other: dict) -> float:
-    assert one["parameters"].keys() == other["parameters"].keys()
-    return max((one["parameters"][name] - other["parameters"][name]).abs().max().item() for name in one["parameters"])
 
 
 @pytest.mark.parametrize("case", TOGETHER)
@@ -59,14 +30,14 @@ def test_all_processes_end_with_the_same_parameters(folder: Path, case: str) -> 
 
 
 @pytest.mark.parametrize("case", TOGETHER)
-def test_they_end_as_one_process_on_the_joint_batch(folder: Path, case: str) -> None:
-    alone = result(folder, case if case in ALONE else "mamba", 1, 0)
+def test_they_end_as_one_process_on_the_joint_batch(folder: Path, alone: Path, case: str) -> None:
+    expected = result(alone, case if case in ALONE else "mamba", 1, 0)
     together = result(folder, case, 2, 0)
-    assert together["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    assert together["losses"] == pytest.approx(expected["losses"], abs=1e-4)
     if case != "lru":  # whose modes have a phase of their own, which rounding decides
-        assert largest_difference(alone, together) < 5e-5
-    for record, expected in zip(together["records"], alone["records"]):
-        assert record[0] == expected[0] and record[1:] == pytest.approx(expected[1:], abs=1e-5)
+        assert largest_difference(expected, together) < 5e-5
+    for record, other in zip(together["records"], expected["records"]):
+        assert record[0] == other[0] and record[1:] == pytest.approx(other[1:], abs=1e-5)
 
 
 def test_without_a_new_reducer_the_processes_drift_apart(folder: Path) -> None:

@@ -79,7 +79,7 @@ def train(
     config: dict[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[Trainer, CompreSSMCallback]:
-    """One training in all processes, cut after the steps 3 and 6."""
+    """One training in all processes, cut after step 6."""
     accumulation = settings.get("gradient_accumulation_steps", 1)
     args = TrainingArguments(
         output_dir=folder, max_steps=steps, per_device_train_batch_size=JOINT_BATCH // WORLD // accumulation,
@@ -216,9 +216,13 @@ def rolled_back(folder: Path) -> dict[str, Any]:
     return ended(*train(tiny_mamba, folder, config={"rollback_tolerance": 1e-9, "keep_ratio": 0.1}))
 
 
+# Cut after the steps 3 and 6, to half each time.
+TWICE = {"window": (0, 6)}
+
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "mamba": plain(tiny_mamba),
     "mamba2": plain(tiny_mamba2),
+    "twice": plain(tiny_mamba, config=TWICE),
     "lru": plain(partial(tiny_lru, norm="layer")),
     "no_unused": plain(tiny_mamba, ddp_find_unused_parameters=False),
     "accumulation": plain(tiny_mamba, gradient_accumulation_steps=2),
