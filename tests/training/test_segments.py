@@ -50,11 +50,11 @@ def test_in_one_process_it_is_the_plain_training(tmp_path) -> None:
 
 
 def test_fsdp_that_shards_nothing_is_cut_in_place(tmp_path, monkeypatch) -> None:
-    # TrainingArguments leave it set; this puts it back at the end.
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    # As `accelerate launch` with an FSDP config does on a machine with one CPU.
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UnsupportedModelError, match="train_in_segments"):
-        make_trainer(tmp_path, fsdp=True).train()
-    trainer = train_in_segments(partial(make_trainer, tmp_path, fsdp=True))
+        make_trainer(tmp_path).train()
+    trainer = train_in_segments(partial(make_trainer, tmp_path))
     assert trainer.model.config.state_size == 4 and trainer.state.global_step == 4
 
 
