@@ -20,10 +20,17 @@ from ..errors import ConfigurationError
 from .batches import CapturedBatches, training_batches, unchanged_random_state
 from .callback import CompreSSMCallback
 from .checking import check_or_skip
+from .deepspeed_checkpoint import DeepSpeedCheckpoint
 from .distributed import processes_of_training, run_facts
+from .fsdp_checkpoint import FSDPCheckpoint
 from .resume import saved_run
 from .schedule import check_steps
-from .sharded_checkpoint import ShardedCheckpoint
+from .segment_checkpoint import SegmentCheckpoint
+
+_CHECKPOINTS: dict[DistributedType, type[SegmentCheckpoint]] = {
+    DistributedType.FSDP: FSDPCheckpoint,
+    DistributedType.DEEPSPEED: DeepSpeedCheckpoint,
+}
 
 
 def train_in_segments(
@@ -73,7 +80,8 @@ def train_in_segments(
     # The first process may have set incomplete checkpoints aside just now.
     trainer.accelerator.wait_for_everyone()
     checkpoint = _checkpoint_to_resume(trainer, resume_from_checkpoint)
-    if trainer.accelerator.distributed_type != DistributedType.FSDP:
+    form = _CHECKPOINTS.get(trainer.accelerator.distributed_type)
+    if form is None:
         # On one device accelerate leaves the model unwrapped, whatever the arguments say of FSDP.
         callback.train_whole()
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -81,7 +89,8 @@ def train_in_segments(
     while True:
         _require_segments(trainer, callback)
         if checkpoint is not None:
-            _cut_if_due(trainer, callback, ShardedCheckpoint(Path(checkpoint)))
+            _cut_if_due(trainer, callback, form(Path(checkpoint)))
+            form(Path(checkpoint)).prepare(trainer)
         callback.pause_at_checks({layer.name: layer.state_size for layer in find_layers(trainer.model)})
         trainer.train(resume_from_checkpoint=checkpoint)
         if not callback.is_paused:
@@ -125,9 +134,9 @@ def _require_segments(trainer: Trainer, callback: CompreSSMCallback) -> None:
         raise ConfigurationError(f"a run in segments, as FSDP needs it, cannot have {'; nor '.join(found)}.")
 
 
-def _cut_if_due(trainer: Trainer, callback: CompreSSMCallback, checkpoint: ShardedCheckpoint) -> None:
+def _cut_if_due(trainer: Trainer, callback: CompreSSMCallback, checkpoint: SegmentCheckpoint) -> None:
     """Bring the plain model to the checkpoint's sizes; where a check is due, make it and write its outcome there."""
-    checkpoint.load_weights(trainer.model)
+    checkpoint.load_sizes(trainer.model)
     state = checkpoint.state
     records, step = saved_run(state, callback).records, state.global_step
     steps = check_steps(callback.config, state.max_steps)
@@ -148,13 +157,17 @@ def _cut_if_due(trainer: Trainer, callback: CompreSSMCallback, checkpoint: Shard
 def _check(
     trainer: Trainer,
     callback: CompreSSMCallback,
-    checkpoint: ShardedCheckpoint,
+    checkpoint: SegmentCheckpoint,
     records: list[CheckRecord],
     step: int,
     steps: list[int],
 ) -> tuple[list[CheckRecord], bool, Any]:
     """All records, whether the model was changed, and the optimizer that was changed with it, in the first process."""
     model, args = trainer.model, trainer.args
+    if args.process_index == 0:
+        checkpoint.open_for_cut()
+    trainer.accelerator.wait_for_everyone()
+    checkpoint.load_weights(model)
     home = next(model.parameters()).device
     model.to(args.device)
     optimizer = None

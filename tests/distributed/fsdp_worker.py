@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMError, train_in_segments  # noqa: E402
-from hf_compressm.training import sharded_checkpoint  # noqa: E402
+from hf_compressm.training import segment_checkpoint  # noqa: E402
 from tests.cases import tiny_mamba  # noqa: E402
 from tests.distributed.worker import (  # noqa: E402
     JOINT_BATCH,
@@ -91,18 +91,18 @@ def segments(
 
 def without_moments(folder: Path) -> dict[str, Any]:
     """The negative control: the optimizer in the checkpoint forgets what it knew."""
-    load = sharded_checkpoint.ShardedCheckpoint.load_optimizer
+    load = segment_checkpoint.SegmentCheckpoint.load_optimizer
 
     def forget(self, model, optimizer):
         load(self, model, optimizer)
         for state in optimizer.state.values():
             state.update({name: value * 0 for name, value in state.items()})
 
-    sharded_checkpoint.ShardedCheckpoint.load_optimizer = forget
+    segment_checkpoint.SegmentCheckpoint.load_optimizer = forget
     try:
         return segments(tiny_mamba, "MambaBlock")(folder)
     finally:
-        sharded_checkpoint.ShardedCheckpoint.load_optimizer = load
+        segment_checkpoint.SegmentCheckpoint.load_optimizer = load
 
 
 def without_segments(folder: Path) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def without_segments(folder: Path) -> dict[str, Any]:
 
 def killed(folder: Path) -> dict[str, Any]:
     """The first process is killed while it writes the second cut, before the folder takes its name."""
-    save = sharded_checkpoint.TrainerState.save_to_json
+    save = segment_checkpoint.TrainerState.save_to_json
 
     def die(self, path):
         save(self, path)
@@ -124,7 +124,7 @@ def killed(folder: Path) -> dict[str, Any]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if RANK == 0:
-        sharded_checkpoint.TrainerState.save_to_json = die
+        segment_checkpoint.TrainerState.save_to_json = die
     return segments(tiny_mamba, "MambaBlock", "SHARDED_STATE_DICT", TWICE)(folder)
 
 

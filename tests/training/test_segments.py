@@ -12,7 +12,8 @@ from transformers import Trainer, TrainingArguments
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, train_in_segments
 from hf_compressm.errors import ConfigurationError, UnsupportedModelError
 from hf_compressm.training import segments
-from hf_compressm.training.sharded_checkpoint import ShardedCheckpoint, _fresh_state, _nested
+from hf_compressm.training.fsdp_checkpoint import FSDPCheckpoint, nested
+from hf_compressm.training.segment_checkpoint import fresh_state
 from tests.cases import VOCABULARY, tiny_mamba
 
 SETTINGS = {"strategy": "fixed", "keep_ratio": 0.5, "window": (0, 2)}
@@ -103,18 +104,18 @@ def test_a_segment_ends_at_its_check_and_saves(tmp_path) -> None:
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path) -> None:
     (tmp_path / "checkpoint-2").mkdir()
     with pytest.raises(UnsupportedModelError, match="FULL_STATE_DICT"):
-        ShardedCheckpoint(tmp_path / "checkpoint-2")
+        FSDPCheckpoint(tmp_path / "checkpoint-2")
 
 
 def test_the_state_of_a_new_parameter_is_that_before_its_first_step() -> None:
-    fresh = _fresh_state(
-        torch.ones(2, 3), torch.ones(4), {"step": torch.tensor(7.0), "exp_avg": torch.ones(4), "count": 3}
-    )
+    state = {"step": torch.tensor(7.0), "exp_avg": torch.ones(4), "count": 3}
+    fresh = fresh_state(torch.ones(2, 3), torch.ones(4), state)
     assert fresh["step"] == 0 and fresh["count"] == 0 and torch.equal(fresh["exp_avg"], torch.zeros(2, 3))
+    assert fresh_state(torch.ones(2, 3), torch.ones(4), state, same_step=True)["step"] == 7
     with pytest.raises(UnsupportedModelError, match="row"):
-        _fresh_state(torch.ones(2, 3), torch.ones(4, 5), {"row": torch.ones(4)})
+        fresh_state(torch.ones(2, 3), torch.ones(4, 5), {"row": torch.ones(4)})
 
 
 def test_paths_become_dictionaries_and_lists() -> None:
     entries = {("state", "a.b", "step"): 1, ("groups", 1, "lr"): 2, ("groups", 0, "lr"): 3}
-    assert _nested(entries) == {"state": {"a.b": {"step": 1}}, "groups": [{"lr": 3}, {"lr": 2}]}
+    assert nested(entries) == {"state": {"a.b": {"step": 1}}, "groups": [{"lr": 3}, {"lr": 2}]}
