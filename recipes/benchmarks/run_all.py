@@ -15,6 +15,8 @@ BENCHMARKS = (
     "diagonal_scan.py",
     "channel_systems.py",
     "lti_reduction.py",
+    "selective_speed.py",
+    "selective_accuracy.py",
 )
 
 if __name__ == "__main__":
