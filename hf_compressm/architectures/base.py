@@ -360,7 +360,10 @@ def _unreducible(parameter: Any) -> str | None:
     if not isinstance(parameter, nn.Parameter):
         return f"is a {type(parameter).__name__} and not a parameter (a parametrisation or an adapter holds it)"
     if hasattr(parameter, "ds_id"):
-        return "is partitioned by DeepSpeed"
+        return (
+            "is partitioned by DeepSpeed, as all is that is loaded while the arguments of a ZeRO-3 run are known (for "
+            "train_in_segments, load the model before you make them)"
+        )
     # Sharded and quantised tensors are subclasses whose shape or values are not those that the layer computes with.
     if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
         return f"holds a {type(parameter.data).__name__}, a sharded or quantised form"

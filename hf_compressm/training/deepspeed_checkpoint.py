@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from ..errors import UnsupportedModelError
 from .segment_checkpoint import SegmentCheckpoint, complete_moments, names_in_groups
@@ -48,9 +48,19 @@ class DeepSpeedCheckpoint(SegmentCheckpoint):
         self._universal = self.fresh / name
 
     def prepare(self, trainer: Trainer) -> None:
-        """Let DeepSpeed load the universal form where the checkpoint has it."""
-        settings = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
-        settings.setdefault("checkpoint", {})["load_universal"] = (self.folder / _UNIVERSAL_LATEST).is_file()
+        """
+        Let DeepSpeed load the universal form where the checkpoint has it, and set right what it then gets wrong.
+
+        Args:
+            trainer (`transformers.Trainer`): Will resume from the checkpoint.
+        """
+        settings = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
+        is_universal = (self.folder / _UNIVERSAL_LATEST).is_file()
+        settings.config.setdefault("checkpoint", {})["load_universal"] = is_universal
+        if is_universal and settings.is_zero3():
+            groups = trainer.create_optimizer().param_groups
+            trainer.optimizer = None
+            trainer.add_callback(_AfterUniversal([{**group, "params": None} for group in groups]))
 
     def open_for_cut(self) -> None:
         """
@@ -137,6 +147,27 @@ class DeepSpeedCheckpoint(SegmentCheckpoint):
         shared = torch.load(self._universal / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False)
         states = shared.get("optimizer_state_dict", {}).get("state", {})
         return torch.as_tensor(states[0]["step"], dtype=torch.float32) if 0 in states else None
+
+
+class _AfterUniversal(TrainerCallback):
+    """
+    Undo what DeepSpeed's loader of the universal form does to the optimizer in stage 3.
+
+    It gives all states one tensor for their step count, which an optimizer then counts up once per state, and all
+    groups the settings of the first one, weight decay included (seen with DeepSpeed 0.19).
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self._groups = groups
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs: Any) -> None:
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        for kept in optimizer.state.values():
+            kept.update({key: value.clone() for key, value in kept.items() if key == "step"})
+        for group, settings in zip(optimizer.param_groups, self._groups):
+            # The schedule has set the rate already.
+            group.update({key: value for key, value in settings.items() if key not in ("params", "lr")})
 
 
 def _in_form_of(example: Any, value: Any) -> Any:

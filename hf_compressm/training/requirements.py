@@ -40,8 +40,8 @@ def require_plain_run(args: TrainingArguments, is_whole: bool = False) -> None:
     if found:
         raise UnsupportedModelError(
             f"this training {' and '.join(found)}, whose wrapper would not notice that a parameter became smaller. "
-            "Train in one process, with one process a device (torchrun) under DistributedDataParallel, under FSDP by "
-            "train_in_segments(), or without the callback and with compress() afterwards."
+            "Train in one process, with one process a device (torchrun) under DistributedDataParallel, under FSDP or "
+            "DeepSpeed by train_in_segments(), or without the callback and with compress() afterwards."
         )
 
 

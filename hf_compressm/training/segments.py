@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate.utils import DistributedType
 from transformers import Trainer
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ..architectures import find_layers
@@ -37,21 +38,22 @@ def train_in_segments(
     make_trainer: Callable[[], Trainer], resume_from_checkpoint: str | os.PathLike | bool | None = None
 ) -> Trainer:
     """
-    Train with a [`CompreSSMCallback`], under FSDP too.
+    Train with a [`CompreSSMCallback`], under FSDP and DeepSpeed too.
 
-    Under FSDP a process holds a shard of each parameter, and the wrapper keeps its own account of them. The run is
-    therefore trained in segments: at each check it is saved and stopped, every process loads the weights into the model
+    Under FSDP and ZeRO a process holds shards, and the wrapper keeps its own account of them. The run is therefore
+    trained in segments: at each check it is saved and stopped, every process loads the weights into the model
     that a new Trainer brings, all calibrate and cut it together, one of them writes the smaller weights, moments and
     config into the checkpoint, and the new Trainer resumes from there with the same schedule, data position and random
-    state. A run that dies at any point is resumed by the same call with `resume_from_checkpoint=True`. Without FSDP
-    this is `trainer.train()`, which cuts in place.
+    state. A run that dies at any point is resumed by the same call with `resume_from_checkpoint=True`. Without
+    such a wrapper this is `trainer.train()`, which cuts in place.
 
     At a check each process holds the whole model on its device, the first one its moments too; the files have to be on
     storage that all processes share. What the Trainer evaluates after the step of a check is the model before the cut.
 
     Args:
         make_trainer (`Callable`): Takes nothing and returns a new `Trainer` with a new model at its original size and a
-            `CompreSSMCallback`. It is called once per segment, in every process.
+            `CompreSSMCallback`. It is called once per segment, in every process. Under ZeRO-3 what `from_pretrained`
+            loads after the `TrainingArguments` were made is partitioned at once, and refused: load it before them.
         resume_from_checkpoint (`str`, `os.PathLike` or `bool`, *optional*): As in `Trainer.train`; with True, the
             latest checkpoint in the output folder, or a new run where there is none.
 
@@ -75,7 +77,7 @@ def train_in_segments(
     trainer.save_model("smaller")
     ```
     """
-    trainer = make_trainer()
+    trainer = _new_trainer(make_trainer)
     callback = _callback_of(trainer)
     # The first process may have set incomplete checkpoints aside just now.
     trainer.accelerator.wait_for_everyone()
@@ -100,8 +102,17 @@ def train_in_segments(
         trainer.accelerator.free_memory()
         del trainer
         gc.collect()
-        trainer = make_trainer()
+        trainer = _new_trainer(make_trainer)
         callback = _callback_of(trainer)
+
+
+def _new_trainer(make_trainer: Callable[[], Trainer]) -> Trainer:
+    # from_pretrained partitions a model at once where the ZeRO-3 of an earlier Trainer, or its arguments, is known of.
+    unset_hf_deepspeed_config()
+    trainer = make_trainer()
+    if getattr(trainer.args, "hf_deepspeed_config", None) is not None:
+        set_hf_deepspeed_config(trainer.args.hf_deepspeed_config)
+    return trainer
 
 
 def _callback_of(trainer: Trainer) -> CompreSSMCallback:
@@ -128,10 +139,19 @@ def _require_segments(trainer: Trainer, callback: CompreSSMCallback) -> None:
         (callback.config.judged_by_evaluation, "a rollback_metric of the evaluation (use 'calibration_loss')"),
         (callback.averages_weights, "averaged_weights, which no checkpoint holds"),
         (hasattr(trainer.model, "peft_config"), "an adapter (PEFT), whose checkpoints hold no base model"),
+        (
+            "optimizer" in _deepspeed_settings(trainer),
+            "an optimizer in the DeepSpeed config (leave it out: the Trainer makes the one of its arguments)",
+        ),
     ]
     found = [problem for present, problem in problems if present]
     if found:
-        raise ConfigurationError(f"a run in segments, as FSDP needs it, cannot have {'; nor '.join(found)}.")
+        raise ConfigurationError(f"a run that is cut between segments cannot have {'; nor '.join(found)}.")
+
+
+def _deepspeed_settings(trainer: Trainer) -> dict[str, Any]:
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return {} if plugin is None else plugin.hf_ds_config.config
 
 
 def _cut_if_due(trainer: Trainer, callback: CompreSSMCallback, checkpoint: SegmentCheckpoint) -> None:

@@ -4,6 +4,8 @@ A causal language model on bytes, cut while it trains; one script for one proces
     python recipes/accelerate/language_model.py
     torchrun --nproc_per_node 2 recipes/accelerate/language_model.py                  # two processes on a CPU
     accelerate launch --config_file recipes/accelerate/configs/ddp.yaml recipes/accelerate/language_model.py   # GPUs
+    accelerate launch --config_file recipes/accelerate/configs/fsdp2.yaml recipes/accelerate/language_model.py
+    accelerate launch --config_file recipes/accelerate/configs/zero3.yaml recipes/accelerate/language_model.py
 
 `--batch-size` is that of all processes together, so the steps see the same data whatever their number.
 """
@@ -20,7 +22,7 @@ import torch
 from datasets import Dataset, load_dataset
 from transformers import MambaConfig, MambaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, train_in_segments
 
 BYTES = 256
 
@@ -43,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--data-files", nargs="+", default=[], help="text files; default: Python's standard library")
     parser.add_argument("--output-dir", type=Path, default=Path("language_model_output"))
+    parser.add_argument("--losses", type=Path, help="file for the losses; default: in the output folder")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=16, help="of all processes together")
     parser.add_argument("--length", type=int, default=128)
@@ -57,16 +60,14 @@ def main() -> None:
 
     set_seed(0)
     data = pieces(text_files(options.data_files), options.length).train_test_split(test_size=64, seed=0)
-    model = MambaForCausalLM(
-        MambaConfig(
-            vocab_size=BYTES,
-            hidden_size=options.width,
-            num_hidden_layers=options.layers,
-            state_size=options.state_size,
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
+    model_config = MambaConfig(
+        vocab_size=BYTES,
+        hidden_size=options.width,
+        num_hidden_layers=options.layers,
+        state_size=options.state_size,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     args = TrainingArguments(
         output_dir=options.output_dir,
@@ -88,22 +89,30 @@ def main() -> None:
     joint = data["train"][: options.batch_size]
     mine = {name: values.chunk(processes)[rank] for name, values in joint.items()}
     config = CompreSSMConfig(strategy="fixed", keep_ratio=options.keep_ratio)
-    callback = CompreSSMCallback(config, calibration_batches=[mine])
-    trainer = Trainer(
-        model=model, args=args, train_dataset=data["train"], eval_dataset=data["test"], callbacks=[callback]
-    )
-    trainer.train()
+
+    def make_trainer() -> Trainer:
+        set_seed(0)
+        return Trainer(
+            model=MambaForCausalLM(model_config),
+            args=args,
+            train_dataset=data["train"],
+            eval_dataset=data["test"],
+            callbacks=[CompreSSMCallback(config, calibration_batches=[mine])],
+        )
+
+    trainer = train_in_segments(make_trainer)
     trainer.save_model()
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
+        callback = next(held for held in trainer.callback_handler.callbacks if isinstance(held, CompreSSMCallback))
         figures = {
             "processes": processes,
             "losses": [entry["loss"] for entry in history if "loss" in entry],
             "evaluation loss": next(entry["eval_loss"] for entry in reversed(history) if "eval_loss" in entry),
-            "state size": model.config.state_size,
+            "state size": trainer.model.config.state_size,
             "cut": callback.records[-1].summary(),
         }
-        path = options.output_dir / f"losses_{processes}.json"
+        path = options.losses or options.output_dir / f"losses_{processes}.json"
         path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         print(f"{path}: evaluation loss {figures['evaluation loss']:.6f}, state size {figures['state size']}")
 
