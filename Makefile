@@ -2,25 +2,27 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= test
 WORKERS ?= 2
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo test test-lowest lint bench clean
+.PHONY: help setup demo test test-lowest test-deepspeed lint bench clean
 
 help:
-	@echo "make demo         train a Mamba on real data, cut its state in training, load the result in stock transformers"
-	@echo "make test         all tests"
-	@echo "make test-lowest  all tests with the oldest supported transformers"
-	@echo "make bench        all benchmarks; rewrites the tables in recipes/benchmarks/results"
-	@echo "make lint         style checks"
-	@echo "make clean        remove the virtual environments and what the demo wrote"
+	@echo "make demo            train a Mamba on real data, cut its state in training, load the result in stock transformers"
+	@echo "make test            all tests"
+	@echo "make test-lowest     all tests with the oldest supported transformers"
+	@echo "make test-deepspeed  the tests of ZeRO-1, 2 and 3, with DeepSpeed and its CPU backend"
+	@echo "make bench           all benchmarks; rewrites the tables in recipes/benchmarks/results"
+	@echo "make lint            style checks"
+	@echo "make clean           remove the virtual environments and what the demo wrote"
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else 0'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[test]"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
 	touch $@
 
 demo: setup
@@ -32,6 +34,10 @@ test: setup lint
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
+test-deepspeed:
+	$(MAKE) setup VENV=.venv-deepspeed EXTRAS=test,deepspeed
+	OMP_NUM_THREADS=1 .venv-deepspeed/bin/python -m pytest --quiet tests/distributed/test_deepspeed.py
+
 lint: setup
 	$(RUN) -m ruff check hf_compressm recipes tests setup.py
 	$(RUN) -m ruff format --check hf_compressm recipes tests setup.py
@@ -40,4 +46,4 @@ bench: setup
 	$(RUN) recipes/benchmarks/run_all.py
 
 clean:
-	rm -rf .venv .venv-lowest demo_output
+	rm -rf .venv .venv-lowest .venv-deepspeed demo_output

@@ -62,6 +62,7 @@ setup(
     ],
     extras_require={
         "mamba": ["mamba-ssm", "causal-conv1d"],
+        "deepspeed": ["deepspeed>=0.18"],
         "recipes": RECIPES,
         "benchmarks": RECIPES + BENCHMARKS,
         "test": RECIPES + BENCHMARKS + TEST,

@@ -12,7 +12,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from hf_compressm import disable_fast_cpu_scan  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _stock_scan_afterwards():
+    yield
+    # What a Trainer with a callback switched on stays on for its evaluation.
+    disable_fast_cpu_scan()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import DimensionError, UnsupportedModelError
 from ..systems import DiagonalLTI, Truncation
+from .parameters import successor, why_not_reducible
 from .scan_inputs import ScanInputs
 
 
@@ -347,7 +348,7 @@ class StateSpaceLayer(ABC):
                 parametrised, or wrapped by an adapter.
         """
         for name, parameter in {**self.state_parameters(), **self.rescaled_parameters()}.items():
-            problem = _unreducible(parameter)
+            problem = why_not_reducible(parameter)
             if problem:
                 raise UnsupportedModelError(
                     f"{self.name}.{name} {problem}. Load the model in a plain floating-point form on one device, "
@@ -355,48 +356,11 @@ class StateSpaceLayer(ABC):
                 )
 
 
-def _unreducible(parameter: Any) -> str | None:
-    """Why a parameter cannot be cut, as the second half of a sentence, or None."""
-    if not isinstance(parameter, nn.Parameter):
-        return f"is a {type(parameter).__name__} and not a parameter (a parametrisation or an adapter holds it)"
-    if hasattr(parameter, "ds_id"):
-        return (
-            "is partitioned by DeepSpeed, as all is that is loaded while the arguments of a ZeRO-3 run are known (for "
-            "train_in_segments, load the model before you make them)"
-        )
-    # Sharded and quantised tensors are subclasses whose shape or values are not those that the layer computes with.
-    if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
-        return f"holds a {type(parameter.data).__name__}, a sharded or quantised form"
-    if not parameter.is_floating_point():
-        return f"has dtype {parameter.dtype}, a quantised form"
-    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-        return "has hooks on its gradient, which its replacement would not have; remove them"
-    if parameter.is_meta:
-        return "is on the meta device and has no values (it may be offloaded)"
-    return None
-
-
 def _on_device(value: Any, device: torch.device) -> Any:
     # Adam keeps its step counter on the CPU on purpose.
     if not isinstance(value, Tensor):
         return value
     return value.clone() if value.numel() == 1 else value.to(device=device, copy=True)
-
-
-def successor(old: nn.Parameter, values: Tensor) -> nn.Parameter:
-    """
-    A parameter that takes the place of another: new values, the same dtype, device, `requires_grad` and attributes.
-
-    Args:
-        old (`torch.nn.Parameter`): The parameter that is replaced.
-        values (`torch.Tensor`): The new values, any float dtype and shape.
-    """
-    new = nn.Parameter(
-        values.detach().to(dtype=old.dtype, device=old.device).contiguous().clone(), requires_grad=old.requires_grad
-    )
-    # Optimizer hints such as `_no_weight_decay` and `_optim` live in the instance's dictionary.
-    new.__dict__.update(old.__dict__)
-    return new
 
 
 SumOverProcesses = Callable[[Tensor], Tensor]

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..systems import Truncation
-from .base import AttributeChange, LayerReduction, ParameterChange, successor
+from .base import AttributeChange, LayerReduction, ParameterChange
 from .moment_maps import AxisMap
+from .parameters import successor
 from .registry import register
 from .selective import SelectiveLayer, named_size, rows_of_identity
 from .selective_scan_switch import register_selective_scan

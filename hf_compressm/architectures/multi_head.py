@@ -16,10 +16,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .base import AttributeChange, LayerReduction, ParameterChange, successor
+from .base import AttributeChange, LayerReduction, ParameterChange
 from .chunk_scan_switch import register_chunk_scan
 from .mixable import MixableLayer
 from .moment_maps import AxisSelection
+from .parameters import successor
 from .selective import STATE_SIZE_NAMES, named_size
 
 # The names of transformers and of mamba-ssm for the same sizes.

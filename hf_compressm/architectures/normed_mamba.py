@@ -18,10 +18,11 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..systems import Truncation
-from .base import AttributeChange, LayerReduction, ParameterChange, successor
+from .base import AttributeChange, LayerReduction, ParameterChange
 from .mamba import MambaLayer, projection_rows, variance_shares
 from .mixable import MixableLayer
 from .moment_maps import AxisMap, AxisSelection, Rescaling
+from .parameters import successor
 from .selective import rows_of_identity
 
 _NORMS = ("b_layernorm", "c_layernorm")

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import DimensionError, TruncationError, UnsupportedModelError
 from ..systems import COARSE_RESOLUTION, DiagonalLTI, Truncation, project, require_error_bound
-from .base import AttributeChange, LayerReduction, ParameterChange, StateSpaceLayer, successor
+from .base import AttributeChange, LayerReduction, ParameterChange, StateSpaceLayer
 from .moment_maps import AxisMap
+from .parameters import successor
 
 # Share of a response's size that rounding the written parameters may change; 1e-3 is a tenth of the error that a
 # tolerance of 1% stands for.

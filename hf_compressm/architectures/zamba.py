@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..systems import Truncation
-from .base import LayerReduction, ParameterChange, ScanObserver, successor
+from .base import LayerReduction, ParameterChange, ScanObserver
 from .mamba import projection_maps, projection_rows, variance_shares
 from .moment_maps import AxisMap
+from .parameters import successor
 from .registry import register
 from .scan_inputs import ScanInputs
 from .selective import SelectiveLayer

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import Trainer
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -109,10 +110,18 @@ def train_in_segments(
 def _new_trainer(make_trainer: Callable[[], Trainer]) -> Trainer:
     # from_pretrained partitions a model at once where the ZeRO-3 of an earlier Trainer, or its arguments, is known of.
     unset_hf_deepspeed_config()
+    _forget_deepspeed_plugin()
     trainer = make_trainer()
     if getattr(trainer.args, "hf_deepspeed_config", None) is not None:
         set_hf_deepspeed_config(trainer.args.hf_deepspeed_config)
     return trainer
+
+
+def _forget_deepspeed_plugin() -> None:
+    # Accelerate takes a plugin once, for its first Accelerator. TrainingArguments made anew reset this, those that were
+    # made outside of make_trainer do not. The process group stays.
+    if AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED:
+        AcceleratorState._reset_state()
 
 
 def _callback_of(trainer: Trainer) -> CompreSSMCallback:

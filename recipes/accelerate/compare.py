@@ -52,7 +52,8 @@ def main() -> None:
     table = tabulate(rows, headers=["", *launchers], tablefmt="github", disable_numparse=True)
     text = (
         f"# The language model in one process and in two (gloo, CPU)\n\n{table}\n\nLargest difference of a step's "
-        f"loss from that of one process: {furthest:.1e}. The cut: {runs[1]['cut']}\n\nMade by `python recipes/accelerate/compare.py`; Python "
+        f"loss from that of one process: {furthest:.1e}. The cut: {runs[1]['cut']}\n\n"
+        "Made by `python recipes/accelerate/compare.py`; Python "
         f"{platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}, accelerate "
         f"{version('accelerate')}.\n"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_compressm import CompreSSMCallback, RunReport, disable_fast_cpu_scan
+from hf_compressm import CompreSSMCallback, RunReport
 from hf_compressm.errors import InconsistentModelError
 from tests.training.test_callback import make_trainer
 from tests.training.test_resume import TWO_CUTS
@@ -16,7 +16,6 @@ def run(tmp_path_factory):
     callback = CompreSSMCallback(TWO_CUTS)
     trainer = make_trainer(folder, callback, save_strategy="steps", save_steps=20, logging_steps=1)
     trainer.train()
-    disable_fast_cpu_scan()
     return folder, callback, trainer
 
 

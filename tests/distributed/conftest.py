@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 
 from .processes import launch
+
+# Doctests are looked for in every file.
+collect_ignore = [] if importlib.util.find_spec("deepspeed") else ["deepspeed_worker.py"]
 
 ALONE = ("mamba", "mamba2", "lru", "rolled_back", "twice")
 

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, r
 
 EXPECTED = {
     "zero1": "mamba", "zero2_twice": "twice", "zero3": "mamba", "zero3_twice": "twice", "zero2_mixed": "mamba2",
+    "arguments_once": "twice",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler
 from transformers import TrainerCallback
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, analyze, compress, disable_fast_cpu_scan
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, analyze, compress
 from hf_compressm.architectures import find_layers
 from hf_compressm.compression import CheckRecord
 from hf_compressm.errors import CalibrationError, ConfigurationError, UnsupportedModelError
@@ -23,12 +23,6 @@ from tests.training.test_resume import SAVES, TWO_CUTS, StopAt
 from tests.training.test_rollback import EVALUATED, judged
 
 FIXED = CompreSSMConfig(strategy="fixed")
-
-
-@pytest.fixture(autouse=True)
-def _switch_off_afterwards():
-    yield
-    disable_fast_cpu_scan()
 
 
 @pytest.mark.parametrize("case", TRAINED_CASES, ids=case_id)

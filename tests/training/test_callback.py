@@ -13,19 +13,13 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import MambaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, disable_fast_cpu_scan, read_history
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, read_history
 from hf_compressm.architectures import find_layers
 from hf_compressm.errors import ConfigurationError, UnsupportedModelError
 from tests.cases import CASES, case_id, logits_of, tiny_mamba, token_batch
 
 STEPS = 20
 HALF = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, window=(0.0, 0.1))
-
-
-@pytest.fixture(autouse=True)
-def _switch_off_afterwards():
-    yield
-    disable_fast_cpu_scan()
 
 
 class Rows(Dataset):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import MambaForCausalLM
 
-from hf_compressm import CompreSSMCallback, disable_fast_cpu_scan, read_history
+from hf_compressm import CompreSSMCallback, read_history
 from hf_compressm.compression import CheckRecord, LayerRecord
 from hf_compressm.compression.cards import PICTURE_NAME
 from hf_compressm.errors import InconsistentModelError
@@ -19,12 +19,6 @@ from tests.cases import ModelWithMambaInside, real_valued_batch, tiny_mamba
 from tests.training.test_callback import HALF, Rows, make_trainer
 
 FILES = {"README.md", "compressm_history.json", PICTURE_NAME}
-
-
-@pytest.fixture(autouse=True)
-def _switch_off_afterwards():
-    yield
-    disable_fast_cpu_scan()
 
 
 @pytest.fixture(scope="module")

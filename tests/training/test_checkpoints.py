@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from hf_compressm import CompreSSMCallback, disable_fast_cpu_scan
+from hf_compressm import CompreSSMCallback
 from hf_compressm.training.checkpoints import (
     LOCK_NAME,
     before_replacing,
@@ -24,12 +24,6 @@ from hf_compressm.training.checkpoints import (
 from tests.cases import tiny_mamba
 from tests.training.test_callback import make_trainer
 from tests.training.test_resume import SAVES, TWO_CUTS, StopAt
-
-
-@pytest.fixture(autouse=True)
-def _switch_off_afterwards():
-    yield
-    disable_fast_cpu_scan()
 
 
 @pytest.fixture(scope="module")

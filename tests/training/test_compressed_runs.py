@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress, disable_fast_cpu_scan
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress
 from hf_compressm.architectures import find_layers
 from hf_compressm.errors import UnsupportedModelError
 from tests.cases import logits_of, tiny_jamba, tiny_mamba, tiny_mamba2, token_batch
@@ -21,12 +21,6 @@ ONE_BUDGET = CompreSSMConfig(tolerance=0.3, window=(0.0, 0.5), interval=5, unifo
 FAMILIES = [tiny_mamba, tiny_mamba2, tiny_jamba]
 
 every_family = pytest.mark.parametrize("build", FAMILIES, ids=lambda build: build.__name__)
-
-
-@pytest.fixture(autouse=True)
-def _switch_off_afterwards():
-    yield
-    disable_fast_cpu_scan()
 
 
 def sizes_of(model) -> list[int]:

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, disable_fast_cpu_scan
+from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.architectures import find_layers
 from hf_compressm.errors import UnsupportedModelError
 from tests.cases import TRAINED_CASES, case_id, logits_of, tiny_mamba, token_batch
@@ -27,9 +27,8 @@ from tests.training.test_resume import SAVES, TWO_CUTS, StopAt
 
 
 @pytest.fixture(autouse=True)
-def _switch_off_afterwards():
+def _compiles_anew():
     yield
-    disable_fast_cpu_scan()
     torch._dynamo.reset()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, disable_fast_cpu_scan
+from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.architectures import find_layers
 from hf_compressm.hub.loading import load_model
 from tests.cases import logits_of, token_batch
@@ -18,12 +18,6 @@ from tests.training.test_resume import SAVES, TWO_CUTS
 
 every_model = pytest.mark.parametrize("build", [tiny_mamba2, tiny_jamba], ids=lambda build: build.__name__)
 BATCH = {**token_batch(length=12), "use_cache": False}
-
-
-@pytest.fixture(autouse=True)
-def _switch_off_afterwards():
-    yield
-    disable_fast_cpu_scan()
 
 
 def forms(model) -> set[tuple[int, int]]:

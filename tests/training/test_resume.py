@@ -9,19 +9,13 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, disable_fast_cpu_scan
+from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.architectures import find_layers
 from hf_compressm.training.resume import follow_checkpoints
 from tests.cases import TRAINED_CASES, case_id, logits_of, tiny_mamba, token_batch
 from tests.training.test_callback import Notes, Rows, make_trainer
 
 TWO_CUTS = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, window=(0.0, 0.5), interval=5)
-
-
-@pytest.fixture(autouse=True)
-def _switch_off_afterwards():
-    yield
-    disable_fast_cpu_scan()
 
 
 class StopAt(TrainerCallback):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, disable_fast_cpu_scan, read_history
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, read_history
 from hf_compressm.architectures import find_layers
 from hf_compressm.compression import SNAPSHOT_NAME
 from hf_compressm.errors import ConfigurationError
@@ -40,12 +40,6 @@ class Judge(TrainerCallback):
         size = find_layers(model)[0].state_size
         self.seen.append((state.global_step, size))
         metrics[self.name] = float(size >= self.least)
-
-
-@pytest.fixture(autouse=True)
-def _switch_off_afterwards():
-    yield
-    disable_fast_cpu_scan()
 
 
 def run(folder, config, judge, model=None, rows=None, **overrides):

@@ -1,0 +1,49 @@
+"""Which parameters can be cut, and what takes the place of one that is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def successor(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """
+    A parameter that takes the place of another: new values, the same dtype, device, `requires_grad` and attributes.
+
+    Args:
+        old (`torch.nn.Parameter`): The parameter that is replaced.
+        values (`torch.Tensor`): The new values, any float dtype and shape.
+    """
+    new = nn.Parameter(
+        values.detach().to(dtype=old.dtype, device=old.device).contiguous().clone(), requires_grad=old.requires_grad
+    )
+    # Optimizer hints such as `_no_weight_decay` and `_optim` live in the instance's dictionary.
+    new.__dict__.update(old.__dict__)
+    return new
+
+
+def why_not_reducible(parameter: Any) -> str | None:
+    """
+    Why a parameter cannot be cut, as the second half of a sentence, or None.
+
+    Args:
+        parameter (`Any`): What a module has under the name of a parameter.
+    """
+    if not isinstance(parameter, nn.Parameter):
+        return f"is a {type(parameter).__name__} and not a parameter (a parametrisation or an adapter holds it)"
+    if hasattr(parameter, "ds_id"):
+        return (
+            "is partitioned by DeepSpeed, as all is that is loaded while the arguments of a ZeRO-3 run are known (for "
+            "train_in_segments, load the model before you make them)"
+        )
+    # Sharded and quantised tensors are subclasses whose shape or values are not those that the layer computes with.
+    if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
+        return f"holds a {type(parameter.data).__name__}, a sharded or quantised form"
+    if not parameter.is_floating_point():
+        return f"has dtype {parameter.dtype}, a quantised form"
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        return "has hooks on its gradient, which its replacement would not have; remove them"
+    if parameter.is_meta:
+        return "is on the meta device and has no values (it may be offloaded)"
+    return None
