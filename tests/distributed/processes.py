@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +18,7 @@ def launch(
     """Run the worker in one process or, by torchrun, in several."""
     command = [sys.executable]
     if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", f"{processes}", "--master_port", f"{port}"]
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", f"{processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     command += [str(Path(__file__).parent / worker), str(folder), *cases]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)

@@ -61,7 +61,7 @@ def test_the_callback_alone_refuses_fsdp_and_names_the_way(folder: Path) -> None
 
 def test_a_run_killed_while_its_cut_is_written_is_resumed(folder: Path, alone: Path) -> None:
     run = launch(folder, ("killed",), 2, "fsdp_worker.py")
-    assert run.returncode != 0 and "SIGKILL" in run.stderr
+    assert run.returncode != 0 and "SIGKILL" in run.stderr, run.stderr[-4000:]
     left = sorted(path.name for path in (folder / "killed-2").glob("*checkpoint-*"))
     assert left == ["checkpoint-3", "checkpoint-6", "unfinished-checkpoint-6"]
     run = launch(folder, ("relaunched",), 2, "fsdp_worker.py")

@@ -37,11 +37,12 @@ def test_a_run_with_one_budget_resumes_in_the_stock_model_and_loads_from_its_fol
     sizes = sizes_of(reference.model)
     assert len(set(sizes)) > 1
 
+    settings = {**SAVES, "save_steps": stop}
     make_trainer(
-        tmp_path / "parts", CompreSSMCallback(ONE_BUDGET), build(), callbacks=[parts, StopAt(stop)], **SAVES
+        tmp_path / "parts", CompreSSMCallback(ONE_BUDGET), build(), callbacks=[parts, StopAt(stop)], **settings
     ).train()
     resumed = build()
-    trainer = make_trainer(tmp_path / "parts", CompreSSMCallback(ONE_BUDGET), resumed, callbacks=[rest], **SAVES)
+    trainer = make_trainer(tmp_path / "parts", CompreSSMCallback(ONE_BUDGET), resumed, callbacks=[rest], **settings)
     trainer.train(resume_from_checkpoint=True)
     assert sizes_of(resumed) == sizes
     assert parts.losses[:stop] + rest.losses[-(20 - stop) :] == pytest.approx(whole.losses, rel=1e-5)

@@ -31,26 +31,34 @@ class StopAt(TrainerCallback):
 SAVES = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1, "lr_scheduler_type": "cosine"}
 
 
-@pytest.mark.parametrize("case", TRAINED_CASES, ids=case_id)
+@pytest.fixture(scope="module", params=TRAINED_CASES, ids=case_id)
+def uninterrupted(request, tmp_path_factory):
+    """A model's whole run: its case, its Trainer and the notes taken."""
+    case, notes = request.param, Notes()
+    trainer = make_trainer(
+        tmp_path_factory.mktemp("whole"),
+        CompreSSMCallback(TWO_CUTS),
+        case.build(),
+        Rows(case.batch(batch=64)),
+        [notes],
+        **{**SAVES, "save_strategy": "no"},
+    )
+    trainer.train()
+    return case, trainer, notes
+
+
 @pytest.mark.parametrize("stop, size", [(3, 8), (7, 4), (12, 2)])
 @pytest.mark.parametrize("restore_callbacks", [False, True])
 def test_a_resumed_run_gives_the_losses_of_the_uninterrupted_one(
-    case, stop: int, size: int, restore_callbacks: bool, tmp_path
+    uninterrupted, stop: int, size: int, restore_callbacks: bool, tmp_path
 ) -> None:
-    rows = Rows(case.batch(batch=64))
-    whole, parts, rest = Notes(), Notes(), Notes()
-    reference = make_trainer(
-        tmp_path / "whole", CompreSSMCallback(TWO_CUTS), case.build(), rows, [whole], **{**SAVES, "save_strategy": "no"}
-    )
-    reference.train()
-
-    settings = {**SAVES, "restore_callback_states_from_checkpoint": restore_callbacks}
-    first = make_trainer(
-        tmp_path / "parts", CompreSSMCallback(TWO_CUTS), case.build(), rows, [parts, StopAt(stop)], **settings
-    )
+    case, reference, whole = uninterrupted
+    rows, parts, rest = Rows(case.batch(batch=64)), Notes(), Notes()
+    settings = {**SAVES, "save_steps": stop, "restore_callback_states_from_checkpoint": restore_callbacks}
+    first = make_trainer(tmp_path, CompreSSMCallback(TWO_CUTS), case.build(), rows, [parts, StopAt(stop)], **settings)
     first.train()
     resumed_model = case.build()
-    second = make_trainer(tmp_path / "parts", CompreSSMCallback(TWO_CUTS), resumed_model, rows, [rest], **settings)
+    second = make_trainer(tmp_path, CompreSSMCallback(TWO_CUTS), resumed_model, rows, [rest], **settings)
     second.train(resume_from_checkpoint=True)
 
     assert {layer.state_size for layer in find_layers(first.model)} == {size}
