@@ -2,6 +2,7 @@
 What a cut costs Mamba-2, FalconMamba, Jamba and a hybrid: right after it, and at the end of a training that it was in.
 
     python recipes/benchmarks/selective_accuracy.py [--processes 2] [--families mamba2 jamba] [--seeds 3]
+    python recipes/benchmarks/selective_accuracy.py --data fashion_mnist [--data-dir FOLDER]
     python recipes/benchmarks/selective_accuracy.py --data text --data-files FILE ...
 
 The tables are written anew after every model and seed; families that are left out keep the figures of an earlier run.
@@ -13,14 +14,15 @@ import copy
 import json
 import multiprocessing
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from common import RESULTS, parser, write_result
-from selective_models import FAMILIES, STATE_SIZE, Task, digits_task, make_model, text_task
+from selective_models import FAMILIES, STATE_SIZE, make_model
+from selective_tasks import Task, digits_task, fashion_mnist_task, text_task
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress, fast_cpu_scan
@@ -56,12 +58,12 @@ def train(
 ) -> Any:
     """One training run with the plain Trainer; returns the trained model."""
     set_seed(seed)
-    model = make_model(family, state_size, task.vocabulary)
+    model = make_model(family, task.vocabulary, state_size)
     with TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder,
             max_steps=steps,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=task.batch_size,
             learning_rate=4e-3,
             warmup_steps=steps // 20,
             lr_scheduler_type="cosine",
@@ -127,12 +129,47 @@ def append(lists: dict[str, Any], values: dict[str, Any]) -> None:
 
 def make_task(options: Any) -> Task:
     """The task that the options name."""
-    return digits_task() if options.data == "digits" else text_task(options.data_files)
+    tasks = {
+        "digits": digits_task,
+        "fashion_mnist": partial(fashion_mnist_task, options.data_dir),
+        "text": partial(text_task, options.data_files),
+    }
+    return tasks[options.data]()
 
 
-def _mean_and_spread(values: Sequence[float]) -> str:
+def _mean_and_spread(values: Sequence[float], form: str = ".3f") -> str:
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} +- {spread:.3f}"
+    return f"{statistics.mean(values):{form}} +- {spread:{form.lstrip('+')}}"
+
+
+Pairs = list[tuple[float, float]]
+
+
+def _against_uncut(form: str, kept: int, found: dict[str, Any]) -> Pairs:
+    return list(zip(found["right after"][form][str(kept)], found["uncut"]))
+
+
+def _against_ghost(form: str, found: dict[str, Any]) -> Pairs:
+    return list(zip(*(found["right after"][name]["32"] for name in (form, "selection, sum h^2 C^2 (GHOST)"))))
+
+
+DIFFERENCES: dict[str, Callable[[dict[str, Any]], Pairs]] = {
+    "mixed N/8, against uncut": partial(_against_uncut, "mixed, the family's default", 8),
+    "mixed N/16, against uncut": partial(_against_uncut, "mixed, the family's default", 4),
+    "greedy N/2, against GHOST": partial(_against_ghost, "selection, greedy"),
+    "diagonal N/2, against GHOST": partial(_against_ghost, "selection, diagonal Hankel score"),
+}
+
+
+def _rows_of_differences(figures: dict[str, Any], is_relative: bool) -> list[list[str]]:
+    def difference(one: float, other: float) -> float:
+        return 100 * (one / other - 1 if is_relative else one - other)
+
+    rows = []
+    for family, found in figures.items():
+        differences = ([difference(*pair) for pair in find(found)] for find in DIFFERENCES.values())
+        rows.append([family, *(_mean_and_spread(values, "+.2f") for values in differences)])
+    return rows
 
 
 def _rows_right_after(figures: dict[str, Any]) -> list[list[str]]:
@@ -159,9 +196,10 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--families", nargs="+", choices=sorted(FAMILIES), default=list(FAMILIES))
     options.add_argument("--seeds", type=int, default=3, help="models to train of each kind")
-    options.add_argument("--steps", type=int, default=400, help="training steps of each")
+    options.add_argument("--steps", type=int, help="training steps of each; default: the task's")
     options.add_argument("--processes", type=int, default=1, help="processes that share the work, one thread each")
-    options.add_argument("--data", choices=("digits", "text"), default="digits")
+    options.add_argument("--data", choices=("digits", "fashion_mnist", "text"), default="digits")
+    options.add_argument("--data-dir", help="folder with the IDX files, for --data fashion_mnist; default: the Hub's")
     options.add_argument("--data-files", nargs="+", default=(), help="text files, for --data text")
     options = options.parse_args()
     if options.data == "text" and not options.data_files:
@@ -169,21 +207,23 @@ def main() -> None:
     path = RESULTS / f"selective_cut_{options.data}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     figures = {family: found for family, found in known.items() if family not in options.families}
-    figure = make_task(options).figure
+    task = make_task(options)
+    options.steps = options.steps or task.steps
     work = [(family, seed) for seed in range(options.seeds) for family in options.families]
     with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
         for family, found in pool.imap_unordered(partial(measure, options=options), work):
             append(figures.setdefault(family, {}), found)
-            write(options, figure, {name: figures[name] for name in FAMILIES if name in figures})
+            write(options, task, {name: figures[name] for name in FAMILIES if name in figures})
 
 
-def write(options: Any, figure: str, figures: dict[str, Any]) -> None:
-    """Write the two tables of one kind of data."""
+def write(options: Any, task: Task, figures: dict[str, Any]) -> None:
+    """Write the tables of one kind of data."""
+    figure = task.figure
     seeds = ", ".join(f"{name}: {len(found['from scratch'])}" for name, found in figures.items())
     note = (
         f"Small causal models (width 32, two state-space layers of 64 states, in jamba and bamba an attention layer "
-        f"between them), plain Trainer, {options.steps} steps of 32 examples; mean and standard deviation of the "
-        f"{figure} over seeds ({seeds})."
+        f"between them), plain Trainer, {options.steps} steps of {task.batch_size} examples; mean and standard "
+        f"deviation of the {figure} over seeds ({seeds})."
     )
     write_result(
         f"selective_cut_{options.data}",
@@ -201,6 +241,16 @@ def write(options: Any, figure: str, figures: dict[str, Any]) -> None:
         _rows_in_training(figures),
         {family: {"in training": found["in training"]} for family, found in figures.items()},
         note,
+    )
+    is_relative = "perplexity" in figure
+    write_result(
+        f"selective_differences_{options.data}",
+        f"{figure.capitalize()} right after cutting N = 64, against the same model ({options.data})",
+        ["family", *DIFFERENCES],
+        _rows_of_differences(figures, is_relative),
+        {family: {name: find(found) for name, find in DIFFERENCES.items()} for family, found in figures.items()},
+        f"{'Per cent (positive is worse)' if is_relative else 'Points of accuracy (negative is worse)'}, model by "
+        f"model: mean and standard deviation of the difference over seeds. {note.partition(';')[0]}.",
     )
 
 

@@ -56,7 +56,7 @@ def main() -> None:
     rows = []
     for family in options.families:
         torch.manual_seed(0)
-        models = {"N = 64": make_model(family, STATE_SIZE, VOCABULARY, width=options.width)}
+        models = {"N = 64": make_model(family, VOCABULARY, width=options.width)}
         for form, settings in FORMS.items():
             models[f"{form}, N = {KEPT}"] = copy.deepcopy(models["N = 64"])
             config = CompreSSMConfig(strategy="fixed", keep_ratio=KEPT / STATE_SIZE, **settings)
