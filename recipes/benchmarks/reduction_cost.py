@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import copy
 import time
+from functools import partial
 
 import torch
 from common import make_mamba, median_seconds, parser, token_batch, training_step, write_result
+from selective_models import make_model
 
 from hf_compressm import CompreSSMConfig, compress, fast_cpu_scan
 
+VOCABULARY = 27
 CASES = {
-    "2 layers of width 32, N = 16, batch 64 x 64": (16, {"hidden_size": 32, "layers": 2}, (64, 64)),
-    "2 layers of width 32, N = 64, batch 64 x 64": (64, {"hidden_size": 32, "layers": 2}, (64, 64)),
-    "2 layers of width 32, N = 128, batch 64 x 64": (128, {"hidden_size": 32, "layers": 2}, (64, 64)),
-    "4 layers of width 256, N = 16, batch 8 x 512": (16, {"hidden_size": 256, "layers": 4}, (8, 512)),
-    "4 layers of width 256, N = 64, batch 8 x 512": (64, {"hidden_size": 256, "layers": 4}, (8, 512)),
+    f"Mamba, {layers} layers of width {width}, N = {size}": (
+        partial(make_mamba, size, hidden_size=width, layers=layers, vocabulary=VOCABULARY),
+        (batch, length),
+    )
+    for layers, width, batch, length, sizes in ((2, 32, 64, 64, (16, 64, 128)), (4, 256, 8, 512, (16, 64)))
+    for size in sizes
+}
+CASES |= {
+    f"{name}, 2 layers of width 128, N = {size}": (partial(make_model, family, VOCABULARY, size, width=128), (16, 256))
+    for family, name in (("mamba2", "Mamba2"), ("falcon_mamba", "FalconMamba"), ("jamba", "Jamba"), ("bamba", "Bamba"))
+    for size in (64, 128)
 }
 
 
@@ -23,8 +32,9 @@ def main() -> None:
     """Time a reduction beside a training step of the same model on a batch of the same size."""
     options = parser(__doc__).parse_args()
     figures, rows = {}, []
-    for name, (state_size, sizes, shape) in CASES.items():
-        model, batch = make_mamba(state_size, **sizes), token_batch(*shape)
+    for name, (build, shape) in CASES.items():
+        torch.manual_seed(0)
+        model, batch = build(), token_batch(*shape, VOCABULARY)
         step = training_step(model, batch)
         durations: list[float] = []
 
@@ -42,14 +52,16 @@ def main() -> None:
             step_seconds, _ = median_seconds([step, reduction], options.repeats, warm_up=2)
         cost = sorted(durations[2:])[len(durations[2:]) // 2]
         figures[name] = {"step": step_seconds, "reduction": cost}
-        rows.append([name, f"{step_seconds * 1e3:.1f} ms", f"{cost * 1e3:.1f} ms", f"{cost / step_seconds:.2f}"])
+        shown = f"{shape[0]} x {shape[1]}"
+        rows.append([name, shown, f"{step_seconds * 1e3:.1f} ms", f"{cost * 1e3:.1f} ms", f"{cost / step_seconds:.2f}"])
     write_result(
         "reduction_cost",
         "Cost of one reduction",
-        ["model", "training step", "reduction", "reduction in steps"],
+        ["model", "batch", "training step", "reduction", "reduction in steps"],
         rows,
         figures,
-        "One calibration batch of the training batch's size; N to N/4; medians of interleaved repetitions.",
+        "One calibration batch of the training batch's size; N to N/4, in each family's default form (Jamba and Bamba "
+        "with an attention layer between the two); medians of interleaved repetitions.",
     )
 
 
