@@ -10,7 +10,7 @@ from .conftest import ALONE
 from .processes import largest_difference, launch, result
 
 TOGETHER = ("mamba", "mamba2", "lru", "no_unused", "accumulation", "static_graph", "watched", "compiled", "rolled_back")
-TROUBLED = ("without_rebuild", "different_settings", "broken_process", "nan_process", "saving")
+TROUBLED = ("without_rebuild", "different_settings", "different_versions", "broken_process", "nan_process", "saving")
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +51,14 @@ def test_every_gradient_is_reduced_once_and_nothing_old_stays(folder: Path) -> N
     assert len(found["buckets"]) == 8 and found["buckets"][-1] == found["size"] < found["buckets"][0]
 
 
-def test_different_settings_are_refused_in_every_process(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "difference"),
+    [("different_settings", "setting keep_ratio"), ("different_versions", "version of accelerate")],
+)
+def test_processes_that_differ_are_refused_in_every_process(folder: Path, case: str, difference: str) -> None:
     for rank in (0, 1):
-        message = result(folder, "different_settings", 2, rank)["error"]
-        assert message.startswith("DisagreementError") and "process 1 in setting keep_ratio" in message
+        message = result(folder, case, 2, rank)["error"]
+        assert message.startswith("DisagreementError") and f"process 1 in {difference}." in message
 
 
 @pytest.mark.parametrize(("case", "reason"), [("broken_process", "scalar loss"), ("nan_process", "loss is nan")])

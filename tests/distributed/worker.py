@@ -165,6 +165,19 @@ def different_settings(folder: Path) -> dict[str, Any]:
     return refused(folder, lambda: {"config": {"keep_ratio": 0.5 + 0.1 * RANK}})
 
 
+def different_versions(folder: Path) -> dict[str, Any]:
+    """One process has another version of a library."""
+    from hf_compressm.training import distributed
+
+    installed = distributed.version
+    if RANK == 1:
+        distributed.version = lambda library: "0.0.1" if library == "accelerate" else installed(library)
+    try:
+        return refused(folder, dict)
+    finally:
+        distributed.version = installed
+
+
 def broken_process(folder: Path) -> dict[str, Any]:
     """One process has a calibration batch without labels; all of them skip the checks and train on."""
     global calibration_batch
@@ -231,6 +244,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "watched": watched,
     "without_rebuild": without_rebuild,
     "different_settings": different_settings,
+    "different_versions": different_versions,
     "broken_process": broken_process,
     "nan_process": nan_process,
     "rolled_back": rolled_back,
