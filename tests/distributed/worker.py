@@ -26,6 +26,7 @@ from hf_compressm.training import data_parallel  # noqa: E402
 from tests.cases import VOCABULARY, tiny_lru, tiny_mamba  # noqa: E402
 from tests.selective_models import tiny_mamba2  # noqa: E402
 
+DEVICE = os.environ.get("DEVICE", "cpu")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 JOINT_BATCH = 8
 STEPS = 9
@@ -83,7 +84,7 @@ def train(
     accumulation = settings.get("gradient_accumulation_steps", 1)
     args = TrainingArguments(
         output_dir=folder, max_steps=steps, per_device_train_batch_size=JOINT_BATCH // WORLD // accumulation,
-        learning_rate=1e-2, lr_scheduler_type="linear", report_to="none", use_cpu=True, disable_tqdm=True,
+        learning_rate=1e-2, lr_scheduler_type="linear", report_to="none", use_cpu=DEVICE == "cpu", disable_tqdm=True,
         logging_steps=1, train_sampling_strategy="sequential", **{"save_strategy": "no", **settings},
     )  # fmt: skip
     config = {"strategy": "fixed", "keep_ratio": 0.5, "window": (3, 6), "interval": 3, **(config or {})}
@@ -98,7 +99,7 @@ def ended(trainer: Trainer, callback: CompreSSMCallback) -> dict[str, Any]:
     """What a process ends with."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
-        "parameters": {name: p.detach().clone() for name, p in trainer.model.named_parameters()},
+        "parameters": {name: p.detach().to("cpu", copy=True) for name, p in trainer.model.named_parameters()},
         "losses": losses,
         "records": [(record.outcome, record.loss_before, record.loss_after) for record in callback.records],
         "reasons": [record.reason for record in callback.records],
