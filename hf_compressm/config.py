@@ -16,7 +16,7 @@ CONFIG_NAME = "compressm_config.json"
 STRATEGIES = ("tolerance", "fixed", "pragmatic", "target")
 REDUCTORS = ("auto", "balanced", "interpolative", "selection")
 BUDGETS = ("layer", "model")
-SELECTION_SCORES = ("hankel", "readout_energy", "greedy")
+SELECTION_SCORES = ("greedy", "hankel", "readout_energy")
 SELECTION_RULES = ("largest", "smallest", "random")
 GRAMIANS = ("loss_gradient", "white_noise", "averaged")
 OPTIMIZER_MOMENTS = ("carry", "slice", "reset")
@@ -99,11 +99,11 @@ class CompreSSMConfig:
         after_rollback (`str`, *optional*, defaults to `"stop"`):
             `"stop"` makes no further cut after a rollback; `"halve"` goes on with half the step (half the tolerance,
             half the share that a fixed cut drops).
-        selection_score (`str`, *optional*, defaults to `"hankel"`):
-            What ranks the states under `"selection"`: `"hankel"` (the square root of the product of the two Gramians'
-            diagonals), `"readout_energy"` (the sum of \\( h_n^2 C_n^2 \\) over the data), or `"greedy"` (of
-            selective layers: states are dropped one after the other, each time the one whose loss costs the least
-            observable energy; time-invariant layers take `"hankel"`).
+        selection_score (`str`, *optional*, defaults to `"greedy"`):
+            What ranks the states under `"selection"`: `"greedy"` (states are dropped one after the other, each time the
+            one whose loss changes the layer's output the least), `"hankel"` (the square root of the product of the two
+            Gramians' diagonals), or `"readout_energy"` (the sum of \\( h_n^2 C_n^2 \\) over the data).
+            Time-invariant layers, and a `selection_rule` other than `"largest"`, take `"hankel"` for `"greedy"`.
         selection_rule (`str`, *optional*, defaults to `"largest"`):
             Which states `"selection"` keeps: the `"largest"` scores, or, as ablations, the `"smallest"` or `"random"`
             ones.
@@ -154,7 +154,7 @@ class CompreSSMConfig:
     rollback_metric: str = CALIBRATION_LOSS
     rollback_after: int = 0
     after_rollback: str = "stop"
-    selection_score: str = "hankel"
+    selection_score: str = "greedy"
     selection_rule: str = "largest"
     gramians: str = "loss_gradient"
     calibration_batches: int = 1
@@ -185,11 +185,6 @@ class CompreSSMConfig:
         if not is_number(self.minimum_reduction) or not 0 <= self.minimum_reduction < 1:
             raise ConfigurationError(
                 f"minimum_reduction is {self.minimum_reduction!r}; give a number in [0, 1), for example 0.05."
-            )
-        if self.selection_score == "greedy" and self.selection_rule == "smallest":
-            raise ConfigurationError(
-                "selection_score 'greedy' names the states to keep and gives the others no order; with "
-                "selection_rule 'smallest' choose 'hankel' or 'readout_energy'."
             )
         require_window("window", self.window)
         if self.budget == "model" and (self.uniform or self.strategy != "tolerance"):

@@ -19,6 +19,8 @@ from ..ops import (
 )
 from ..systems import DiagonalLTI
 
+_CHUNK = 2**16
+
 
 @dataclass(frozen=True)
 class ScanInputs(ABC):
@@ -70,6 +72,12 @@ class ScanInputs(ABC):
     def squares(self) -> Tensor:
         """Mean squares over sequences and steps of each state's entry of B and of C, `(..., 2, N)` float64."""
         return torch.stack([entries.double().square().mean((0, 1)) for entries in (self.B, self.C)], dim=-2)
+
+    def readout_gramian(self) -> Tensor:
+        r"""Mean of \\( C_t C_t^\top \\) over sequences and steps, `(..., N, N)` float64."""
+        C = self.C.flatten(0, 1).movedim(0, -2)
+        # The widened copy of one chunk at a time.
+        return sum(part.mT @ part for part in (chunk.double() for chunk in C.split(_CHUNK, dim=-2))) / C.shape[-2]
 
     @abstractmethod
     def state_gramian(self, times: Tensor) -> tuple[Tensor, Tensor]:

@@ -138,10 +138,10 @@ class SelectiveLayer(StateSpaceLayer):
             )
         with torch.no_grad():
             reduction = self._reduction(truncation)
-        for change in reduction.parameters:
+        for change in (*reduction.parameters, *reduction.added):
             if not torch.isfinite(change.new).all():
                 raise TruncationError(
-                    f"a weight of {self.name} is not finite in {change.old.dtype} after the fold (largest entry of the "
+                    f"a weight of {self.name} is not finite in {change.new.dtype} after the fold (largest entry of the "
                     f"reconstruction: {truncation.T.abs().max().item():.3g}). Use the selection reductor for this "
                     "model."
                 )

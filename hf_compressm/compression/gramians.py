@@ -84,6 +84,9 @@ class EmpiricalGramians(LayerGramians):
         Q (`torch.Tensor` of the same shape, float64): Mean of \\( g g^\top \\), the observability Gramian; its scale
             is that of the loss (or of the probe), so only ratios carry meaning.
         readout_energy (`torch.Tensor` of shape `(N,)` or `(groups, N)`, float64): Mean of \\( h_n^2 C_n^2 \\).
+        R (`torch.Tensor` of the shape of `P`, float64): Mean of \\( C C^\top \\), the readout Gramian: what a state is
+            worth to the output of its own step. The states that a cut keeps move as before, so that it changes each
+            output by what the dropped states add to it in that step, and nothing later.
         squares (`torch.Tensor` of shape `(2, N)` or `(groups, 2, N)`, float64, *optional*): Means of \\( B_n^2 \\) and
             of \\( C_n^2 \\), which every truncation takes along.
     """
@@ -91,6 +94,7 @@ class EmpiricalGramians(LayerGramians):
     P: Tensor
     Q: Tensor
     readout_energy: Tensor
+    R: Tensor
     squares: Tensor | None = None
 
     @cached_property
@@ -142,7 +146,7 @@ class EmpiricalGramians(LayerGramians):
         if reductor == "interpolative":
             return interpolative_truncation(self.P, self.Q, rank, factors=self._factors)
         if config.selection_score == "greedy" and config.selection_rule == "largest":
-            return greedy_selection_truncation(self.P, self.Q, rank)
+            return greedy_selection_truncation(self.P, self.R, rank)
         energy = config.selection_score == "readout_energy"
         return self._select(self.readout_energy if energy else self.state_scores(), rank, config, seed)
 

@@ -53,6 +53,7 @@ class _Sums:
     P: Tensor | float = 0.0
     Q: Tensor | float = 0.0
     readout_energy: Tensor | float = 0.0
+    R: Tensor | float = 0.0
     squares: Tensor | float = 0.0
     rows: int = 0
 
@@ -69,6 +70,7 @@ class _SampledGramians(GramianObserver):
         P, readout_energy = inputs.state_gramian(times)
         sums = self._sums.setdefault(inputs.part, _Sums())
         sums.P, sums.readout_energy = sums.P + P, sums.readout_energy + readout_energy
+        sums.R = sums.R + inputs.rows * inputs.readout_gramian().to(P.device)
         sums.squares = sums.squares + inputs.rows * inputs.squares().to(P.device)
         sums.rows += inputs.rows
         return times
@@ -86,7 +88,7 @@ class _SampledGramians(GramianObserver):
                 f"{layer_name} was not {what} the calibration batches, so its Gramians are unknown. Calibrate with "
                 "batches that use every state-space layer."
             )
-        names = ("P", "Q", "readout_energy", "squares")
+        names = ("P", "Q", "readout_energy", "R", "squares")
         sums = [_side_by_side(self._sums, name) for name in names]
         rows = sums[0].new_tensor([float(parts[0].rows)])
         totals = sum_over_processes(torch.cat([*(total.flatten() for total in sums), rows]))
@@ -106,14 +108,14 @@ def _side_by_side(by_part: dict[int | None, Any], name: str) -> Tensor:
 
 
 def _checked(
-    layer_name: str, P: Tensor, Q: Tensor, readout_energy: Tensor, squares: Tensor | None = None
+    layer_name: str, P: Tensor, Q: Tensor, readout_energy: Tensor, R: Tensor, squares: Tensor | None = None
 ) -> EmpiricalGramians:
-    if not all(torch.isfinite(tensor).all() for tensor in (P, Q, readout_energy)):
+    if not all(torch.isfinite(tensor).all() for tensor in (P, Q, readout_energy, R)):
         raise CalibrationError(
             f"the Gramians of {layer_name} are not finite; its states or the loss gradient overflow on the calibration "
             "batches. Check the loss, or lower the learning rate."
         )
-    return EmpiricalGramians((P + P.mT) / 2, (Q + Q.mT) / 2, readout_energy, squares)
+    return EmpiricalGramians((P + P.mT) / 2, (Q + Q.mT) / 2, readout_energy, (R + R.mT) / 2, squares)
 
 
 class _AdjointTap(torch.autograd.Function):
@@ -202,7 +204,7 @@ class AveragedObserver(GramianObserver):
             part: _summed_gramians(systems(total[:-1] / total[-1]))
             for (part, systems), total in zip(_in_order(self._systems).items(), sums)
         }
-        return _checked(layer_name, *(_side_by_side(found, name) for name in ("P", "Q", "readout_energy")))
+        return _checked(layer_name, *(_side_by_side(found, name) for name in ("P", "Q", "readout_energy", "R")))
 
 
 def _summed_gramians(channels: DiagonalLTI) -> EmpiricalGramians:
@@ -210,7 +212,8 @@ def _summed_gramians(channels: DiagonalLTI) -> EmpiricalGramians:
     P = channels.controllability_gramian().real.sum(-3)
     Q = channels.observability_gramian().real.sum(-3)
     readout = channels.C.real[..., 0, 0, :]
-    return EmpiricalGramians(P, Q, P.diagonal(dim1=-2, dim2=-1) * readout.square())
+    R = readout.unsqueeze(-1) * readout.unsqueeze(-2)
+    return EmpiricalGramians(P, Q, P.diagonal(dim1=-2, dim2=-1) * readout.square(), R)
 
 
 def make_observer(gramians: str, generator: torch.Generator, trigger: Tensor) -> GramianObserver:

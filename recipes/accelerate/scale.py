@@ -61,8 +61,8 @@ class Sizes:
         return cls(sum(parameters.values()), sum(linear), len(mixers), channels, states)
 
     def summed_bytes(self) -> int:
-        """Bytes that a process gives to the sums: P, Q, three numbers a state, rows; two losses. float64."""
-        per_layer = 2 * self.states**2 + 3 * self.states + 1
+        """Bytes that a process gives to the sums: P, Q, R, three numbers a state, rows; two losses. float64."""
+        per_layer = 3 * self.states**2 + 3 * self.states + 1
         return 8 * (self.layers * per_layer + 2 * 2)
 
     def matrix_flops(self, tokens: int) -> int:
@@ -71,7 +71,8 @@ class Sizes:
 
     def check_flops(self, sequences: int, length: int) -> int:
         """
-        Operations of a check: forward and backward pass, a second forward pass, recurrences, sampled products.
+        Operations of a check: forward and backward pass, a second forward pass, recurrences, products of samples and
+        of readouts.
 
         A recurrence is counted with 6 operations a state and step, three times for each Gramian and pass.
         """
@@ -80,11 +81,12 @@ class Sizes:
         recurrences = self.layers * 5 * 6 * self.channels * self.states * tokens
         samples = sequences * default_sample_count(length, self.states)
         products = self.layers * 2 * 2 * self.channels * self.states**2 * samples
-        return passes + recurrences + products
+        readouts = self.layers * 2 * self.states**2 * tokens
+        return passes + recurrences + products + readouts
 
     def gramian_bytes(self) -> int:
-        """What a calibration holds beside the passes: both Gramians, three numbers a state; float64."""
-        return 8 * self.layers * (2 * self.states**2 + 3 * self.states)
+        """What a calibration holds beside the passes: three Gramians, three numbers a state; float64."""
+        return 8 * self.layers * (3 * self.states**2 + 3 * self.states)
 
     def kept_bytes(self, sequences: int, length: int, element: int = 2) -> int:
         """What the layers' taps keep until the backward pass: u, delta (channels wide), B and C of each step."""
@@ -196,9 +198,9 @@ so the time is a lower bound.
 
 - *Operations*: a forward and a backward pass (as much as three forward passes) and the forward pass that measures the
   loss after the cut, `4 x 2 x (entries of all matrices) x tokens`; the recurrences of the scan, of P and of Q; the
-  products of sampled states. A training step of the same batch takes three forward passes.
-- *Summed*: what one process gives to the all-reduce, `8 x (layers x (2 N^2 + 3 N + 1) + 4)` bytes, in float64.
-- *Gramians*: what a calibration holds for all layers until the spectra are known, `8 x layers x (2 N^2 + 3 N)` bytes.
+  products of sampled states and of readouts. A training step of the same batch takes three forward passes.
+- *Summed*: what one process gives to the all-reduce, `8 x (layers x (3 N^2 + 3 N + 1) + 4)` bytes, in float64.
+- *Gramians*: what a calibration holds for all layers until the spectra are known, `8 x layers x (3 N^2 + 3 N)` bytes.
 - *Kept*: inputs of the scans that wait for the backward pass, two bytes a number; a step keeps most of them too.
 
 The same formulas on small models, against what was counted while a check ran:

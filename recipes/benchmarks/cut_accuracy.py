@@ -21,9 +21,10 @@ from demo import predictions, train  # noqa: E402
 KEPT = (32, 16, 8, 4)
 METHODS = {
     "interpolative, folded": {},
-    "selection, diagonal Hankel score": {"reductor": "selection"},
+    "selection, greedy": {"reductor": "selection"},
+    "selection, diagonal Hankel score": {"reductor": "selection", "selection_score": "hankel"},
     "selection, sum h^2 C^2 (GHOST)": {"reductor": "selection", "selection_score": "readout_energy"},
-    "selection, averaged LTI": {"reductor": "selection", "gramians": "averaged"},
+    "selection, averaged LTI": {"reductor": "selection", "selection_score": "hankel", "gramians": "averaged"},
     "selection, random": {"reductor": "selection", "selection_rule": "random"},
 }
 

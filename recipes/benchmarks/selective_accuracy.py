@@ -32,18 +32,14 @@ SELECTION = {"stock": True, "reductor": "selection"}
 FORMS = {
     "mixed, the family's default": {},
     "mixed, interpolative": {"reductor": "interpolative"},
-    "selection, greedy": {**SELECTION, "selection_score": "greedy"},
-    "selection, diagonal Hankel score": SELECTION,
+    "selection, greedy": SELECTION,
+    "selection, diagonal Hankel score": {**SELECTION, "selection_score": "hankel"},
     "selection, sum h^2 C^2 (GHOST)": {**SELECTION, "selection_score": "readout_energy"},
     "selection, random": {**SELECTION, "selection_rule": "random"},
 }
 # Two families of which the interpolative choice is the default need no second row for it.
 ALREADY_DEFAULT = {"falcon_mamba": "mixed, interpolative", "jamba": "mixed, interpolative"}
-IN_TRAINING = {
-    "mixed": {},
-    "selection, greedy": FORMS["selection, greedy"],
-    "selection, sum h^2 C^2 (GHOST)": FORMS["selection, sum h^2 C^2 (GHOST)"],
-}
+IN_TRAINING = {"mixed": {}, "selection, greedy": FORMS["selection, greedy"]}
 IN_TRAINING_SIZE = 8
 MOMENTS = (0.1, 0.5)
 

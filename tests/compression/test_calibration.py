@@ -31,7 +31,7 @@ class KeepInputs:
         return output
 
 
-def loop_gramians(model: nn.Module, batch: dict) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def loop_gramians(model: nn.Module, batch: dict) -> dict[str, tuple[torch.Tensor, ...]]:
     """Mean Gramians of every layer from plain loops over time, all states kept, in float64."""
     layers, keepers = find_layers(model), {}
     model.eval()
@@ -55,14 +55,14 @@ def loop_gramians(model: nn.Module, batch: dict) -> dict[str, tuple[torch.Tensor
     results = {}
     for name, keeper in keepers.items():
         found = [_loop(*scan) for scan in keeper.seen[-parts[name] :]]
-        P, Q, energy = (torch.cat(tensors) for tensors in zip(*found))
-        P, Q, energy = (P, Q, energy) if len(P) > 1 else (P[0], Q[0], energy[0])
-        results[name] = P, Q * terms**2, energy
+        P, Q, energy, R = (torch.cat(tensors) for tensors in zip(*found))
+        P, Q, energy, R = (P, Q, energy, R) if len(P) > 1 else (P[0], Q[0], energy[0], R[0])
+        results[name] = P, Q * terms**2, energy, R
     return results
 
 
 def _loop(inputs, output):
-    """Mean Gramians of each group, (groups, N, N), and readout energies, (groups, N), of one scan."""
+    """P, Q, readout energies and R of each group, (groups, N, N) and (groups, N), of one scan."""
     u, delta, A, B, C = (getattr(inputs, name).detach().double() for name in ("u", "delta", "A", "B", "C"))
     grad, n_states = output.grad.double(), B.shape[-1]
     # All as the scan of one head a channel, with a group's B and C for each.
@@ -86,9 +86,10 @@ def _loop(inputs, output):
     def of_groups(rows):
         return [part.reshape(-1, n_states) for part in torch.stack(rows, 1).chunk(groups, dim=2)]
 
-    H, G, R = of_groups(states), of_groups(adjoints), of_groups([h * C[:, t] for t, h in enumerate(states)])
-    P, Q = (torch.stack([M.T @ M / len(M) for M in rows]) for rows in (H, G))
-    return P, Q, torch.stack([rows.square().mean(0) for rows in R])
+    H, G, read = of_groups(states), of_groups(adjoints), of_groups([h * C[:, t] for t, h in enumerate(states)])
+    readouts = of_groups(list(C.expand_as(torch.stack(states, 1)).unbind(1)))
+    P, Q, R = (torch.stack([M.T @ M / len(M) for M in rows]) for rows in (H, G, readouts))
+    return P, Q, torch.stack([rows.square().mean(0) for rows in read]), R
 
 
 @pytest.mark.parametrize("case", SELECTIVE_CASES, ids=case_id)
@@ -100,11 +101,12 @@ def test_loss_gradient_gramians_equal_those_of_a_loop(case, fast: bool) -> None:
     expected = loop_gramians(model, batch)
     with fast_cpu_scan(fast):
         found = calibrate(model, find_layers(model), [batch]).gramians
-    for name, (P, Q, energy) in expected.items():
+    for name, (P, Q, energy, R) in expected.items():
         # N = 8 is small enough that every step is sampled.
         torch.testing.assert_close(found[name].P, P, rtol=1e-4, atol=1e-6 * float(P.max()))
         torch.testing.assert_close(found[name].Q, Q, rtol=1e-3, atol=1e-5 * float(Q.max()))
         torch.testing.assert_close(found[name].readout_energy, energy, rtol=1e-4, atol=1e-6 * float(energy.max()))
+        torch.testing.assert_close(found[name].R, R, rtol=1e-5, atol=1e-6 * float(R.max()))
 
 
 @pytest.mark.parametrize("gramians", GRAMIANS)
@@ -205,7 +207,7 @@ def test_examples_weigh_alike_however_they_are_batched(parts: tuple[int, ...]) -
     whole, split = calibrate(model, layers, [batch]), calibrate(model, layers, pieces)
     assert math.isclose(whole.loss, split.loss, rel_tol=1e-5)
     for name, expected in whole.gramians.items():
-        for matrix in ("P", "Q", "readout_energy"):
+        for matrix in ("P", "Q", "readout_energy", "R"):
             found, wanted = getattr(split.gramians[name], matrix), getattr(expected, matrix)
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.max()))
     assert math.isclose(evaluate_loss(model, pieces), whole.loss, rel_tol=1e-5)

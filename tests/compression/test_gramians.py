@@ -7,7 +7,6 @@ import torch
 
 from hf_compressm import CompreSSMConfig
 from hf_compressm.compression.gramians import EmpiricalGramians
-from hf_compressm.errors import ConfigurationError
 from hf_compressm.systems import greedy_selection_truncation, hankel_singular_values
 
 N, GROUPS = 6, 3
@@ -19,11 +18,12 @@ def grouped_gramians(groups: int = GROUPS) -> EmpiricalGramians:
     scales = torch.tensor([1.0, 10.0, 0.1]).double()[:groups, None, None] * 0.6 ** torch.arange(N)[:, None]
     P, Q = scales * factors @ (scales * factors).mT
     energy = torch.rand(groups, N, generator=generator, dtype=torch.float64)
-    return EmpiricalGramians(P, Q, energy)
+    C = torch.randn(groups, N, 2 * N, generator=generator, dtype=torch.float64)
+    return EmpiricalGramians(P, Q, energy, C @ C.mT)
 
 
 def of_group(gramians: EmpiricalGramians, group: int) -> EmpiricalGramians:
-    return EmpiricalGramians(gramians.P[group], gramians.Q[group], gramians.readout_energy[group])
+    return EmpiricalGramians(*(getattr(gramians, name)[group] for name in ("P", "Q", "readout_energy", "R")))
 
 
 def test_the_spectrum_is_the_sum_of_the_groups_spectra() -> None:
@@ -37,7 +37,7 @@ def test_the_spectrum_is_the_sum_of_the_groups_spectra() -> None:
     [
         {"reductor": "balanced"},
         {"reductor": "interpolative"},
-        {"reductor": "selection"},
+        {"reductor": "selection", "selection_score": "hankel"},
         {"reductor": "selection", "selection_score": "readout_energy"},
         {"reductor": "selection", "selection_score": "greedy"},
     ],
@@ -64,7 +64,8 @@ def test_balanced_truncation_loses_what_the_spectrum_says_and_keeps_the_leading_
     truncation = gramians.truncate(3, "balanced", CompreSSMConfig())
     share = float(sigma[3:].square().sum() / sigma.square().sum())
     assert gramians.lost_energy(truncation) == pytest.approx(share, rel=1e-6)
-    torch.testing.assert_close(gramians.scores_after(truncation)[0], sigma[:3])
+    scores = gramians.scores_after(truncation)[0]
+    torch.testing.assert_close(scores, sigma[:3])
 
 
 def test_greedy_selection_folds_nothing() -> None:
@@ -72,13 +73,18 @@ def test_greedy_selection_folds_nothing() -> None:
     config = CompreSSMConfig(reductor="selection", selection_score="greedy")
     truncation = gramians.truncate(3, "selection", config)
     assert truncation.is_selection
-    assert torch.equal(truncation.indices, greedy_selection_truncation(gramians.P, gramians.Q, 3).indices)
+    assert torch.equal(truncation.indices, greedy_selection_truncation(gramians.P, gramians.R, 3).indices)
     # A random selection is an ablation of every score.
     ablation = CompreSSMConfig(reductor="selection", selection_score="greedy", selection_rule="random")
     draws = {tuple(gramians.truncate(3, "selection", ablation, seed).indices.flatten().tolist()) for seed in range(5)}
     assert len(draws) > 1
 
 
-def test_a_greedy_choice_has_no_smallest_states() -> None:
-    with pytest.raises(ConfigurationError, match="'greedy' names the states to keep"):
-        CompreSSMConfig(selection_score="greedy", selection_rule="smallest")
+def test_the_smallest_states_are_those_of_the_hankel_scores() -> None:
+    """A greedy choice names the states to keep and gives the others no order."""
+    gramians = grouped_gramians()
+    choices = [
+        gramians.truncate(3, "selection", CompreSSMConfig(selection_score=score, selection_rule="smallest")).indices
+        for score in ("greedy", "hankel")
+    ]
+    assert torch.equal(*choices)

@@ -5,6 +5,8 @@ Error bound: that of [`~systems.reductors.balanced`] for every system, at the ra
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from hf_compressm.errors import TruncationError
@@ -82,6 +84,10 @@ def balancing_truncation_of_each(decomposition: HankelDecomposition, r: int) -> 
     A pair that has fewer than `r` Hankel singular values above rounding keeps those it has; inert states
     ([`Truncation`]) fill the rest, so that it does not keep the others from being cut.
 
+    The coordinates of each pair are multiplied by one number, so that `T` and `W` are equally large (Frobenius norm):
+    the scale of a measured observability Gramian is that of the loss, and must not become that of trained matrices.
+    Both Gramians of the result are multiples of `diag(sigma_1, ..., sigma_r)`.
+
     Args:
         decomposition ([`HankelDecomposition`]): Of a batch of pairs of measured Gramians, or of one pair.
         r (`int`): Number of states to keep, from 1 to N.
@@ -96,7 +102,7 @@ def balancing_truncation_of_each(decomposition: HankelDecomposition, r: int) -> 
     r = checked_rank(r, decomposition.sigma.shape[-1])
     ranks = decomposition.usable_rank.clamp_max(r)
     if bool((ranks == r).all()):
-        return balancing_truncation(decomposition, r)
+        return _equally_large(balancing_truncation(decomposition, r))
     if not ranks.any():
         raise TruncationError(
             "no Hankel singular value stands above rounding: a response of zero has no balanced state"
@@ -111,7 +117,16 @@ def balancing_truncation_of_each(decomposition: HankelDecomposition, r: int) -> 
             members = (ranks == rank).nonzero().squeeze(-1)
             truncation = balancing_truncation(_decomposition_of(pairs, members), rank)
             T[members, :, :rank], W[members, :, :rank], active[members, :rank] = truncation.T, truncation.W, True
-    return Truncation(T=T.reshape(*shape, -1, r), W=W.reshape(*shape, -1, r), active=active.reshape(*shape, r))
+    T, W = T.reshape(*shape, -1, r), W.reshape(*shape, -1, r)
+    return _equally_large(Truncation(T=T, W=W, active=active.reshape(*shape, r)))
+
+
+def _equally_large(truncation: Truncation) -> Truncation:
+    """The same truncation of each pair in coordinates in which `T` and `W` have one Frobenius norm."""
+    sizes = [torch.linalg.matrix_norm(M, keepdim=True) for M in (truncation.T, truncation.W)]
+    scale = torch.where(sizes[1] > 0, sizes[0] / sizes[1], 1).sqrt()
+    scale = torch.where(scale > 0, scale, 1)
+    return replace(truncation, T=truncation.T / scale, W=truncation.W * scale)
 
 
 def _reduced(

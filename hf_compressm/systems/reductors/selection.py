@@ -71,9 +71,14 @@ def greedy_selection_truncation(P: torch.Tensor, Q: torch.Tensor, r: int) -> Tru
     made of, does not see that the losses of two states can cancel or add up. Sums over `D x D` are never negative, as
     `P * Q` is positive semidefinite (Schur, 1911). The units of a state decide nothing.
 
+    For a layer whose kept states move as before, take the readout Gramian, the mean of `C C^T`, for `Q`: as far as `h`
+    and `C` are independent, the sum over `D x D` then is the mean square of what the output loses, `sum_{n in D} C_n
+    h_n`. The diagonal of `P * Q`, which leaves out what happens between two states, then scores as GHOST does (sum of
+    `h_n^2 C_n^2`).
+
     Args:
         P (`torch.Tensor` of shape `(..., N, N)`): State covariance (controllability Gramian).
-        Q (`torch.Tensor` of shape `(..., N, N)`): Observability Gramian.
+        Q (`torch.Tensor` of shape `(..., N, N)`): Observability Gramian, or the readout Gramian.
         r (`int`): Number of states to keep, from 1 to N.
 
     Returns:
