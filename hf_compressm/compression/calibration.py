@@ -83,8 +83,8 @@ def calibrate(
     One forward pass a batch, and one backward pass where the loss's gradient is asked for. A model whose layers are all
     time-invariant needs no batch: their Gramians are known in closed form, and batches only give the loss. Weights,
     their `.grad`, the training mode and the global random state are left as they were. Peak memory beyond that of
-    the passes is the bounded buffer of [`~ops.state_gramian`] and three N x N matrices a layer. Padded positions count as
-    steps at which the state decays; batches with little padding give the truest Gramians.
+    the passes is the bounded buffer of [`~ops.state_gramian`] and three N x N matrices a layer. Padded positions count
+    as steps at which the state decays; batches with little padding give the truest Gramians.
 
     Args:
         model (`torch.nn.Module`): The model that holds the layers.
