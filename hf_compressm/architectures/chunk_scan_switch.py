@@ -12,7 +12,14 @@ from torch import Tensor
 
 from ..ops import multi_head_scan
 from .scan_inputs import MultiHeadScanInputs
-from .scan_switch import current_observer, fast_cpu_scan_enabled, plain_eager_call, register_scan
+from .scan_switch import (
+    current_observer,
+    fast_cpu_scan_enabled,
+    is_packed,
+    plain_eager_call,
+    register_scan,
+    warn_of_packing,
+)
 
 
 def register_chunk_scan(module_name: str) -> None:
@@ -75,6 +82,8 @@ def chunk_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
             result = stock(hidden_states, delta, A, B, C, chunk_size, **settings, **kwargs)
             output, *state = result if return_final_states else (result,)
         if observer is not None:
+            if is_packed(**kwargs):
+                warn_of_packing()
             output = observer.observe(inputs, output)
         if D is not None:
             output = output + hidden_states.to(output.dtype) * (D if D.ndim == 2 else D[:, None])
@@ -89,8 +98,7 @@ def _fast_scan_applies(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, 
     if not fast_cpu_scan_enabled() or not plain_eager_call(hidden_states, dt, A, B, C):
         return False
     # Packed sequences reset the state at their borders, which the fast scan does not do.
-    packed = any(kwargs.get(name) is not None for name in ("seq_idx", "cu_seqlens"))
-    return hidden_states.device.type == "cpu" and not packed
+    return hidden_states.device.type == "cpu" and not is_packed(**kwargs)
 
 
 def fused_function_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:

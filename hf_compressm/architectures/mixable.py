@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import DimensionError
 from ..systems import Truncation
 from .base import (
+    ABSENT,
     AttributeChange,
     LayerReduction,
     ParameterAddition,
@@ -211,7 +212,13 @@ class MixableLayer(SelectiveLayer):
     def _mixed_classes(self) -> list[AttributeChange]:
         from ..models.compressed.mixing import mixed_classes
 
-        return [AttributeChange(module, "__class__", cls) for module, cls in mixed_classes(self.module)]
+        changes = []
+        for module, cls in mixed_classes(self.module):
+            changes.append(AttributeChange(module, "__class__", cls))
+            # A forward pass that the package `kernels` has put before that of the class knows no mixing.
+            if "forward" in vars(module):
+                changes.append(AttributeChange(module, "forward", ABSENT))
+        return changes
 
     def _sites(self) -> list[tuple[nn.Module, str]]:
         from ..models.compressed.mixing import mixing_sites

@@ -11,8 +11,10 @@ inside it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,8 @@ import torch
 from torch import nn
 
 from .base import ScanObserver
+
+logger = logging.getLogger(__name__)
 
 Replacement = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Takes the stock function and returns the one that stands in its place."""
@@ -47,6 +51,20 @@ def register_scan(module_name: str, replacements: dict[str, Replacement]) -> Non
     """
     _default_modules.append(module_name)
     _replacements.update(replacements)
+
+
+def is_packed(**kwargs: Any) -> bool:
+    """Whether the arguments of a scan say that several sequences lie behind one another in a row."""
+    return any(kwargs.get(name) is not None for name in ("seq_idx", "cu_seqlens"))
+
+
+@functools.lru_cache(maxsize=1)
+def warn_of_packing() -> None:
+    """Tell once that what is observed of packed sequences is not exact."""
+    logger.warning(
+        "The calibration batches hold packed sequences. Their Gramians are measured as if the state went on from one "
+        "sequence into the next; give calibration_batches that are not packed for exact ones."
+    )
 
 
 def enable_fast_cpu_scan() -> None:

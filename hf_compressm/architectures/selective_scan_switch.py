@@ -12,7 +12,14 @@ from torch import Tensor
 
 from ..ops import selective_scan
 from .scan_inputs import SelectiveScanInputs
-from .scan_switch import current_observer, fast_cpu_scan_enabled, plain_eager_call, register_scan
+from .scan_switch import (
+    current_observer,
+    fast_cpu_scan_enabled,
+    is_packed,
+    plain_eager_call,
+    register_scan,
+    warn_of_packing,
+)
 
 
 def register_selective_scan(module_name: str) -> None:
@@ -65,6 +72,8 @@ def selective_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
             output, state = stock(hidden_states, delta, A, B, C, return_last_state=True, **kwargs)
             output = output.mT
         if observer is not None:
+            if is_packed(**kwargs):
+                warn_of_packing()
             output = observer.observe(inputs, output)
         output = output.mT
         if D is not None:
@@ -82,7 +91,7 @@ def _fused_scan_applies(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor,
     if hidden_states.device.type != "cpu" or A.is_complex() or B.ndim != 3 or C.ndim != 3:
         return False
     # Packed sequences reset the state at their borders, which the fused scan does not do.
-    return kwargs.get("cu_seqlens") is None and kwargs.get("seq_idx") is None
+    return not is_packed(**kwargs)
 
 
 def inner_function_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:

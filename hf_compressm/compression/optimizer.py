@@ -48,6 +48,7 @@ class OptimizerChange:
         self._groups = [list(group["params"]) for group in self._optimizer.param_groups]
         self._new_groups = _groups_after(self._groups, changes, added, removed, order)
         require_trained(self._optimizer, [change.old for change in changes])
+        _require_trainable(self._optimizer, added)
         outgoing = [*(change.old for change in changes), *removed]
         self._old_states = {old: self._optimizer.state[old] for old in outgoing if old in self._optimizer.state}
         self._new_states = {
@@ -160,6 +161,16 @@ def require_trained(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
             "so that their replacements would not be trained. Give the optimizer that trains all of them, freeze them "
             "with requires_grad_(False), or, where it trains flattened or partitioned copies (DeepSpeed), compress "
             "in a run without that wrapper."
+        )
+
+
+def _require_trainable(optimizer: torch.optim.Optimizer, added: Sequence[ParameterAddition]) -> None:
+    muon = getattr(torch.optim, "Muon", ())
+    unfit = [addition for addition in added if addition.new.requires_grad and addition.new.ndim != 2]
+    if unfit and isinstance(optimizer, muon):
+        raise UnsupportedModelError(
+            f"Muon trains matrices only, and the cut adds {unfit[0].name!r} of shape {tuple(unfit[0].new.shape)}. "
+            "Train with another optimizer, or set stock=True."
         )
 
 

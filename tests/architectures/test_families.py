@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hf_compressm
 from hf_compressm import CompreSSMConfig, compress
-from hf_compressm.architectures import StateSpaceLayer, chunk_scan_switch, config_changes, find_layers
+from hf_compressm.architectures import StateSpaceLayer, chunk_scan_switch, config_changes, find_layers, scan_switch
 from hf_compressm.architectures.multi_head import MultiHeadLayer
 from hf_compressm.architectures.zamba import ZambaLayer
 from hf_compressm.compression import ModelChange, calibrate
@@ -360,6 +360,23 @@ def test_packed_sequences_are_left_to_the_stock_scan(extra: dict, monkeypatch) -
         scan(x, dt, torch.zeros(4), B, B, 8, D=torch.ones(4), **extra)
     [kwargs] = called
     assert extra.items() <= kwargs.items() and kwargs["D"] is not None
+
+
+def test_what_is_observed_of_packed_sequences_is_warned_of_once(caplog, monkeypatch) -> None:
+    class Look:
+        def observe(self, inputs, output):
+            return output
+
+    scan_switch.warn_of_packing.cache_clear()
+    x, dt, B = torch.zeros(2, 9, 4, 3), torch.zeros(2, 9, 4), torch.zeros(2, 9, 1, 5)
+    scan = chunk_scan_switch.chunk_scan_replacement(lambda *args, **kwargs: torch.zeros(2, 9, 4, 3))
+    monkeypatch.setattr(chunk_scan_switch, "current_observer", Look)
+    for extra in ({}, {"seq_idx": torch.zeros(2, 9)}, {"cu_seqlens": torch.zeros(2)}):
+        scan(x, dt, torch.zeros(4), B, B, 8, **extra)
+    assert [record.message for record in caplog.records if "packed sequences" in record.message] == [
+        "The calibration batches hold packed sequences. Their Gramians are measured as if the state went on from one "
+        "sequence into the next; give calibration_batches that are not packed for exact ones."
+    ]
 
 
 class Pair(nn.Module):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.models.jamba.modeling_jamba import JambaRMSNorm
 
 from hf_compressm import CompreSSMConfig
 from hf_compressm.architectures import find_layers
@@ -193,3 +195,27 @@ def test_layers_that_were_saved_alone_are_put_into_the_model_that_was_built(fami
     assert type(before) is type(model) and rebuilt.sizes == dict.fromkeys(rebuilt.sizes, 4)
     assert_same(before.state_dict(), model.state_dict())
     assert torch.equal(logits_of(before, token_batch()), logits_of(model, token_batch()))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch without Muon")
+def test_an_optimizer_of_matrices_alone_is_refused() -> None:
+    model = selective_models.tiny_mamba2()
+    before = dict(model.named_parameters())
+    optimizer = torch.optim.Muon([p for p in model.parameters() if p.ndim == 2])
+    with pytest.raises(UnsupportedModelError, match=r"Muon trains matrices only.*'input_mixing' of shape \(2, 8, 4\)"):
+        Compressor(model, HALF, optimizer=optimizer, progress=False).check([token_batch()])
+    assert dict(model.named_parameters()) == before
+
+
+def test_norms_that_a_kernel_would_replace_keep_their_mixing(monkeypatch) -> None:
+    """The package `kernels` finds modules by an attribute of their class and gives them another forward pass."""
+    monkeypatch.setattr(JambaRMSNorm, "kernel_layer_name", "RMSNorm", raising=False)
+    model = selective_models.tiny_jamba()
+    norms = [norm for layer in find_layers(model) for norm in (layer.module.b_layernorm, layer.module.c_layernorm)]
+    for norm in norms:
+        norm.forward = types.MethodType(JambaRMSNorm.forward, norm)
+    compressor = Compressor(model, HALF, progress=False)
+    assert compressor.check([token_batch()]).outcome == "cut"
+    for norm in norms:
+        assert not hasattr(type(norm), "kernel_layer_name") and "forward" not in vars(norm)
+        assert norm(torch.ones(8)).shape == (4,)

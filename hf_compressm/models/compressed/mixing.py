@@ -35,8 +35,21 @@ FOLDED_MIXERS = {"MambaMixer": "mamba", "ZambaMambaMixer": "zamba"}
 _made: dict[type, type] = {}
 
 
+class _Hidden:
+    """An inherited attribute that a class does not have any more."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        raise AttributeError(f"{owner.__name__} has no attribute {self._name!r}")
+
+
 class MixedNorm:
     """What the norm of B or of C does with `mixing`, `(N, r)`: it combines the entries that it has normalised."""
+
+    # By this the package `kernels` finds the norms that it may replace by its own, which do not mix.
+    kernel_layer_name = _Hidden()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise and combine the last axis, of length N."""
