@@ -48,7 +48,7 @@ def digits_task() -> Task:
     train, test = digit_sequences()
     train.set_transform(augmented)
     tokens, classes = test["input_ids"][:][:, :PIXELS], test["labels"][:][:, PIXELS]
-    return Task(train, _accuracy(tokens, classes), "test accuracy", VOCABULARY, steps=1000, batch_size=32)
+    return Task(train, _accuracy(tokens, classes), "test accuracy", VOCABULARY, steps=600, batch_size=32)
 
 
 def fashion_mnist_task(
@@ -74,7 +74,7 @@ def fashion_mnist_task(
     labels[:, -1] = train_classes
     rows = Dataset.from_dict({"input_ids": tokens.numpy(), "labels": labels.numpy()}).with_format("torch")
     vocabulary = grey_levels + CLASSES
-    return Task(rows, _accuracy(test, test_classes), "test accuracy", vocabulary, steps=700, batch_size=16)
+    return Task(rows, _accuracy(test, test_classes), "test accuracy", vocabulary, steps=400, batch_size=16)
 
 
 def text_task(files: Sequence[str], test_rows: int = 256) -> Task:
