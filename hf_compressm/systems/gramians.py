@@ -10,6 +10,7 @@ import torch
 
 from hf_compressm.errors import ConfigurationError, DimensionError
 from hf_compressm.systems._checks import checked_gramian, clear_deviation, require_finite
+from hf_compressm.systems._decompositions import cholesky_ex, eigh
 from hf_compressm.systems.time_domain import TimeDomain, lyapunov_denominator, require_stable
 
 # The rows of a generator start with length one, so a row this short is zero for every purpose. The limit keeps squared
@@ -142,7 +143,7 @@ def cauchy_or_product_factor(
     gramian = controllability_gramian(lam, B, time_domain)
     diagonal = gramian.diagonal(dim1=-2, dim2=-1).real
     scale = torch.where(diagonal > 0, diagonal, 1).sqrt().unsqueeze(-1)
-    factor, failed = torch.linalg.cholesky_ex(gramian / scale / scale.mT)
+    factor, failed = cholesky_ex(gramian / scale / scale.mT)
     return gramian_factor(gramian) if failed.any() else scale * factor
 
 
@@ -184,7 +185,7 @@ def gramian_factor(gramian: torch.Tensor, name: str = "gramian") -> torch.Tensor
     matrix = checked_gramian(name, gramian)
     diagonal = matrix.diagonal(dim1=-2, dim2=-1).real
     scale = torch.where(diagonal > 0, diagonal, 1).sqrt()
-    eigenvalues, eigenvectors = torch.linalg.eigh(matrix / scale.unsqueeze(-1) / scale.unsqueeze(-2))
+    eigenvalues, eigenvectors = eigh(matrix / scale.unsqueeze(-1) / scale.unsqueeze(-2))
     eigenvalues, eigenvectors = eigenvalues.flip(-1), eigenvectors.flip(-1)
 
     clipped = eigenvalues.clamp_max(0).unsqueeze(-2) * eigenvectors.abs().square()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_compressm.systems._checks import require_finite, require_same_shape
+from hf_compressm.systems._decompositions import eigh, svd
 from hf_compressm.systems.gramians import gramian_factor
 
 # Products of factors lose half of the digits of double precision; a resolution below this one is not kept by them.
@@ -65,7 +66,7 @@ class HankelDecomposition:
         require_finite("the product L_Q^H L_P of the Gramian factors", product)
         if resolution >= FINEST_RESOLUTION:
             return cls(L_P, L_Q, *_svd_by_eigenvectors(product), resolution)
-        U, sigma, Vh = torch.linalg.svd(product)
+        U, sigma, Vh = svd(product)
         return cls(L_P, L_Q, U, sigma, Vh.mH)
 
     @property
@@ -86,7 +87,7 @@ def _svd_by_eigenvectors(product: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """U, sigma and V of a matrix, from the eigenvectors of its Hermitian square."""
     size = product.abs().amax(dim=(-2, -1), keepdim=True)
     scaled = product / torch.where(size > 0, size, 1)
-    V = torch.linalg.eigh(scaled.mH @ scaled).eigenvectors
+    V = eigh(scaled.mH @ scaled).eigenvectors
     images = scaled @ V
     sigma, order = torch.linalg.vector_norm(images, dim=-2).sort(dim=-1, descending=True)
     order = order.unsqueeze(-2).expand_as(V)

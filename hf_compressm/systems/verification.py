@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from hf_compressm.errors import DimensionError, TruncationError
+from hf_compressm.systems._decompositions import svdvals
 from hf_compressm.systems.lti import DiagonalLTI
 
 _UNIFORM_FREQUENCIES = 64
@@ -54,7 +55,7 @@ def response_error(system: DiagonalLTI, reduced: DiagonalLTI, omega: torch.Tenso
     """
     _require_comparable(system, reduced)
     parts = omega.split(_chunk_size(system), dim=-1)
-    norms = [torch.linalg.svdvals(_difference(system, reduced, part))[..., 0] for part in parts]
+    norms = [svdvals(_difference(system, reduced, part))[..., 0] for part in parts]
     return torch.cat(norms, dim=-1)
 
 
@@ -158,7 +159,7 @@ def _norm_unless_small(difference: torch.Tensor, allowed: torch.Tensor) -> torch
     norm = torch.linalg.matrix_norm(difference)
     doubtful = ~(norm <= allowed)
     if doubtful.any():
-        norm[doubtful] = torch.linalg.svdvals(difference[doubtful])[..., 0]
+        norm[doubtful] = svdvals(difference[doubtful])[..., 0]
     return norm
 
 

@@ -9,6 +9,7 @@ import torch
 
 from hf_compressm.errors import TruncationError
 from hf_compressm.systems._checks import checked_rank
+from hf_compressm.systems._decompositions import cond, eig, solve, solve_ex
 from hf_compressm.systems.hankel import HankelDecomposition
 from hf_compressm.systems.lti import DiagonalLTI
 from hf_compressm.systems.ranks import error_bound
@@ -93,9 +94,9 @@ def _diagonalised(
 ) -> tuple[DiagonalLTI, Truncation]:
     """The reduced system and its truncation in the basis of the reduced state matrix's eigenvectors, checked."""
     balanced = balancing_truncation(decomposition, r)
-    lam, X = torch.linalg.eig(balanced.W.mH @ (system.lam.unsqueeze(-1) * balanced.T))
+    lam, X = eig(balanced.W.mH @ (system.lam.unsqueeze(-1) * balanced.T))
     condition = _checked_condition(X, condition_limit)
-    truncation = Truncation(T=balanced.T @ X, W=torch.linalg.solve(X, balanced.W.mH).mH)
+    truncation = Truncation(T=balanced.T @ X, W=solve(X, balanced.W.mH).mH)
     reduced = DiagonalLTI(lam, truncation.W.mH @ system.B, system.C @ truncation.T, system.D, system.time_domain)
     _require_stable_result(reduced)
     require_error_bound(system, reduced, error_bound(decomposition.sigma, r), amplification=condition)
@@ -135,7 +136,7 @@ def balancing_truncation(decomposition: HankelDecomposition, r: int) -> Truncati
     T = decomposition.L_P @ (decomposition.V[..., :r] / root)
     W = decomposition.L_Q @ (decomposition.U[..., :r] / root)
     # Where sigma_r is close to rounding, T^H W is far from the identity; this mends W, or Truncation refuses it.
-    corrected, singular = torch.linalg.solve_ex(W.mH @ T, W.mH)
+    corrected, singular = solve_ex(W.mH @ T, W.mH)
     if singular.any():
         raise TruncationError(f"W^H T is singular at r = {r}: the decomposition does not belong to its own factors.")
     return Truncation(T=T, W=corrected.mH)
@@ -156,7 +157,7 @@ def _require_usable_rank(decomposition: HankelDecomposition, r: int) -> None:
 
 
 def _checked_condition(X: torch.Tensor, condition_limit: float) -> float:
-    condition = torch.linalg.cond(X).amax().item()
+    condition = cond(X).amax().item()
     if not condition <= condition_limit:
         raise TruncationError(
             f"the reduced state matrix is nearly defective: its eigenvectors have condition number {condition:.3g}, "

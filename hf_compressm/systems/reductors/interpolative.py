@@ -10,6 +10,7 @@ import torch
 
 from hf_compressm.errors import ConfigurationError, DimensionError
 from hf_compressm.systems._checks import checked_rank, require_same_shape
+from hf_compressm.systems._decompositions import solve
 from hf_compressm.systems.gramians import gramian_factor
 from hf_compressm.systems.truncation import Truncation
 
@@ -168,8 +169,8 @@ def _regression(rows: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.T
     """
     gram = rows[:, kept]
     regularised = gram + ridge * torch.eye(len(kept), dtype=rows.dtype, device=rows.device)
-    first = torch.linalg.solve(regularised, rows)
-    return (first + torch.linalg.solve(regularised, rows - gram @ first)).mH
+    first = solve(regularised, rows)
+    return (first + solve(regularised, rows - gram @ first)).mH
 
 
 def _greedy_selection(covariance: torch.Tensor, L_Q: torch.Tensor, r: int) -> torch.Tensor:
