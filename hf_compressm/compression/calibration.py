@@ -139,8 +139,7 @@ def calibrate(
     results = {
         name: measured[name] if system is None else ClosedFormGramians(system) for name, system in systems.items()
     }
-    no_loss = not losses or None in losses
-    return Calibration(results, None if no_loss else _mean_over_processes(losses, total, device))
+    return Calibration(results, _mean_over_processes(losses, total, device))
 
 
 @torch.no_grad()
@@ -258,7 +257,12 @@ def _loss_in(outputs: Any) -> Tensor | None:
     return loss.reshape(()) if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
-def _mean_over_processes(losses: list[tuple[float, int]], total: SumOverProcesses, device: torch.device) -> float:
-    weighted, terms = sum(loss * terms for loss, terms in losses), float(sum(terms for _, terms in losses))
-    sums = total(torch.tensor([weighted, terms], dtype=torch.float64, device=device))
-    return float(sums[0] / sums[1])
+def _mean_over_processes(
+    losses: Sequence[tuple[float, int] | None], total: SumOverProcesses, device: torch.device
+) -> float | None:
+    """The mean loss of all batches, or None where a process has none; every process has to come here."""
+    known = [loss for loss in losses if loss is not None]
+    weighted, terms = sum(loss * terms for loss, terms in known), float(sum(terms for _, terms in known))
+    unknown = float(not losses or None in losses)
+    sums = total(torch.tensor([weighted, terms, unknown], dtype=torch.float64, device=device))
+    return None if sums[2] else float(sums[0] / sums[1])

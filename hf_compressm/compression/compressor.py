@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..architectures import (
     LayerReduction,
@@ -39,6 +38,7 @@ from .plan import LayerPlan, plan_reduction
 from .processes import Processes, SingleProcess
 from .record import CheckRecord, LayerRecord
 from .snapshot import Snapshot
+from .truncations import find_truncations
 
 Follow = Callable[[Sequence[ParameterChange]], Change]
 """Prepares what has to change beside the model and its optimizer (a wrapper, say) when parameters are replaced."""
@@ -173,16 +173,16 @@ class Compressor:
                 progress=self._progress,
             )
             self._require_judge(calibration.loss)
-            spectra = {name: gramians.hankel_singular_values() for name, gramians in calibration.gramians.items()}
-            scores = {name: gramians.state_scores().flatten() for name, gramians in calibration.gramians.items()}
+            measured = calibration.gramians
+            spectra = {name: gramians.hankel_singular_values() for name, gramians in measured.items()}
+            scores = {name: gramians.state_scores().flatten() for name, gramians in measured.items()}
+            spectra, scores = self._processes.first((spectra, scores))
             correlations = {name: score_correlation(self._scores.get(name), scores[name]) for name in scores}
             moment = moment_of(self.records, self.config, correlations, number, total)
             plan = plan_reduction(spectra, self.sizes, self.config, moment)
             result = self._carry_out(plan, calibration, batches, seed)
-        lost = {
-            name: calibration.gramians[name].lost_energy(truncation) for name, truncation in result.truncations.items()
-        }
-        for name, gramians in calibration.gramians.items():
+        lost = {name: measured[name].lost_energy(truncation) for name, truncation in result.truncations.items()}
+        for name, gramians in measured.items():
             truncation = result.truncations.get(name)
             after = scores[name] if truncation is None else gramians.scores_after(truncation).flatten()
             self._scores[name] = after.cpu()
@@ -322,19 +322,19 @@ class Compressor:
         self, plan: dict[str, LayerPlan], calibration: Calibration, seed: int
     ) -> tuple[dict[str, Truncation], list[LayerReduction], list[str]]:
         """The truncations and reductions of the layers that are to be cut, and why the others failed."""
-        truncations, reductions, failures = {}, [], []
         cut = [layer for layer in self.layers if plan[layer.name].is_cut]
-        disable = None if self._progress is None else not self._progress
-        for number, layer in enumerate(tqdm(cut, desc="cutting", unit="layer", leave=False, disable=disable)):
-            gramians, reductor = calibration.gramians[layer.name], self._reductors[layer.name]
+        sizes = {layer.name: plan[layer.name].new_size for layer in cut}
+        truncations, failed = find_truncations(
+            calibration.gramians, sizes, self._reductors, self.config, seed, self._processes, self._progress
+        )
+        reductions = []
+        for layer in [layer for layer in cut if layer.name in truncations]:
             try:
-                truncation = gramians.truncate(plan[layer.name].new_size, reductor, self.config, seed=seed + number)
-                reductions.append(layer.reduce(truncation))
+                reductions.append(layer.reduce(truncations[layer.name]))
             except TruncationError as error:
-                failures.append(f"{layer.name}: {error}")
-                continue
-            truncations[layer.name] = truncation
-        return truncations, reductions, failures
+                failed[layer.name] = str(error)
+                del truncations[layer.name]
+        return truncations, reductions, [f"{name}: {message}" for name, message in failed.items()]
 
     def _changes(self, reductions: Sequence[LayerReduction]) -> list[Change]:
         model_change = ModelChange(self.model, reductions, all_changes(self.model, self.layers, reductions))

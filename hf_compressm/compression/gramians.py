@@ -34,6 +34,11 @@ from ..systems import (
 class LayerGramians(ABC):
     """The Gramians of one layer, in whatever form they are known."""
 
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the Gramians are."""
+
     @abstractmethod
     def hankel_singular_values(self) -> Tensor:
         """The layer's Hankel singular values, `(N,)` float64, descending."""
@@ -96,6 +101,11 @@ class EmpiricalGramians(LayerGramians):
     readout_energy: Tensor
     R: Tensor
     squares: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the Gramians are."""
+        return self.P.device
 
     @cached_property
     def _decomposition(self) -> HankelDecomposition:
@@ -165,6 +175,11 @@ class ClosedFormGramians(LayerGramians):
     """
 
     system: DiagonalLTI
+
+    @property
+    def device(self) -> torch.device:
+        """Where the system is."""
+        return self.system.lam.device
 
     @cached_property
     def _decomposition(self) -> HankelDecomposition:

@@ -1,10 +1,12 @@
-"""What a check needs of the other processes of a training: sums, agreement, and word of a failure."""
+"""What a check needs of the other processes of a training: sums, one decision, agreement, and word of a failure."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 class Processes(Protocol):
@@ -13,6 +15,22 @@ class Processes(Protocol):
     def sum(self, tensor: Tensor) -> Tensor:
         """
         The sum of a float64 tensor over all processes.
+
+        Raises:
+            [`~errors.OtherProcessError`]: another process has failed before it came here.
+        """
+        ...
+
+    def first(self, value: Value) -> Value:
+        """
+        What the first process has, in all of them.
+
+        A decomposition rounds as the processor and the number of threads have it, so that processes which decompose the
+        same matrix can come to different ranks and bases.
+
+        Args:
+            value (`object`): Tensors, dataclasses, and nested containers of them; those of other processes come back on
+                the CPU.
 
         Raises:
             [`~errors.OtherProcessError`]: another process has failed before it came here.
@@ -34,7 +52,7 @@ class Processes(Protocol):
         ...
 
     def failed(self, error: BaseException) -> None:
-        """Tell the others, who wait in [`sum`] or [`agree`], that this process will not come."""
+        """Tell the others, who wait in [`sum`], [`first`] or [`agree`], that this process will not come."""
         ...
 
 
@@ -44,6 +62,10 @@ class SingleProcess:
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor itself."""
         return tensor
+
+    def first(self, value: Value) -> Value:
+        """The value itself."""
+        return value
 
     def agree(self, subject: str, facts: dict[str, Any]) -> None:
         """Nothing: one process agrees with itself."""

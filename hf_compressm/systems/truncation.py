@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -158,6 +158,11 @@ class Truncation:
     def full_size(self) -> int:
         """Number of states N before the truncation."""
         return self.T.shape[-2]
+
+    def to(self, device: torch.device | str) -> Truncation:
+        """The same truncation with all of its tensors on a device."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: None if value is None else value.to(device) for name, value in tensors.items()})
 
     def fingerprint(self) -> str:
         """A digest of every number in `T` and `W`: equal ones are equal bit by bit."""

@@ -1,8 +1,9 @@
-"""The processes of a training, as `torch.distributed` knows them: sums, agreement, and word of a failure."""
+"""The processes of a training, as `torch.distributed` knows them: sums, one decision, agreement, word of a failure."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import fields, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..compression.processes import Processes, SingleProcess
+from ..compression.processes import Processes, SingleProcess, Value
 from ..config import CompreSSMConfig
 from ..errors import DisagreementError, OtherProcessError
 
@@ -61,6 +62,13 @@ class DistributedProcesses:
         dist.all_reduce(summed)
         return summed.to(tensor.device)
 
+    def first(self, value: Value) -> Value:
+        """What the first process has; on the CPU in the others."""
+        self._exchange(None)
+        shared = [_on_cpu(value) if self.rank == 0 else None]
+        dist.broadcast_object_list(shared, src=0)
+        return value if self.rank == 0 else shared[0]
+
     def agree(self, subject: str, facts: dict[str, Any]) -> None:
         """Make sure that all processes say the same."""
         digests = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in facts.items()}
@@ -78,7 +86,7 @@ class DistributedProcesses:
             )
 
     def failed(self, error: BaseException) -> None:
-        """Tell the others, who wait in [`sum`] or [`agree`], that this process will not come."""
+        """Tell the others, who wait in [`sum`], [`first`] or [`agree`], that this process will not come."""
         told: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(told, f"{type(error).__name__}: {error}")
 
@@ -90,3 +98,16 @@ class DistributedProcesses:
             listed = "; ".join(f"process {rank}: {message}" for rank, message in failures.items())
             raise OtherProcessError(f"another process could not complete the check ({listed}). Nothing was changed.")
         return [entry["told"] for entry in told]
+
+
+def _on_cpu(value: Any) -> Any:
+    """The same with every tensor on the CPU, where a process with another device can read it."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {name: _on_cpu(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_cpu(part) for part in value)
+    if is_dataclass(value):
+        return replace(value, **{field.name: _on_cpu(getattr(value, field.name)) for field in fields(value)})
+    return value

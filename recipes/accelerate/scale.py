@@ -14,6 +14,7 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -61,9 +62,9 @@ class Sizes:
         return cls(sum(parameters.values()), sum(linear), len(mixers), channels, states)
 
     def summed_bytes(self) -> int:
-        """Bytes that a process gives to the sums: P, Q, R, three numbers a state, rows; two losses. float64."""
+        """Bytes, in float64, that a process gives to the sums: P, Q, R, three numbers a state, rows; two losses."""
         per_layer = 3 * self.states**2 + 3 * self.states + 1
-        return 8 * (self.layers * per_layer + 2 * 2)
+        return 8 * (self.layers * per_layer + 2 * 3)
 
     def matrix_flops(self, tokens: int) -> int:
         """Operations of the matrices in a forward pass."""
@@ -103,6 +104,10 @@ class Counting:
         """The tensor itself."""
         self.bytes += tensor.numel() * tensor.element_size()
         return tensor
+
+    def first(self, value: Any) -> Any:
+        """The value itself."""
+        return value
 
     def agree(self, subject: str, facts: dict) -> None:
         """Nothing."""
@@ -199,7 +204,7 @@ so the time is a lower bound.
 - *Operations*: a forward and a backward pass (as much as three forward passes) and the forward pass that measures the
   loss after the cut, `4 x 2 x (entries of all matrices) x tokens`; the recurrences of the scan, of P and of Q; the
   products of sampled states and of readouts. A training step of the same batch takes three forward passes.
-- *Summed*: what one process gives to the all-reduce, `8 x (layers x (3 N^2 + 3 N + 1) + 4)` bytes, in float64.
+- *Summed*: what one process gives to the all-reduce, `8 x (layers x (3 N^2 + 3 N + 1) + 6)` bytes, in float64.
 - *Gramians*: what a calibration holds for all layers until the spectra are known, `8 x layers x (3 N^2 + 3 N)` bytes.
 - *Kept*: inputs of the scans that wait for the backward pass, two bytes a number; a step keeps most of them too.
 

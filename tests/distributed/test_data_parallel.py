@@ -11,6 +11,7 @@ from .processes import largest_difference, launch, result
 
 TOGETHER = ("mamba", "mamba2", "lru", "no_unused", "accumulation", "static_graph", "watched", "compiled", "rolled_back")
 TROUBLED = ("without_rebuild", "different_settings", "different_versions", "broken_process", "nan_process", "saving")
+TROUBLED += ("other_rounding", "loss_in_one_process")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,15 @@ def test_trouble_in_one_process_lets_all_skip_the_check(folder: Path, case: str,
     first, second = (result(folder, case, 2, rank) for rank in (0, 1))
     assert [record[0] for record in first["records"]] == [record[0] for record in second["records"]] == ["skipped"]
     assert "process 1" in first["reasons"][0] and reason in first["reasons"][0] and reason in second["reasons"][0]
+    assert largest_difference(first, second) == 0
+
+
+@pytest.mark.parametrize("case", ["other_rounding", "loss_in_one_process"])
+def test_what_differs_between_processes_without_harm_is_settled(folder: Path, case: str) -> None:
+    first, second = (result(folder, case, 2, rank) for rank in (0, 1))
+    assert first["records"] == second["records"] and first["records"][0][0] == "cut"
+    assert (first["records"][0][1] is None) == (case == "loss_in_one_process")
+    assert first["sizes"] == second["sizes"] == [4, 4]
     assert largest_difference(first, second) == 0
 
 

@@ -88,7 +88,7 @@ def train(
         logging_steps=1, train_sampling_strategy="sequential", **{"save_strategy": "no", **settings},
     )  # fmt: skip
     config = {"strategy": "fixed", "keep_ratio": 0.5, "window": (3, 6), "interval": 3, **(config or {})}
-    callback = CompreSSMCallback(CompreSSMConfig(**config), calibration_batches=[calibration_batch()])
+    callback = CompreSSMCallback(CompreSSMConfig(**config), calibration_batches=[*filter(None, [calibration_batch()])])
     model = build()
     trainer = Trainer(model=model, args=args, train_dataset=dataset(), callbacks=[callback, *callbacks])
     trainer.train(resume_from_checkpoint=resume)
@@ -204,6 +204,31 @@ def nan_process(folder: Path) -> dict[str, Any]:
         calibration._finite = finite
 
 
+def other_rounding(folder: Path) -> dict[str, Any]:
+    """One process decomposes as another processor might: other signs, and other digits at the end."""
+    from hf_compressm.systems import hankel
+
+    svd = hankel.svd
+    if RANK == 1:
+        hankel.svd = lambda matrix: (-svd(matrix)[0], svd(matrix)[1] * (1 + 1e-12), -svd(matrix)[2])
+    try:
+        return ended(*train(tiny_mamba2, folder))
+    finally:
+        hankel.svd = svd
+
+
+def loss_in_one_process(folder: Path) -> dict[str, Any]:
+    """Only one process has calibration batches, which time-invariant layers need for the loss alone."""
+    global calibration_batch
+    whole = calibration_batch
+    if RANK == 1:
+        calibration_batch = lambda: None  # noqa: E731
+    try:
+        return ended(*train(partial(tiny_lru, norm="layer"), folder))
+    finally:
+        calibration_batch = whole
+
+
 def dying(folder: Path) -> dict[str, Any]:
     """The last process is killed inside the cut, after everything was prepared and before anything is written."""
     from hf_compressm.compression import compressor
@@ -248,6 +273,8 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "different_versions": different_versions,
     "broken_process": broken_process,
     "nan_process": nan_process,
+    "other_rounding": other_rounding,
+    "loss_in_one_process": loss_in_one_process,
     "rolled_back": rolled_back,
     "saving": plain(tiny_mamba, save_strategy="steps", save_steps=7),
     "dying": dying,
