@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..models.compressed import compressed_class_of
+from ..models.compressed import compressed_class_of, saves_itself
 from .base import ABSENT, AttributeChange, LayerReduction, StateSpaceLayer
 from .registry import config_changes
 
@@ -72,13 +72,20 @@ def all_changes(
 
 
 def _host(model: nn.Module, name: str) -> nn.Module | None:
-    """The outermost model around a layer that has, or can get, a compressed class."""
+    """
+    The outermost model around a layer that has, or can get, a compressed class.
+
+    There is none inside a model of a class of its own, such as a user's: that one is saved as a whole and built anew by
+    its class, which knows no mixed layers.
+    """
     path = name.split(".")
     for depth in range(len(path)):
         owner = model.get_submodule(".".join(path[:depth]))
         config = getattr(owner, "config", None)
         if config is not None and (_is_compressed(owner) or compressed_class_of(owner) is not None):
             return owner
+        if saves_itself(owner):
+            return None
     return None
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import DimensionError
+from ..errors import DimensionError, TruncationError
 from ..systems import Truncation
 from .base import (
     ABSENT,
@@ -214,6 +214,11 @@ class MixableLayer(SelectiveLayer):
 
         changes = []
         for module, cls in mixed_classes(self.module):
+            if hasattr(module, "_hf_hook"):
+                raise TruncationError(
+                    f"{self.name} runs through a hook of accelerate (device_map over several devices), which would go "
+                    "past the mixed states. Load the model on one device, or set stock=True."
+                )
             changes.append(AttributeChange(module, "__class__", cls))
             # A forward pass that the package `kernels` has put before that of the class knows no mixing.
             if "forward" in vars(module):

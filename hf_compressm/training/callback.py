@@ -14,7 +14,7 @@ from ..config import CompreSSMConfig
 from ..errors import ConfigurationError
 from .batches import require_batches, require_function
 from .card import keep_card
-from .checkpoints import after_replacing, before_replacing, set_aside_incomplete
+from .checkpoints import after_replacing, before_replacing, set_aside_incomplete, wait_until_set_aside
 from .requirements import require_plain_run
 from .resume import follow_checkpoints, saved_run
 from .run import CompressionRun
@@ -133,6 +133,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         keep_card(self)
         if args.should_save:
             set_aside_incomplete(args.output_dir)
+        else:
+            wait_until_set_aside(args.output_dir)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any

@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 INCOMPLETE_PREFIX = "incomplete-"
 REPLACED_PREFIX = "replaced-"
+_REPLACED = f"{REPLACED_PREFIX}{PREFIX_CHECKPOINT_DIR}-*"
 UNFINISHED_PREFIX = "unfinished-"
 LOCK_NAME = ".compressm_running"
 
@@ -115,18 +117,14 @@ def set_aside_incomplete(output_dir: str | os.PathLike) -> list[Path]:
         logger.info("%s belongs to a training that is under way; its checkpoints are left alone.", output_dir)
         return []
     moved = []
-    for folder in sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-        if not folder.is_dir() or not folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdigit():
-            continue
-        problem = problem_with(folder)
-        if problem is not None:
-            moved.append(_free_name(folder.with_name(INCOMPLETE_PREFIX + folder.name)))
-            folder.rename(moved[-1])
-            logger.warning("%s is incomplete (%s) and is now called %s.", folder, problem, moved[-1].name)
+    for folder, problem in _incomplete(output_dir):
+        moved.append(_free_name(folder.with_name(INCOMPLETE_PREFIX + folder.name)))
+        folder.rename(moved[-1])
+        logger.warning("%s is incomplete (%s) and is now called %s.", folder, problem, moved[-1].name)
     for folder in sorted(Path(output_dir).glob(f"{UNFINISHED_PREFIX}{PREFIX_CHECKPOINT_DIR}-*")):
         # A copy that was being made of a checkpoint, which is still there.
         shutil.rmtree(folder)
-    for folder in sorted(Path(output_dir).glob(f"{REPLACED_PREFIX}{PREFIX_CHECKPOINT_DIR}-*")):
+    for folder in sorted(Path(output_dir).glob(_REPLACED)):
         original = folder.with_name(folder.name.removeprefix(REPLACED_PREFIX))
         if original.exists():
             shutil.rmtree(folder)
@@ -134,6 +132,37 @@ def set_aside_incomplete(output_dir: str | os.PathLike) -> list[Path]:
             folder.rename(original)
             logger.warning("%s was about to be replaced when the run ended; it has its name back.", original)
     return moved
+
+
+def wait_until_set_aside(output_dir: str | os.PathLike, seconds: float = 60.0) -> None:
+    """
+    Wait for the process that does [`set_aside_incomplete`], so that all see the same checkpoints when they resume.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): The run's folder.
+        seconds (`float`, *optional*, defaults to 60): After this long the folder is taken as it is.
+    """
+    end = time.monotonic() + seconds
+    while not is_active(output_dir) and time.monotonic() < end:
+        try:
+            if not _incomplete(output_dir) and not list(Path(output_dir).glob(_REPLACED)):
+                return
+        except OSError:
+            # A folder was renamed while it was looked at.
+            pass
+        time.sleep(0.1)
+
+
+def _incomplete(output_dir: str | os.PathLike) -> list[tuple[Path, str]]:
+    """The checkpoints of a run that cannot be resumed from, and why."""
+    folders = sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    checkpoints = [
+        folder
+        for folder in folders
+        if folder.is_dir() and folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdigit()
+    ]
+    problems = [(folder, problem_with(folder)) for folder in checkpoints]
+    return [(folder, problem) for folder, problem in problems if problem is not None]
 
 
 def before_replacing(output_dir: str | os.PathLike, step: int) -> None:

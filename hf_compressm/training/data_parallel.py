@@ -11,6 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ..architectures import ParameterChange
 from ..errors import UnsupportedModelError
 
+# What PowerSGD remembers of every bucket; a bucket of another size begins anew.
+_MEMORIES_OF_HOOKS = ("error_dict", "p_memory_dict", "q_memory_dict")
+
 
 def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
     """
@@ -65,12 +68,10 @@ def rebuild_reducer(wrapper: DistributedDataParallel) -> None:
     Args:
         wrapper (`torch.nn.parallel.DistributedDataParallel`): The wrapper, between two steps.
     """
+    _drop_reducer(wrapper)
     hooks = list(wrapper._comm_hooks)
-    wrapper._remove_autograd_hooks()
     ignored = wrapper.parameters_to_ignore
     wrapper._module_parameters = [p for name, p in wrapper.module.named_parameters() if name not in ignored]
-    wrapper.logger = None
-    wrapper.reducer = None
     parameters, expect_sparse_gradient = wrapper._build_params_for_reducer()
     names = wrapper._build_debug_param_to_name_mapping(parameters)
     wrapper._ddp_init_helper(parameters, expect_sparse_gradient, names, wrapper.static_graph)
@@ -81,12 +82,31 @@ def rebuild_reducer(wrapper: DistributedDataParallel) -> None:
         wrapper._static_graph_delay_allreduce_enqueued = False
     wrapper._comm_hooks = []
     for hook, state in hooks:
+        for memory in _MEMORIES_OF_HOOKS:
+            getattr(state, memory, {}).clear()
         wrapper.register_comm_hook(state, hook)
 
 
-def rebuild_stale_reducers(model: nn.Module) -> None:
-    """Rebuild the wrappers of a model that has changed behind their back, as a load of its best checkpoint does."""
-    present = {id(parameter) for parameter in model.parameters()}
-    for wrapper in wrappers_of(model):
-        if {id(parameter) for parameter in wrapper._module_parameters} != present:
-            rebuild_reducer(wrapper)
+def _drop_reducer(wrapper: DistributedDataParallel) -> None:
+    if wrapper.reducer is not None:
+        wrapper._remove_autograd_hooks()
+    wrapper.logger = None
+    wrapper.reducer = None
+
+
+def begin_with_a_new_reducer(model: nn.Module) -> None:
+    """
+    Make the reducer anew before a training, in all processes alike.
+
+    The load of a best checkpoint can have changed shapes below a wrapper that is used again, and a wrapper of an
+    earlier training, where it is still alive, keeps nodes of parameters at their old shapes. Neither shows from
+    outside.
+
+    Args:
+        model (`torch.nn.Module`): The model without its wrapper.
+    """
+    wrappers = wrappers_of(model)
+    for wrapper in wrappers:
+        _drop_reducer(wrapper)
+    if wrappers:
+        rebuild_reducer(wrappers[-1])

@@ -35,7 +35,7 @@ from ..ops import compile_kernels
 from .batches import training_batches
 from .checking import check_or_skip
 from .checkpoints import mark_active, mark_ended
-from .data_parallel import ReducerChange, rebuild_stale_reducers
+from .data_parallel import ReducerChange, begin_with_a_new_reducer
 from .distributed import processes_of_training, run_facts
 from .resume import SavedRun
 from .rollback import EvaluationWatch
@@ -103,7 +103,7 @@ class CompressionRun:
         )
         self._processes.agree("the training", run_facts(config, self._compressor.sizes))
         if not alone:
-            rebuild_stale_reducers(model)
+            begin_with_a_new_reducer(model)
         layers = self._compressor.layers
         replaced = [{**layer.state_parameters(), **layer.rescaled_parameters()} for layer in layers]
         parameters = [parameter for of_layer in replaced for parameter in of_layer.values()]
@@ -168,7 +168,7 @@ class CompressionRun:
         """Take a cut back where the evaluation says so."""
         if self._watch is None:
             return
-        reason = self._watch.evaluated(metrics, self._state.global_step)
+        reason = self._processes.first(self._watch.evaluated(metrics, self._state.global_step))
         if reason is not None:
             record = self._compressor.take_back(reason, step=self._state.global_step)
             self._keep([record])

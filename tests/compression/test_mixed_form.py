@@ -7,8 +7,9 @@ import types
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Mamba2ForCausalLM, Mamba2Model, Mamba2PreTrainedModel, Trainer
 from transformers.models.jamba.modeling_jamba import JambaRMSNorm
 
 from hf_compressm import CompreSSMConfig
@@ -181,6 +182,56 @@ def test_an_optimizer_that_would_not_train_the_matrices_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="stock=True"):
         compressor.check([token_batch()])
     assert dict(model.named_parameters()) == before and type(model).__name__ == "Mamba2ForCausalLM"
+
+
+class Tagger(Mamba2PreTrainedModel):
+    """A user's own model around one of transformers."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.backbone = Mamba2Model(config)
+        self.head = nn.Linear(config.hidden_size, 3)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs) -> dict[str, Tensor]:
+        logits = self.head(self.backbone(input_ids, use_cache=False).last_hidden_state)
+        return {"loss": logits.square().mean(), "logits": logits}
+
+
+class OwnLanguageModel(Mamba2ForCausalLM):
+    """A user's own subclass."""
+
+
+@pytest.mark.parametrize("model_class", [Tagger, OwnLanguageModel])
+def test_a_model_of_a_users_own_class_is_cut_in_a_form_that_the_class_loads(model_class, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = model_class(selective_models.tiny_mamba2().config).eval()
+    tokens = token_batch()["input_ids"]
+    assert Compressor(model, HALF, progress=False).check([token_batch()]).outcome == "cut"
+    assert type(model) is model_class and model.config.state_size == 4
+    with torch.no_grad():
+        expected = model(input_ids=tokens)["logits"]
+        model.save_pretrained(tmp_path)
+        loaded, info = model_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["unexpected_keys"] and not info["missing_keys"]
+        assert torch.equal(loaded.eval()(input_ids=tokens)["logits"], expected)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "jamba"])
+def test_layers_with_a_hook_that_would_hide_their_new_class_stay_as_they_are(family: str) -> None:
+    """As `device_map` puts them on the modules of a model that is spread over devices."""
+    model = getattr(selective_models, f"tiny_{family}")()
+    for module in [module for module in model.modules() if not list(module.children())]:
+        add_hook_to_module(module, ModelHook())
+    for layer in find_layers(model):
+        if not hasattr(layer.module, "_hf_hook"):
+            add_hook_to_module(layer.module, ModelHook())
+    before, expected = type(model), logits_of(model, token_batch())
+    record = Compressor(model, HALF, progress=False).check([token_batch()])
+    assert record.outcome == "skipped" and "hook of accelerate" in record.reason and "stock=True" in record.reason
+    assert type(model) is before and torch.equal(logits_of(model, token_batch()), expected)
+    stock = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, stock=True)
+    assert Compressor(model, stock, progress=False).check([token_batch()]).outcome == "cut"
 
 
 @every_family

@@ -11,7 +11,7 @@ from .processes import largest_difference, launch, result
 
 TOGETHER = ("mamba", "mamba2", "lru", "no_unused", "accumulation", "static_graph", "watched", "compiled", "rolled_back")
 TROUBLED = ("without_rebuild", "different_settings", "different_versions", "broken_process", "nan_process", "saving")
-TROUBLED += ("other_rounding", "loss_in_one_process")
+TROUBLED += ("other_rounding", "loss_in_one_process", "judged_apart", "trained_again", "power_sgd")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,20 @@ def test_what_differs_between_processes_without_harm_is_settled(folder: Path, ca
     first, second = (result(folder, case, 2, rank) for rank in (0, 1))
     assert first["records"] == second["records"] and first["records"][0][0] == "cut"
     assert (first["records"][0][1] is None) == (case == "loss_in_one_process")
+    assert first["sizes"] == second["sizes"] == [4, 4]
+    assert largest_difference(first, second) == 0
+
+
+def test_one_verdict_of_an_evaluation_holds_for_all(folder: Path) -> None:
+    first, second = (result(folder, "judged_apart", 2, rank) for rank in (0, 1))
+    assert [record[0] for record in first["records"]] == ["cut", "rolled_back"]
+    assert first["reasons"] == second["reasons"] and first["sizes"] == second["sizes"] == [8, 8]
+    assert largest_difference(first, second) == 0
+
+
+@pytest.mark.parametrize("case", ["trained_again", "power_sgd"])
+def test_what_a_wrapper_remembers_of_old_shapes_is_dropped(folder: Path, case: str) -> None:
+    first, second = (result(folder, case, 2, rank) for rank in (0, 1))
     assert first["sizes"] == second["sizes"] == [4, 4]
     assert largest_difference(first, second) == 0
 

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMError  # noqa: E402
+from hf_compressm.architectures import find_layers  # noqa: E402
 from hf_compressm.training import data_parallel  # noqa: E402
 from tests.cases import VOCABULARY, tiny_lru, tiny_mamba  # noqa: E402
 from tests.selective_models import tiny_mamba2  # noqa: E402
@@ -76,6 +77,7 @@ def train(
     folder: Path,
     resume: str | None = None,
     callbacks: tuple[TrainerCallback, ...] = (),
+    first_callbacks: tuple[TrainerCallback, ...] = (),
     steps: int = STEPS,
     config: dict[str, Any] | None = None,
     **settings: Any,
@@ -90,7 +92,9 @@ def train(
     config = {"strategy": "fixed", "keep_ratio": 0.5, "window": (3, 6), "interval": 3, **(config or {})}
     callback = CompreSSMCallback(CompreSSMConfig(**config), calibration_batches=[*filter(None, [calibration_batch()])])
     model = build()
-    trainer = Trainer(model=model, args=args, train_dataset=dataset(), callbacks=[callback, *callbacks])
+    callbacks = [*first_callbacks, callback, *callbacks]
+    evaluated = dataset().select(range(JOINT_BATCH)) if "eval_strategy" in settings else None
+    trainer = Trainer(model=model, args=args, train_dataset=dataset(), eval_dataset=evaluated, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, callback
 
@@ -229,6 +233,51 @@ def loss_in_one_process(folder: Path) -> dict[str, Any]:
         calibration_batch = whole
 
 
+class Judge(TrainerCallback):
+    """Gives an evaluation a metric of the step; worse after the cut in some processes only, if `apart`."""
+
+    def __init__(self, apart: bool) -> None:
+        self.apart = apart
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        late = state.global_step >= 6
+        metrics["eval_error"] = float(late and RANK == 0) if self.apart else float(abs(state.global_step - 2))
+
+
+def judged(folder: Path, apart: bool, **settings: Any) -> Trainer:
+    """A training with evaluations that [`Judge`] has a say in; it is the first to hear of them."""
+    args = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "error", "greater_is_better": False}
+    return train(tiny_mamba, folder, first_callbacks=(Judge(apart),), **args, **settings)
+
+
+def judged_apart(folder: Path) -> dict[str, Any]:
+    """A cut that the evaluation of the first process alone calls bad."""
+    return ended(*judged(folder, apart=True, config={"rollback_metric": "error", "rollback_tolerance": 0.5}))
+
+
+def trained_again(folder: Path) -> dict[str, Any]:
+    """The best model is one before the cut; it is trained and cut once more, in a wrapper of its own."""
+    saves = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
+    trainer, callback = judged(folder, apart=False, **saves)
+    assert [layer.state_size for layer in find_layers(trainer.model)] == [8, 8]
+    trainer.args.load_best_model_at_end = False
+    trainer.train()
+    return ended(trainer, callback)
+
+
+def power_sgd(folder: Path) -> dict[str, Any]:
+    """A communication hook that remembers what it left out of every bucket."""
+    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+    class Register(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == 1:
+                memory = powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=2, min_compression_rate=0.5)
+                data_parallel.wrappers_of(model)[0].register_comm_hook(memory, powerSGD_hook.powerSGD_hook)
+
+    return ended(*train(tiny_mamba, folder, callbacks=(Register(),), ddp_find_unused_parameters=False))
+
+
 def dying(folder: Path) -> dict[str, Any]:
     """The last process is killed inside the cut, after everything was prepared and before anything is written."""
     from hf_compressm.compression import compressor
@@ -275,6 +324,9 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "nan_process": nan_process,
     "other_rounding": other_rounding,
     "loss_in_one_process": loss_in_one_process,
+    "judged_apart": judged_apart,
+    "trained_again": trained_again,
+    "power_sgd": power_sgd,
     "rolled_back": rolled_back,
     "saving": plain(tiny_mamba, save_strategy="steps", save_steps=7),
     "dying": dying,

@@ -7,6 +7,8 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from hf_compressm.training.checkpoints import (
     is_active,
     problem_with,
     set_aside_incomplete,
+    wait_until_set_aside,
 )
 from tests.cases import tiny_mamba
 from tests.training.test_callback import make_trainer
@@ -193,3 +196,29 @@ def test_a_rename_that_the_crash_left_behind_is_undone_only_where_the_name_is_fr
     shutil.copytree(checkpoint.parent / "replaced-checkpoint-6", checkpoint)
     set_aside_incomplete(checkpoint.parent)
     assert checkpoint.is_dir() and not list(checkpoint.parent.glob("replaced-*"))
+
+
+@pytest.mark.parametrize("left", ["checkpoint-6", "replaced-checkpoint-9"])
+def test_other_processes_wait_until_the_first_has_set_aside_what_a_crash_left(checkpoint, left: str) -> None:
+    """As where all processes of a relaunch look for the checkpoint to resume from at once."""
+    folder = checkpoint.parent
+    if left == "checkpoint-6":
+        truncate(checkpoint / "model.safetensors")
+    else:
+        checkpoint.rename(folder / left)
+    first = threading.Timer(0.5, set_aside_incomplete, [folder])
+    first.start()
+    start = time.monotonic()
+    wait_until_set_aside(folder)
+    assert time.monotonic() - start > 0.4
+    first.join()
+    assert {path.name for path in folder.glob("*checkpoint-[69]")} <= {"incomplete-checkpoint-6", "checkpoint-9"}
+
+
+def test_nobody_waits_where_nothing_is_wrong_or_nothing_happens(checkpoint) -> None:
+    start = time.monotonic()
+    wait_until_set_aside(checkpoint.parent)
+    wait_until_set_aside(checkpoint.parent / "none")
+    truncate(checkpoint / "model.safetensors")
+    wait_until_set_aside(checkpoint.parent, seconds=0.3)
+    assert time.monotonic() - start < 5

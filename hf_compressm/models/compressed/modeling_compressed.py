@@ -142,6 +142,11 @@ def compressed_class_of(model: nn.Module) -> type[PreTrainedModel] | None:
     return compressed_model_class(stock)
 
 
+def saves_itself(model: nn.Module) -> bool:
+    """Whether a model has a class and a configuration of its own that `from_pretrained` would build it by."""
+    return isinstance(model, PreTrainedModel)
+
+
 def _convert_checkpoints_alike(model_type: str, stock_type: str) -> None:
     """Let the weights of a type of model be renamed and joined, on their way to and from files, as those of another."""
     try:
