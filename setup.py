@@ -52,6 +52,7 @@ setup(
         "matplotlib",
         "numba>=0.60",
         "numpy",
+        "psutil",
         "pyyaml",
         "safetensors",
         "tabulate",

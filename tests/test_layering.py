@@ -24,7 +24,7 @@ ALLOWED_OUTSIDE = {
     "models": {"torch", "transformers", "huggingface_hub"},
     "architectures": {"torch"},
     "compression": {"torch", "tqdm", "matplotlib", "tabulate", "safetensors", "huggingface_hub", "yaml"},
-    "training": {"torch", "tqdm", "numpy", "transformers", "accelerate"},
+    "training": {"torch", "tqdm", "numpy", "transformers", "accelerate", "psutil"},
     "hub": {"torch", "transformers", "huggingface_hub"},
     "__main__": set(),
     "cli": {

@@ -137,7 +137,8 @@ def compress(
         logger.warning(note)
     record = compressor.check(list(() if batches is None else batches))
     earlier = carried_provenance(model) or Provenance([])
-    carry(model, replace(earlier, records=[*earlier.records, record], config=config))
+    # A cut that was taken back is two records, and the spectra are in the first.
+    carry(model, replace(earlier, records=[*earlier.records, *compressor.records], config=config))
     return record
 
 

@@ -117,6 +117,9 @@ class RunReport:
 
 def _draw_spectra(axes: Axes, run: RunReport) -> None:
     seen = [record for record in run.records if record.layers and record.outcome != "rolled_back"]
+    if not seen:
+        axes.set(title="No spectrum was recorded")
+        return
     record = run.provenance.cuts[0] if run.provenance.cuts else seen[-1]
     last = seen[-1]
     for shown, style in ((record, "-"), *(((last, ":"),) if last is not record else ())):

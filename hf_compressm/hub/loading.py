@@ -11,7 +11,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from .. import models  # noqa: F401  (makes our own model types known to the Auto classes)
 from ..compression import history_of
@@ -93,7 +93,8 @@ def model_class_of(folder: str | os.PathLike, trust_remote_code: bool = False) -
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
-        if auto_map and not trust_remote_code:
+        # A type that is registered is read by its own class whatever code lies beside it, so that is no reason.
+        if auto_map and not trust_remote_code and not _is_registered(written.get("model_type")):
             raise UnsupportedModelError(
                 f"{folder} brings Python code of its own ({', '.join(sorted(map(str, auto_map.values())))}), which was "
                 "not run. Read it, and pass trust_remote_code (--trust-remote-code) if you trust it."
@@ -183,6 +184,10 @@ def _kernel_in(written: Any) -> str | None:
         if (found := _kernel_in(value)) is not None:
             return found
     return None
+
+
+def _is_registered(model_type: Any) -> bool:
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
 
 
 def _registered_class(auto_class: Any, config: Any) -> Any:

@@ -13,6 +13,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import psutil
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 logger = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ def mark_active(output_dir: str | os.PathLike) -> None:
     """Tell other processes that a training writes to a folder, until [`mark_ended`] or the end of this process."""
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        owner = {"pid": os.getpid(), "host": socket.gethostname()}
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": _start_of(os.getpid())}
         (Path(output_dir) / LOCK_NAME).write_text(json.dumps(owner), encoding="utf-8")
     except OSError as error:
         logger.warning("%s cannot be written to: %s", output_dir, error)
@@ -216,12 +217,34 @@ def is_active(output_dir: str | os.PathLike) -> bool:
         owner = json.loads((Path(output_dir) / LOCK_NAME).read_text(encoding="utf-8"))
         if owner["host"] != socket.gethostname() or owner["pid"] == os.getpid():
             return False
-        os.kill(int(owner["pid"]), 0)
-    except PermissionError:
-        return True
-    except (OSError, ValueError, KeyError, TypeError):
+        pid, start = int(owner["pid"]), owner.get("start")
+        with contextlib.suppress(PermissionError):  # it runs, as another user
+            os.kill(pid, 0)
+    except (OSError, OverflowError, ValueError, KeyError, TypeError):
         return False
-    return True
+    found = _start_of(pid)
+    # Marks of earlier versions of this library have no start.
+    return start is None or found is None or start == found
+
+
+def _start_of(pid: int) -> str | None:
+    """
+    When a process started, which another one that gets its number later does not share; None where it is not told.
+
+    One that has ended, and whose parent has not asked for its outcome yet, has its number but is no training any more.
+    """
+    try:
+        # In clock ticks since this boot: unlike a date, no correction of the clock changes them. The name, in
+        # parentheses, may hold spaces.
+        values = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return "ended" if values[0] in "ZX" else f"{boot} {values[19]}"
+    except (OSError, IndexError):
+        pass
+    try:
+        return str(psutil.Process(pid).create_time())
+    except (psutil.Error, ValueError):
+        return None
 
 
 def _free_name(path: Path) -> Path:

@@ -62,7 +62,8 @@ def train_in_segments(
         `transformers.Trainer`: The Trainer of the last segment, trained.
 
     Raises:
-        [`~errors.ConfigurationError`]: `make_trainer` brings no callback, or the run asks for what segments cannot do.
+        [`~errors.ConfigurationError`]: `make_trainer` is no function, or brings no Trainer or no callback,
+            `resume_from_checkpoint` is of another type, or the run asks for what segments cannot do.
         [`~errors.UnsupportedModelError`]: the checkpoints are of a form that cannot be cut.
 
     Example:
@@ -78,6 +79,7 @@ def train_in_segments(
     trainer.save_model("smaller")
     ```
     """
+    _require_arguments(make_trainer, resume_from_checkpoint)
     trainer = _new_trainer(make_trainer)
     callback = _callback_of(trainer)
     # The first process may have set incomplete checkpoints aside just now.
@@ -107,11 +109,33 @@ def train_in_segments(
         callback = _callback_of(trainer)
 
 
+def _require_arguments(make_trainer: Any, resume_from_checkpoint: Any) -> None:
+    if not callable(make_trainer):
+        raise ConfigurationError(
+            f"make_trainer is {_told(make_trainer)}; give a function that takes nothing and returns a new Trainer."
+        )
+    if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, (bool, str, os.PathLike)):
+        raise ConfigurationError(
+            f"resume_from_checkpoint is {_told(resume_from_checkpoint)}; give a checkpoint's folder, or True for the "
+            "latest one in the output folder."
+        )
+
+
+def _told(value: Any) -> str:
+    # A Trainer, say, has no short text of its own.
+    has_short_text = value is None or isinstance(value, (int, float, str, bytes))
+    return repr(value)[:80] if has_short_text else f"a {type(value).__name__}"
+
+
 def _new_trainer(make_trainer: Callable[[], Trainer]) -> Trainer:
     # from_pretrained partitions a model at once where the ZeRO-3 of an earlier Trainer, or its arguments, is known of.
     unset_hf_deepspeed_config()
     _forget_deepspeed_plugin()
     trainer = make_trainer()
+    if not isinstance(trainer, Trainer):
+        raise ConfigurationError(
+            f"make_trainer returns {_told(trainer)}; let it return a new Trainer, with a CompreSSMCallback."
+        )
     if getattr(trainer.args, "hf_deepspeed_config", None) is not None:
         set_hf_deepspeed_config(trainer.args.hf_deepspeed_config)
     return trainer

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hf_compressm import CompreSSMCallback, RunReport
+from hf_compressm.compression import CheckRecord, LayerRecord
+from hf_compressm.compression.cards import Provenance
 from hf_compressm.errors import InconsistentModelError
 from tests.training.test_callback import make_trainer
 from tests.training.test_resume import TWO_CUTS
@@ -45,3 +47,10 @@ def test_the_picture_shows_spectra_sizes_and_losses_over_the_steps(run) -> None:
 def test_a_folder_without_a_history_is_told_so(tmp_path) -> None:
     with pytest.raises(InconsistentModelError, match="has no compressm_history.json"):
         RunReport.from_folder(tmp_path)
+
+
+def test_a_history_without_a_spectrum_is_drawn_without_one() -> None:
+    layers = [LayerRecord("layer", "mamba", 4, 8, 8, [], 0.0, 0.0)]
+    report = RunReport("run", Provenance([CheckRecord("rolled_back", "the loss rose", layers)]))
+    (spectra,) = report.plot().axes
+    assert spectra.get_title() == "No spectrum was recorded" and not spectra.lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pickle
 import subprocess
@@ -16,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Mamba2Config, PreTrai
 
 from hf_compressm import CompreSSMConfig, compress
 from hf_compressm.architectures import find_layers
+from hf_compressm.errors import InconsistentModelError, UnsupportedModelError
+from hf_compressm.hub import load_model
 from hf_compressm.models.compressed import compressed_config_class, compressed_model_class
 from hf_compressm.models.compressed.mixing import mix
 from tests import selective_models
@@ -343,6 +346,26 @@ def test_the_base_model_and_the_classifier_load_too(saved_folders) -> None:
 def test_sizes_that_fit_no_model_are_refused(sizes, projected, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compressed_config_class(Mamba2Config)(state_sizes=sizes, projected_state_sizes=projected)
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"state_sizes": [0, 4]}, UnsupportedModelError, "`state_sizes` 0 and `projected_state_sizes` 8; they must be"),
+        ({"state_sizes": [9, 4]}, UnsupportedModelError, "`state_sizes` 9 and `projected_state_sizes` 8; they must be"),
+        ({"state_sizes": [-4, 4]}, UnsupportedModelError, "`state_sizes` -4 and"),
+        ({"state_sizes": [4]}, UnsupportedModelError, "both must have one number for each"),
+        ({"state_sizes": "44"}, UnsupportedModelError, "Validation error for field 'state_sizes'"),
+        ({"state_sizes": [4], "projected_state_sizes": [8]}, InconsistentModelError, "has 1 numbers; .* has 2"),
+        ({"num_hidden_layers": 3}, InconsistentModelError, "has 2 numbers; .* has 3"),
+    ],
+)
+def test_a_folder_with_sizes_that_fit_no_model_tells_them(changes, error, message: str, tmp_path) -> None:
+    cut("mamba2").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(error, match=message):
+        load_model(tmp_path)
 
 
 def test_the_number_of_sizes_is_that_of_the_layers() -> None:

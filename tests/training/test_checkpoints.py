@@ -18,8 +18,10 @@ from transformers import TrainerCallback
 from hf_compressm import CompreSSMCallback
 from hf_compressm.training.checkpoints import (
     LOCK_NAME,
+    _start_of,
     before_replacing,
     is_active,
+    mark_active,
     problem_with,
     set_aside_incomplete,
     wait_until_set_aside,
@@ -111,6 +113,36 @@ def test_a_training_of_another_process_is_left_alone_while_it_runs(checkpoint) -
         other.kill()
         other.wait()
     assert not is_active(run) and len(set_aside_incomplete(run)) == 1
+
+
+def test_a_process_that_got_the_number_of_one_that_was_killed_is_no_training(checkpoint, monkeypatch) -> None:
+    """As in a container that is started again, where the numbers begin anew and the host's name is the same."""
+    truncate(checkpoint / "optimizer.pt")
+    run = checkpoint.parent
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        with monkeypatch.context() as as_the_other:
+            as_the_other.setattr(os, "getpid", lambda: other.pid)
+            mark_active(run)
+        assert is_active(run) and set_aside_incomplete(run) == []
+        owner = json.loads((run / LOCK_NAME).read_text())
+        (run / LOCK_NAME).write_text(json.dumps({**owner, "start": _start_of(os.getpid())}))
+        assert not is_active(run) and len(set_aside_incomplete(run)) == 1
+        (run / LOCK_NAME).write_text(json.dumps(owner))
+        other.kill()
+        while _start_of(other.pid) == owner["start"]:
+            time.sleep(0.01)
+        assert not is_active(run), "it has ended, though nobody has asked for its outcome yet"
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_where_a_system_has_no_proc_the_start_is_known_too(monkeypatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *args, **kwargs: (_ for _ in ()).throw(FileNotFoundError()))
+    start = _start_of(os.getpid())
+    assert start is not None and start == _start_of(os.getpid()) != _start_of(os.getppid())
+    assert _start_of(2**22 + 1) is None, "no process has this number"
 
 
 def test_a_running_training_is_marked_and_an_ended_one_is_not(tmp_path) -> None:

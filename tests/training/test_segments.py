@@ -65,6 +65,27 @@ def test_the_trainer_needs_the_callback(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("maker", "message"),
+    [
+        (lambda folder: None, "make_trainer is None; give a function"),
+        (lambda folder: make_trainer(folder), "make_trainer is a Trainer; give a function"),
+        (lambda folder: lambda: None, "make_trainer returns None; let it return a new Trainer"),
+        (lambda folder: lambda: 3, "make_trainer returns 3; let it return a new Trainer"),
+    ],
+    ids=["nothing", "a Trainer", "returns nothing", "returns a number"],
+)
+def test_what_makes_no_trainer_is_refused(tmp_path, maker, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        train_in_segments(maker(tmp_path))
+
+
+@pytest.mark.parametrize(("given", "told"), [(8, "8"), (0, "0"), (1.5, "1.5"), (["checkpoint-2"], "a list")])
+def test_what_names_no_checkpoint_is_refused_before_a_trainer_is_made(given, told: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"resume_from_checkpoint is {told}; give a checkpoint's folder"):
+        train_in_segments(lambda: pytest.fail("a Trainer was made"), resume_from_checkpoint=given)
+
+
+@pytest.mark.parametrize(
     ("settings", "named"),
     [
         ({"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}, "load_best_model_at_end"),

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ...architectures import registered_families
-from ...errors import InconsistentModelError
+from ...errors import CompreSSMError, InconsistentModelError
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -39,20 +39,29 @@ def require_one_model(
 
     Raises:
         [`~errors.InconsistentModelError`]: the weights are missing, are no safetensors files, have other shapes than
-            the configuration asks for, or a layer has another state size than expected.
+            the configuration asks for, a layer has another state size than expected, or the configuration builds no
+            model.
     """
     folder = Path(folder)
     require_safe_weights(folder)
-    with _without_load_report():
-        model, info = model_class.from_pretrained(
-            folder,
-            device_map={"": "meta"},
-            use_safetensors=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **({"trust_remote_code": True} if trust_remote_code else {}),
-        )
+    try:
+        with _without_load_report():
+            model, info = model_class.from_pretrained(
+                folder,
+                device_map={"": "meta"},
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **({"trust_remote_code": True} if trust_remote_code else {}),
+            )
+    except CompreSSMError:
+        raise
+    except ValueError as error:
+        raise InconsistentModelError(
+            f"the configuration in {folder} builds no model: {' '.join(str(error).split())[:300]} Save the model again "
+            "with save_pretrained, which writes both together."
+        ) from error
     problems = [
         f"{name} is {tuple(saved)} in the weights and {tuple(wanted)} by the configuration"
         for name, saved, wanted in sorted(info["mismatched_keys"], key=lambda entry: entry[0])

@@ -20,7 +20,8 @@ def write_model_files(folder: str | os.PathLike, provenance: Provenance) -> None
     """
     Write history, picture, settings and card into a model's folder, each file as a whole or not at all.
 
-    A card that is there is merged with, see [`~compression.cards.merge_card`]. Without any check nothing is written.
+    A card that is there is merged with, see [`~compression.cards.merge_card`]. Without any check nothing is written,
+    without any spectrum no picture.
 
     Args:
         folder (`str` or `os.PathLike`): The folder, which exists.
@@ -36,13 +37,17 @@ def write_model_files(folder: str | os.PathLike, provenance: Provenance) -> None
     write_history(list(provenance.records), folder)
     if provenance.config is not None:
         provenance.config.save_pretrained(folder)
-    replace_file(folder / PICTURE_NAME, spectrum_picture(provenance))
-    write_card(folder, merge_card(read_card(folder), render_card(provenance)))
+    picture = spectrum_picture(provenance)
+    if picture is not None:
+        replace_file(folder / PICTURE_NAME, picture)
+    write_card(folder, merge_card(read_card(folder), render_card(provenance, has_picture=picture is not None)))
 
 
-def spectrum_picture(provenance: Provenance) -> bytes:
-    """The spectra before the first cut (or of the last check, where nothing was cut) as a PNG file."""
+def spectrum_picture(provenance: Provenance) -> bytes | None:
+    """The spectra before the first cut (or of the last check, where nothing was cut) as a PNG file, or None."""
     seen = [record for record in provenance.records if record.outcome != "rolled_back" and record.layers]
+    if not provenance.cuts and not seen:
+        return None
     record = provenance.cuts[0] if provenance.cuts else seen[-1]
     config = provenance.config
     tolerance = config.tolerance if config is not None and config.strategy == "tolerance" else None

@@ -65,6 +65,23 @@ def test_several_cuts_are_one_history(tmp_path) -> None:
     assert "from 8 to 2 states" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.parametrize("only_the_rollback", [False, True], ids=["whole history", "the rollback alone"])
+def test_a_cut_that_was_taken_back_at_once_is_saved_with_its_history(only_the_rollback: bool, tmp_path) -> None:
+    model = tiny_mamba()
+    worse = iter([1.0, 2.0])
+    config = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, rollback_tolerance=0.0)
+    record = compress(model, [token_batch()], config, loss_function=lambda m, b: m(**b).loss * 0 + next(worse))
+    assert record.outcome == "rolled_back" and model.config.state_size == 8
+    if only_the_rollback:
+        carry(model, Provenance([record]))
+    model.save_pretrained(tmp_path)
+    outcomes = [saved.outcome for saved in read_history(tmp_path)]
+    assert outcomes == (["rolled_back"] if only_the_rollback else ["cut", "rolled_back"])
+    card = (tmp_path / "README.md").read_text()
+    assert "cut nothing: the calibration loss rose by 1" in card
+    assert (tmp_path / PICTURE_NAME).exists() == (PICTURE_NAME in card) == (not only_the_rollback)
+
+
 def test_copies_carry_their_own(saved) -> None:
     model, _ = saved
     twin = copy.deepcopy(model)
