@@ -25,6 +25,7 @@ from ..compression.cards import (
     carry,
     describe,
     merge_trainer_card,
+    own_class,
     read_card,
     render_card,
     require_one_model,
@@ -116,7 +117,12 @@ class CardKeeper(TrainerCallback):
             step_seconds=self._clock.before_and_after(),
             name=getattr(trainer, "hub_model_id", None),
         )
-        return describe(trainer.model, facts)
+        return describe(self._model, facts)
+
+    @property
+    def _model(self) -> nn.Module:
+        """The model whose `save_pretrained` the Trainer calls: inside a compiled one, the plain one."""
+        return self._trainer.accelerator.unwrap_model(self._trainer.model, keep_torch_compile=False)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -136,7 +142,7 @@ class CardKeeper(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """From now on the model can be saved without the Trainer."""
-        carry(model, self.provenance())
+        carry(self._model, self.provenance())
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -152,7 +158,7 @@ class CardKeeper(TrainerCallback):
         self._let_upload_finish()
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if (checkpoint / "config.json").is_file():
-            require_one_model(checkpoint, type(model))
+            require_one_model(checkpoint, own_class(model))
             # The Trainer pushes the checkpoint's weights and configuration, but not the code that they name.
             for code in checkpoint.glob("*.py"):
                 shutil.copyfile(code, Path(args.output_dir) / code.name)
@@ -180,10 +186,10 @@ class CardKeeper(TrainerCallback):
 
     def _saving(self, stock: Callable[..., Any], output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
-        carry(trainer.model, self.provenance())
+        carry(self._model, self.provenance())
         result = stock(output_dir, *args, **kwargs)
         # A module of the user's own has no save_pretrained that could carry the facts.
-        if trainer.args.should_save and not hasattr(trainer.model, "save_pretrained"):
+        if trainer.args.should_save and not hasattr(self._model, "save_pretrained"):
             self._write_files(output_dir or trainer.args.output_dir)
         return result
 
@@ -202,7 +208,7 @@ class CardKeeper(TrainerCallback):
                 write_card(folder, existing)
                 logger.warning("the model card in %s was left as it is: %s", folder, error)
         if os.path.isfile(os.path.join(folder, "config.json")):
-            require_one_model(folder, type(trainer.model), provenance.sizes())
+            require_one_model(folder, own_class(self._model), provenance.sizes())
         return result
 
     def _write_files(self, folder: str) -> None:

@@ -16,6 +16,7 @@ from ...config import CONFIG_NAME, CompreSSMConfig
 from ...errors import CardError
 from .consistency import INDEX_NAME, WEIGHTS_NAME, require_one_model
 from .files import write_model_files
+from .own_class import own_class, with_own_class
 from .provenance import Provenance
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ class _Carried:
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """The model's own `save_pretrained`, and the files of its provenance."""
-        result = self.stock_save(save_directory, *args, **kwargs)
+        with with_own_class(self.model):
+            result = self.stock_save(save_directory, *args, **kwargs)
         is_main_process = kwargs.get("is_main_process", args[0] if args else True)
         if is_main_process and os.path.isdir(save_directory):
             name = self.provenance.name or Path(save_directory).absolute().name
@@ -80,7 +82,7 @@ class _Carried:
         # Adapters have no configuration of the model, and variants other names; they are pushed as they are.
         found = {name for name in ("config.json", WEIGHTS_NAME, INDEX_NAME) if (Path(working_dir) / name).is_file()}
         if "config.json" in found and len(found) > 1:
-            require_one_model(working_dir, type(self.model), self.provenance.sizes())
+            require_one_model(working_dir, own_class(self.model), self.provenance.sizes())
         self._write(working_dir, replace(self.provenance, name=repo_id))
         return self.stock_upload(working_dir, repo_id, *args, **kwargs)
 
@@ -105,7 +107,7 @@ def describe(model: nn.Module, provenance: Provenance) -> Provenance:
     is_local = source is not None and (os.path.exists(source) or source.count("/") != 1)
     return replace(
         provenance,
-        model_class=provenance.model_class or type(model).__name__.removeprefix("FSDP"),
+        model_class=provenance.model_class or own_class(model).__name__,
         model_type=provenance.model_type or getattr(config, "model_type", None),
         reads_tokens=provenance.reads_tokens and getattr(config, "vocab_size", True) is not None,
         needs_code=provenance.needs_code or bool(getattr(config, "auto_map", None)),
