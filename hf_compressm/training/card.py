@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..compression import CheckRecord
+from ..compression import LAYERS_NAME, CheckRecord, holds_adapter
 from ..compression.cards import (
     Evaluation,
     Provenance,
@@ -162,7 +162,9 @@ class CardKeeper(TrainerCallback):
             # The Trainer pushes the checkpoint's weights and configuration, but not the code that they name.
             for code in checkpoint.glob("*.py"):
                 shutil.copyfile(code, Path(args.output_dir) / code.name)
-        self._write_files(args.output_dir)
+        if (checkpoint / LAYERS_NAME).is_file():
+            shutil.copyfile(checkpoint / LAYERS_NAME, Path(args.output_dir) / LAYERS_NAME)
+        self._write_files(args.output_dir, is_adapter=holds_adapter(checkpoint))
 
     def _let_upload_finish(self) -> None:
         """
@@ -186,11 +188,12 @@ class CardKeeper(TrainerCallback):
 
     def _saving(self, stock: Callable[..., Any], output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
+        folder = Path(output_dir or trainer.args.output_dir)
         carry(self._model, self.provenance())
         result = stock(output_dir, *args, **kwargs)
         # A module of the user's own has no save_pretrained that could carry the facts.
         if trainer.args.should_save and not hasattr(self._model, "save_pretrained"):
-            self._write_files(output_dir or trainer.args.output_dir)
+            self._write_files(folder)
         return result
 
     def _writing_a_card(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -202,7 +205,8 @@ class CardKeeper(TrainerCallback):
         provenance = self.provenance()
         if provenance.layers():
             try:
-                provenance = replace(provenance, name=provenance.name or Path(folder).absolute().name)
+                name = provenance.name or Path(folder).absolute().name
+                provenance = replace(provenance, name=name, is_adapter=holds_adapter(folder))
                 write_card(folder, merge_trainer_card(existing, read_card(folder), render_card(provenance)))
             except CardError as error:
                 write_card(folder, existing)
@@ -211,12 +215,13 @@ class CardKeeper(TrainerCallback):
             require_one_model(folder, own_class(self._model), provenance.sizes())
         return result
 
-    def _write_files(self, folder: str) -> None:
+    def _write_files(self, folder: str | os.PathLike, is_adapter: bool = False) -> None:
         if not os.path.isdir(folder):
             return
         try:
             facts = self.provenance()
-            write_model_files(folder, replace(facts, name=facts.name or Path(folder).absolute().name))
+            name = facts.name or Path(folder).absolute().name
+            write_model_files(folder, replace(facts, name=name, is_adapter=is_adapter))
         except CardError as error:
             logger.warning("the model card in %s was left as it is: %s", folder, error)
 
