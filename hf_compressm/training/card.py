@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 import os
+import re
 import shutil
 import statistics
 import time
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 # Metrics that say how fast an evaluation was, not how good the model is.
 _NOT_A_QUALITY = ("runtime", "per_second", "epoch", "step", "num_input_tokens", "memory")
 
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+
 
 class _Compressing(Protocol):
     """What this file needs of the callback that cuts."""
@@ -49,6 +52,14 @@ class _Compressing(Protocol):
     @property
     def records(self) -> list[CheckRecord]:
         """Every check so far."""
+        ...
+
+    def saving_checkpoint(self) -> None:
+        """What has to be done before a checkpoint is written."""
+        ...
+
+    def checkpoint_saved(self, folder: Path) -> None:
+        """Add to a checkpoint what the Trainer does not write."""
         ...
 
 
@@ -189,8 +200,14 @@ class CardKeeper(TrainerCallback):
     def _saving(self, stock: Callable[..., Any], output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
         folder = Path(output_dir or trainer.args.output_dir)
+        is_checkpoint = _CHECKPOINT.fullmatch(folder.name) is not None
+        if is_checkpoint and (kwargs.get("_internal_call") or any(args)):
+            # By the Trainer, in all processes; another call may come from one of them alone.
+            self.owner.saving_checkpoint()
         carry(self._model, self.provenance())
         result = stock(output_dir, *args, **kwargs)
+        if is_checkpoint and trainer.args.should_save and folder.is_dir():
+            self.owner.checkpoint_saved(folder)
         # A module of the user's own has no save_pretrained that could carry the facts.
         if trainer.args.should_save and not hasattr(self._model, "save_pretrained"):
             self._write_files(folder)
