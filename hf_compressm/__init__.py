@@ -23,6 +23,7 @@ _HOMES = {
     "disable_fast_cpu_scan": ".architectures",
     "enable_fast_cpu_scan": ".architectures",
     "fast_cpu_scan": ".architectures",
+    "load_cut_layers": ".compression",
     "read_history": ".compression",
     "train_in_segments": ".training",
 }
@@ -39,13 +40,14 @@ __all__ = [
     "disable_fast_cpu_scan",
     "enable_fast_cpu_scan",
     "fast_cpu_scan",
+    "load_cut_layers",
     "read_history",
     "train_in_segments",
 ]
 
 if TYPE_CHECKING:
     from .architectures import disable_fast_cpu_scan, enable_fast_cpu_scan, fast_cpu_scan
-    from .compression import CheckRecord, RunReport, Spectrum, analyze, compress, read_history
+    from .compression import CheckRecord, RunReport, Spectrum, analyze, compress, load_cut_layers, read_history
     from .config import CompreSSMConfig
     from .errors import CompreSSMError
     from .training import CompreSSMCallback, train_in_segments

@@ -1,5 +1,6 @@
 """Calibrate, decide, cut and record: the compression of a model, without a Trainer."""
 
+from .adapters import holds_adapter, load_cut_layers
 from .api import analyze, compress
 from .apply import Change, ModelChange, commit_together, roll_back_together
 from .calibration import Calibration, LossFunction, calibrate, evaluate_loss, model_loss
@@ -47,7 +48,9 @@ __all__ = [
     "drop_stale_states",
     "evaluate_loss",
     "history_of",
+    "holds_adapter",
     "keep_old_history",
+    "load_cut_layers",
     "model_loss",
     "plan_reduction",
     "read_history",

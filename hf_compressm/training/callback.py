@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -108,6 +109,25 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """
         self._is_whole, self._sizes_in_segments = False, dict(sizes)
 
+    def saving_checkpoint(self) -> None:
+        """
+        Called before the Trainer's `save_model` writes into a checkpoint, whoever asks for it and at whatever moment.
+
+        On SIGTERM, with `enable_jit_checkpoint`, the Trainer saves before the other callbacks hear of the step's end.
+        """
+        if self._run is not None:
+            self._run.saving_checkpoint()
+
+    def checkpoint_saved(self, folder: Path) -> None:
+        """
+        Complete a checkpoint; `on_save` would be too late, as it follows the push and not every save.
+
+        Args:
+            folder (`Path`): The checkpoint, with the model.
+        """
+        if self._run is not None:
+            self._run.checkpoint_saved(folder)
+
     def state(self) -> dict[str, Any]:
         """The settings and the records so far, as the Trainer writes them into every checkpoint."""
         attributes = {
@@ -197,8 +217,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             self._run.evaluated(metrics or {})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Complete the checkpoint; the one that it replaces is deleted only now."""
-        self._run.saved()
+        """The checkpoint is whole; the one that it replaces is deleted only now."""
         if args.should_save:
             after_replacing(args.output_dir, state.global_step)
 

@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 import os
+import re
 import shutil
 import statistics
 import time
@@ -18,13 +19,14 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..compression import CheckRecord
+from ..compression import LAYERS_NAME, CheckRecord, holds_adapter
 from ..compression.cards import (
     Evaluation,
     Provenance,
     carry,
     describe,
     merge_trainer_card,
+    own_class,
     read_card,
     render_card,
     require_one_model,
@@ -39,6 +41,8 @@ logger = logging.getLogger(__name__)
 # Metrics that say how fast an evaluation was, not how good the model is.
 _NOT_A_QUALITY = ("runtime", "per_second", "epoch", "step", "num_input_tokens", "memory")
 
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+
 
 class _Compressing(Protocol):
     """What this file needs of the callback that cuts."""
@@ -48,6 +52,14 @@ class _Compressing(Protocol):
     @property
     def records(self) -> list[CheckRecord]:
         """Every check so far."""
+        ...
+
+    def saving_checkpoint(self) -> None:
+        """What has to be done before a checkpoint is written."""
+        ...
+
+    def checkpoint_saved(self, folder: Path) -> None:
+        """Add to a checkpoint what the Trainer does not write."""
         ...
 
 
@@ -116,7 +128,12 @@ class CardKeeper(TrainerCallback):
             step_seconds=self._clock.before_and_after(),
             name=getattr(trainer, "hub_model_id", None),
         )
-        return describe(trainer.model, facts)
+        return describe(self._model, facts)
+
+    @property
+    def _model(self) -> nn.Module:
+        """The model whose `save_pretrained` the Trainer calls: inside a compiled one, the plain one."""
+        return self._trainer.accelerator.unwrap_model(self._trainer.model, keep_torch_compile=False)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -136,7 +153,7 @@ class CardKeeper(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """From now on the model can be saved without the Trainer."""
-        carry(model, self.provenance())
+        carry(self._model, self.provenance())
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -152,11 +169,13 @@ class CardKeeper(TrainerCallback):
         self._let_upload_finish()
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if (checkpoint / "config.json").is_file():
-            require_one_model(checkpoint, type(model))
+            require_one_model(checkpoint, own_class(model))
             # The Trainer pushes the checkpoint's weights and configuration, but not the code that they name.
             for code in checkpoint.glob("*.py"):
                 shutil.copyfile(code, Path(args.output_dir) / code.name)
-        self._write_files(args.output_dir)
+        if (checkpoint / LAYERS_NAME).is_file():
+            shutil.copyfile(checkpoint / LAYERS_NAME, Path(args.output_dir) / LAYERS_NAME)
+        self._write_files(args.output_dir, is_adapter=holds_adapter(checkpoint))
 
     def _let_upload_finish(self) -> None:
         """
@@ -180,11 +199,18 @@ class CardKeeper(TrainerCallback):
 
     def _saving(self, stock: Callable[..., Any], output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
-        carry(trainer.model, self.provenance())
+        folder = Path(output_dir or trainer.args.output_dir)
+        is_checkpoint = _CHECKPOINT.fullmatch(folder.name) is not None
+        if is_checkpoint and (kwargs.get("_internal_call") or any(args)):
+            # By the Trainer, in all processes; another call may come from one of them alone.
+            self.owner.saving_checkpoint()
+        carry(self._model, self.provenance())
         result = stock(output_dir, *args, **kwargs)
+        if is_checkpoint and trainer.args.should_save and folder.is_dir():
+            self.owner.checkpoint_saved(folder)
         # A module of the user's own has no save_pretrained that could carry the facts.
-        if trainer.args.should_save and not hasattr(trainer.model, "save_pretrained"):
-            self._write_files(output_dir or trainer.args.output_dir)
+        if trainer.args.should_save and not hasattr(self._model, "save_pretrained"):
+            self._write_files(folder)
         return result
 
     def _writing_a_card(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -196,21 +222,23 @@ class CardKeeper(TrainerCallback):
         provenance = self.provenance()
         if provenance.layers():
             try:
-                provenance = replace(provenance, name=provenance.name or Path(folder).absolute().name)
+                name = provenance.name or Path(folder).absolute().name
+                provenance = replace(provenance, name=name, is_adapter=holds_adapter(folder))
                 write_card(folder, merge_trainer_card(existing, read_card(folder), render_card(provenance)))
             except CardError as error:
                 write_card(folder, existing)
                 logger.warning("the model card in %s was left as it is: %s", folder, error)
         if os.path.isfile(os.path.join(folder, "config.json")):
-            require_one_model(folder, type(trainer.model), provenance.sizes())
+            require_one_model(folder, own_class(self._model), provenance.sizes())
         return result
 
-    def _write_files(self, folder: str) -> None:
+    def _write_files(self, folder: str | os.PathLike, is_adapter: bool = False) -> None:
         if not os.path.isdir(folder):
             return
         try:
             facts = self.provenance()
-            write_model_files(folder, replace(facts, name=facts.name or Path(folder).absolute().name))
+            name = facts.name or Path(folder).absolute().name
+            write_model_files(folder, replace(facts, name=name, is_adapter=is_adapter))
         except CardError as error:
             logger.warning("the model card in %s was left as it is: %s", folder, error)
 

@@ -45,7 +45,8 @@ class EvaluationWatch:
 
     def wants_evaluation(self, step: int) -> bool:
         """Whether the model has to be evaluated after this step."""
-        return step + 1 in self._due or step == self.judge_at
+        # A run that was stopped between a step and its evaluation makes up for it.
+        return step + 1 in self._due or (self.judge_at is not None and step >= self.judge_at)
 
     def require_comparison(self) -> None:
         """

@@ -44,8 +44,6 @@ from .trackers import neighbours, report, trackers_among
 
 logger = logging.getLogger(__name__)
 
-_ADAPTER_CONFIG = "adapter_config.json"
-
 
 class CompressionRun:
     """
@@ -84,6 +82,8 @@ class CompressionRun:
         self.steps = check_steps(config, state.max_steps)
         self._args, self._state, self._control, self._model = args, state, control, model
         self._watch = EvaluationWatch(config, args, self.steps) if config.judged_by_evaluation else None
+        # The step of a resumed run's checkpoint ended before it was saved.
+        self._latest_step = state.global_step
         self._neighbours = neighbours(callback)
         self._averaged_weights = averaged_weights
         if any(type(other) is type(callback) for other in self._neighbours):
@@ -157,8 +157,11 @@ class CompressionRun:
         self._batches.arm(not self._compressor.is_finished and any(step in self.steps for step in horizon))
 
     def step_ended(self) -> None:
-        """Check where one is due, and ask for the evaluations that judge it."""
+        """Check where one is due, and ask for the evaluations that judge it; once a step."""
         step = self._state.global_step
+        if step == self._latest_step:
+            return
+        self._latest_step = step
         if step in self.steps and not self._compressor.is_finished:
             self._check(step)
         if self._watch is not None and not self._compressor.is_finished and self._watch.wants_evaluation(step):
@@ -175,16 +178,19 @@ class CompressionRun:
         elif self._watch.judge_at is None:
             self._compressor.snapshot = None
 
-    def saved(self) -> None:
-        """Add to a checkpoint what the Trainer does not write: what is needed to take a cut back, and a frozen base."""
-        folder, snapshot = self._checkpoint_folder(), self._compressor.snapshot
-        if not (self._state.is_world_process_zero and folder.is_dir()):
-            return
-        if snapshot is not None:
-            snapshot.save(folder)
-        if (folder / _ADAPTER_CONFIG).is_file() and self.records:
-            # Of a model with an adapter the Trainer saves the adapter alone; the cut changed the base below it.
-            Snapshot.of(self._compressor.layers).save(folder, LAYERS_NAME)
+    def saving_checkpoint(self) -> None:
+        """Make a check that is due before its step is saved, where the save comes from before this callback's turn."""
+        self.step_ended()
+
+    def checkpoint_saved(self, folder: Path) -> None:
+        """
+        Add to a checkpoint what the Trainer does not write: what is needed to take a cut back.
+
+        Args:
+            folder (`Path`): The checkpoint.
+        """
+        if self._compressor.snapshot is not None:
+            self._compressor.snapshot.save(folder)
 
     def _checkpoint_folder(self) -> Path:
         return Path(self._args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self._state.global_step}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -93,7 +94,10 @@ class SegmentRun:
     def evaluated(self, metrics: dict[str, Any]) -> None:
         """Nothing to judge."""
 
-    def saved(self) -> None:
+    def saving_checkpoint(self) -> None:
+        """Nothing is checked while a segment is trained."""
+
+    def checkpoint_saved(self, folder: Path) -> None:
         """Nothing to add to the checkpoint."""
 
     def ended(self) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMError, train_in_segments  # noqa: E402
 from hf_compressm.training import segment_checkpoint  # noqa: E402
-from tests.cases import tiny_mamba  # noqa: E402
+from tests.cases import tiny_lru, tiny_mamba  # noqa: E402
 from tests.distributed.worker import (  # noqa: E402
     JOINT_BATCH,
     RANK,
@@ -85,8 +86,14 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
 def segments(
     build: Callable[[], torch.nn.Module], layer: str, form: str = "FULL_STATE_DICT", config: dict | None = None
 ) -> Callable[[Path], dict[str, Any]]:
-    """A case that trains in segments."""
-    return lambda folder: outcome(train_in_segments(trainer_factory(build, folder, layer, form, config)))
+    """A case that trains in segments and saves what it ended with."""
+
+    def run(folder: Path) -> dict[str, Any]:
+        trainer = train_in_segments(trainer_factory(build, folder, layer, form, config))
+        trainer.save_model(folder / "saved")
+        return {**outcome(trainer), "class": type(trainer.model).__name__}
+
+    return run
 
 
 def without_moments(folder: Path) -> dict[str, Any]:
@@ -139,6 +146,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "full": segments(tiny_mamba, "MambaBlock"),
     "twice_in_shards": segments(tiny_mamba, "MambaBlock", "SHARDED_STATE_DICT", TWICE),
     "mixed": segments(tiny_mamba2, "Mamba2Block"),
+    "lru": segments(partial(tiny_lru, norm="layer"), "SequenceBlock"),
     "without_moments": without_moments,
     "without_segments": without_segments,
     "killed": killed,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,28 @@ from .processes import largest_difference, launch, result
 
 SHARDED = {"full": "mamba", "mixed": "mamba2", "twice_in_shards": "twice"}
 
+LOAD_WITHOUT_THE_LIBRARY = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("hf_compressm", "numba"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Refuse())
+import torch
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    torch.save({name: parameter.detach() for name, parameter in model.named_parameters()}, folder + "/loaded.pt")
+    print(type(model).__name__)
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("fsdp")
-    run = launch(path, (*SHARDED, "without_moments", "without_segments"), 2, "fsdp_worker.py")
+    run = launch(path, (*SHARDED, "lru", "without_moments", "without_segments"), 2, "fsdp_worker.py")
     assert run.returncode == 0, run.stderr[-4000:]
     return path
 
@@ -53,6 +72,22 @@ def test_every_checkpoint_loads_at_the_size_after_its_cut(folder: Path) -> None:
         assert AutoModelForCausalLM.from_pretrained(path).config.state_size == 4
     trained, loaded = result(folder, "full", 2, 0), AutoModelForCausalLM.from_pretrained(checkpoints[-1])
     assert all(torch.equal(p, trained["parameters"][name]) for name, p in loaded.named_parameters())
+
+
+@pytest.mark.parametrize("case", ["mixed", "lru"])
+def test_what_fsdp_saves_of_a_model_with_its_own_code_loads_without_the_library(folder: Path, case: str) -> None:
+    trained, run = result(folder, case, 2, 0), folder / f"{case}-2"
+    assert trained["class"].startswith("FSDP"), "training goes on with the class that FSDP gives"
+    folders = [str(run / "saved"), str(run / "checkpoint-6"), str(run / "checkpoint-9")]
+    environment = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LOAD_WITHOUT_THE_LIBRARY, *folders]
+    loading = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert loading.returncode == 0, loading.stderr[-4000:]
+    assert loading.stdout.split() == [trained["class"].removeprefix("FSDP")] * 3
+    for path in (folders[0], folders[-1]):
+        loaded = torch.load(Path(path) / "loaded.pt")
+        assert loaded.keys() == trained["parameters"].keys()
+        assert all(torch.equal(loaded[name], parameter) for name, parameter in trained["parameters"].items())
 
 
 def test_the_callback_alone_refuses_fsdp_and_names_the_way(folder: Path) -> None:

@@ -4,6 +4,7 @@ from .carry import carried_provenance, carry, describe, describe_folder
 from .consistency import require_one_model, require_safe_weights, state_sizes
 from .files import CARD_NAME, read_card, replace_file, spectrum_picture, write_card, write_model_files
 from .merge import is_machine_made, merge_card, merge_trainer_card, read_metadata, renamed
+from .own_class import own_class, with_own_class
 from .provenance import Evaluation, Provenance
 from .section import (
     PICTURE_NAME,
@@ -29,6 +30,7 @@ __all__ = [
     "layers_table",
     "merge_card",
     "merge_trainer_card",
+    "own_class",
     "read_card",
     "read_metadata",
     "render_card",
@@ -39,6 +41,7 @@ __all__ = [
     "spectrum_picture",
     "state_sizes",
     "template_text",
+    "with_own_class",
     "write_card",
     "write_model_files",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +13,14 @@ from typing import Any
 
 from torch import nn
 
+from ...architectures import find_layers
 from ...config import CONFIG_NAME, CompreSSMConfig
-from ...errors import CardError
+from ...errors import CardError, UnsupportedModelError
+from ..adapters import holds_adapter
+from ..snapshot import LAYERS_NAME, Snapshot
 from .consistency import INDEX_NAME, WEIGHTS_NAME, require_one_model
 from .files import write_model_files
+from .own_class import own_class, with_own_class
 from .provenance import Provenance
 
 logger = logging.getLogger(__name__)
@@ -24,6 +29,9 @@ logger = logging.getLogger(__name__)
 _UPLOAD = "_upload_modified_files"
 _CARRIED = "_hf_compressm_carried"
 
+# What the Trainer calls a checkpoint.
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+
 
 def carry(model: nn.Module, provenance: Provenance) -> None:
     """
@@ -31,7 +39,8 @@ def carry(model: nn.Module, provenance: Provenance) -> None:
 
     The two methods are shadowed on this one object, and only once; later calls replace the facts. A model without
     `save_pretrained` (a module of the user's own) is left as it is. A pushed model is checked first: nothing is
-    uploaded whose configuration disagrees with its weights.
+    uploaded whose configuration disagrees with its weights. Of a model with an adapter (PEFT), which is saved without
+    the model below it, the layers of that are written too; see [`~compression.adapters.load_cut_layers`].
 
     Args:
         model (`torch.nn.Module`): The model that was compressed.
@@ -39,6 +48,9 @@ def carry(model: nn.Module, provenance: Provenance) -> None:
     """
     if not callable(getattr(model, "save_pretrained", None)):
         return
+    if hasattr(model, "peft_config") and callable(getattr(model, "get_base_model", None)):
+        # What is left when the adapter is merged.
+        carry(model.get_base_model(), provenance)
     carried = vars(model).get(_CARRIED)
     if carried is not None:
         carried.provenance = provenance
@@ -68,19 +80,40 @@ class _Carried:
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """The model's own `save_pretrained`, and the files of its provenance."""
-        result = self.stock_save(save_directory, *args, **kwargs)
+        with with_own_class(self.model):
+            result = self.stock_save(save_directory, *args, **kwargs)
         is_main_process = kwargs.get("is_main_process", args[0] if args else True)
         if is_main_process and os.path.isdir(save_directory):
+            self._save_layers_below_adapter(Path(save_directory))
             name = self.provenance.name or Path(save_directory).absolute().name
             self._write(save_directory, replace(self.provenance, name=name))
         return result
+
+    def _save_layers_below_adapter(self, folder: Path) -> None:
+        if not holds_adapter(folder) or not self.provenance.layers():
+            return
+        try:
+            Snapshot.of(find_layers(self.model)).save(folder, LAYERS_NAME)
+        except UnsupportedModelError as error:
+            logger.warning("%s holds the adapter without the cut layers below it: %s", folder, error)
+            return
+        # A checkpoint is resumed from, which puts the layers back.
+        if self.provenance.cuts and not _CHECKPOINT.fullmatch(folder.name):
+            logger.warning(
+                "%s holds the adapter alone, of a model whose state was cut; the cut layers lie beside it in %s. "
+                "Loading the adapter puts it on the uncut model, without an error: call load_cut_layers(model, %r) on "
+                "that model first, or save a whole one with model.merge_and_unload().save_pretrained(...).",
+                folder,
+                LAYERS_NAME,
+                str(folder),
+            )
 
     def upload(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """The model's own upload, of a folder that was checked and whose card names the repository."""
         # Adapters have no configuration of the model, and variants other names; they are pushed as they are.
         found = {name for name in ("config.json", WEIGHTS_NAME, INDEX_NAME) if (Path(working_dir) / name).is_file()}
         if "config.json" in found and len(found) > 1:
-            require_one_model(working_dir, type(self.model), self.provenance.sizes())
+            require_one_model(working_dir, own_class(self.model), self.provenance.sizes())
         self._write(working_dir, replace(self.provenance, name=repo_id))
         return self.stock_upload(working_dir, repo_id, *args, **kwargs)
 
@@ -105,7 +138,7 @@ def describe(model: nn.Module, provenance: Provenance) -> Provenance:
     is_local = source is not None and (os.path.exists(source) or source.count("/") != 1)
     return replace(
         provenance,
-        model_class=provenance.model_class or type(model).__name__.removeprefix("FSDP"),
+        model_class=provenance.model_class or own_class(model).__name__,
         model_type=provenance.model_type or getattr(config, "model_type", None),
         reads_tokens=provenance.reads_tokens and getattr(config, "vocab_size", True) is not None,
         needs_code=provenance.needs_code or bool(getattr(config, "auto_map", None)),

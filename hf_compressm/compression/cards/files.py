@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import io
 import os
+from dataclasses import replace
 from pathlib import Path
 
+from ..adapters import holds_adapter
 from ..record import replace_file, write_history
 from ..report import Spectrum
 from .merge import merge_card
@@ -40,6 +42,7 @@ def write_model_files(folder: str | os.PathLike, provenance: Provenance) -> None
     picture = spectrum_picture(provenance)
     if picture is not None:
         replace_file(folder / PICTURE_NAME, picture)
+    provenance = replace(provenance, is_adapter=provenance.is_adapter or holds_adapter(folder))
     write_card(folder, merge_card(read_card(folder), render_card(provenance, has_picture=picture is not None)))
 
 

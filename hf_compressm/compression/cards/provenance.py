@@ -48,6 +48,7 @@ class Provenance:
         evaluations (`Sequence[Evaluation]`): Metrics before and after.
         step_seconds (`tuple[float, float]`, *optional*): Median duration of a training step before the first cut and
             after the last one.
+        is_adapter (`bool`): Whether an adapter is saved, without the model below it that was cut.
         name (`str`, *optional*): The model's name, or its repository's (`"user/name"`).
     """
 
@@ -63,6 +64,7 @@ class Provenance:
     calibration_data: str | None = None
     evaluations: Sequence[Evaluation] = ()
     step_seconds: tuple[float, float] | None = None
+    is_adapter: bool = False
     name: str | None = None
 
     @property

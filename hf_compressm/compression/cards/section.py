@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from ...architectures import registered_families
 from ..record import CheckRecord
+from ..snapshot import LAYERS_NAME
 from .escaping import code, escaped, one_line, python_string
 from .provenance import Evaluation, Provenance
 
@@ -273,6 +274,14 @@ def _loading(provenance: Provenance) -> str:
         return f"from safetensors.torch import load_model\n\nload_model(model, {file})"
     trust = ", trust_remote_code=True" if provenance.needs_code else ""
     auto_class = auto_class or "AutoModel"
+    if provenance.is_adapter:
+        base, name = python_string(provenance.base_model or "path/to/the/uncut/model"), python_string(name)
+        return (
+            f"from peft import PeftModel\nfrom transformers import {auto_class}\n\n"
+            "from hf_compressm import load_cut_layers\n\n"
+            f"model = {auto_class}.from_pretrained({base}{trust})\n"
+            f"load_cut_layers(model, {name})\nmodel = PeftModel.from_pretrained(model, {name})"
+        )
     return (
         f"from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained({python_string(name)}{trust})"
     )
@@ -282,6 +291,12 @@ def _loading_note(provenance: Provenance) -> str:
     if provenance.model_type is None:
         name = code(provenance.model_class or "the model's own class")
         return f"`model` is a {name}, built with the state sizes of the table above."
+    if provenance.is_adapter:
+        return (
+            "This is an adapter. The model below it was cut while the adapter was trained; its layers, as they are "
+            f"now, lie in `{LAYERS_NAME}`. Without them the adapter is put on the uncut model, which is another one. "
+            "`model.merge_and_unload().save_pretrained(...)` makes one whole model of both."
+        )
     if provenance.needs_code:
         return "The model's code lies beside its weights; hf_compressm need not be installed."
     return "hf_compressm need not be installed: `config.json` holds the new state size."
