@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
 
 from ..architectures import ParameterChange
 from ..errors import UnsupportedModelError
@@ -26,6 +27,27 @@ def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
     return [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel) and o.module is model]
 
 
+def wrapper_in_use(model: nn.Module) -> DistributedDataParallel | None:
+    """
+    The wrapper that a training runs through, of those of a model; an earlier training may have left one.
+
+    Args:
+        model (`torch.nn.Module`): The model without its wrapper.
+    """
+    found = wrappers_of(model)
+    if len(found) > 1:
+        # One that nobody holds any more waits in a cycle for its end; the order of what is alive says nothing of age.
+        found = []
+        gc.collect()
+        found = wrappers_of(model)
+    if len(found) > 1:
+        trainers = [o for o in gc.get_objects() if issubclass(type(o), Trainer)]
+        wrapped = [getattr(trainer, "model_wrapped", None) for trainer in trainers]
+        used = {id(getattr(module, "_orig_mod", module)) for module in wrapped}
+        found = [wrapper for wrapper in found if id(wrapper) in used] or found
+    return found[-1] if found else None
+
+
 class ReducerChange:
     """
     A wrapper whose reducer is made anew for the parameters that the model has by then.
@@ -40,14 +62,14 @@ class ReducerChange:
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[ParameterChange] = ()) -> None:
-        found = wrappers_of(model)
-        if not found:
+        found = wrapper_in_use(model)
+        if found is None:
             raise UnsupportedModelError(
                 "several processes train the model, and it is not inside a DistributedDataParallel wrapper: the "
                 "gradients of what a cut replaces would not be averaged. Train with the Trainer's own wrapper (on CPUs "
                 "it needs use_cpu=True in the TrainingArguments), or in one process."
             )
-        self._wrapper = found[-1]
+        self._wrapper = found
 
     def commit(self) -> None:
         """Make the reducer for the new parameters."""
@@ -105,8 +127,8 @@ def begin_with_a_new_reducer(model: nn.Module) -> None:
     Args:
         model (`torch.nn.Module`): The model without its wrapper.
     """
-    wrappers = wrappers_of(model)
-    for wrapper in wrappers:
+    used = wrapper_in_use(model)
+    for wrapper in wrappers_of(model):
         _drop_reducer(wrapper)
-    if wrappers:
-        rebuild_reducer(wrappers[-1])
+    if used is not None:
+        rebuild_reducer(used)

@@ -130,12 +130,12 @@ def watched(folder: Path) -> dict[str, Any]:
 
 def without_rebuild(folder: Path) -> dict[str, Any]:
     """The negative control: nobody tells the wrapper."""
-    rebuild = data_parallel.rebuild_reducer
-    data_parallel.rebuild_reducer = lambda wrapper: None
+    commit = data_parallel.ReducerChange.commit
+    data_parallel.ReducerChange.commit = lambda change: None
     try:
         return ended(*train(tiny_mamba, folder))
     finally:
-        data_parallel.rebuild_reducer = rebuild
+        data_parallel.ReducerChange.commit = commit
 
 
 def static_graph(folder: Path) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def judged_apart(folder: Path) -> dict[str, Any]:
 
 
 def trained_again(folder: Path) -> dict[str, Any]:
-    """The best model is one before the cut; it is trained and cut once more, in a wrapper of its own."""
+    """The best model is one before the cut; it is trained and cut once more, in the same wrapper."""
     saves = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
     trainer, callback = judged(folder, apart=False, **saves)
     assert [layer.state_size for layer in find_layers(trainer.model)] == [8, 8]
