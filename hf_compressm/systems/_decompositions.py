@@ -1,8 +1,7 @@
 """Decompositions of small matrices, each in one thread.
 
 A factorisation of a few hundred rows gains nothing from threads and can lose much: they wait for one another at every
-step, and where others want the same cores, that takes longer than the work (in two threads of a busy two-core machine
-an eigendecomposition of 64 x 64 was seen to take 80 ms, in one 0.3 ms).
+step, and where others want the same cores, that takes far longer than the work.
 """
 
 from __future__ import annotations
