@@ -40,7 +40,7 @@ setup(
     package_data={
         "hf_compressm": ["py.typed"],
         "hf_compressm.cli": ["report.html"],
-        "hf_compressm.compression.cards": ["template.md"],
+        "hf_compressm.cards": ["template.md"],
     },
     entry_points={"console_scripts": ["hf-compressm = hf_compressm.cli:main"]},
     python_requires=">=3.10",

@@ -16,14 +16,14 @@ _HOMES = {
     "CompreSSMCallback": ".training",
     "CompreSSMConfig": ".config",
     "CompreSSMError": ".errors",
-    "RunReport": ".compression",
+    "RunReport": ".cards",
     "Spectrum": ".compression",
-    "analyze": ".compression",
-    "compress": ".compression",
+    "analyze": ".api",
+    "compress": ".api",
     "disable_fast_cpu_scan": ".architectures",
     "enable_fast_cpu_scan": ".architectures",
     "fast_cpu_scan": ".architectures",
-    "load_cut_layers": ".compression",
+    "load_cut_layers": ".saving",
     "read_history": ".compression",
     "train_in_segments": ".training",
 }
@@ -46,10 +46,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .api import analyze, compress
     from .architectures import disable_fast_cpu_scan, enable_fast_cpu_scan, fast_cpu_scan
-    from .compression import CheckRecord, RunReport, Spectrum, analyze, compress, load_cut_layers, read_history
+    from .cards import RunReport
+    from .compression import CheckRecord, Spectrum, read_history
     from .config import CompreSSMConfig
     from .errors import CompreSSMError
+    from .saving import load_cut_layers
     from .training import CompreSSMCallback, train_in_segments
 
 

@@ -1,37 +1,17 @@
 """Model families behind one contract, and the switch that puts the fast scan into them."""
 
-from . import (
-    bamba,
-    falcon_h1,
-    falcon_mamba,
-    granite_moe_hybrid,
-    jamba,
-    lru,
-    mamba,
-    mamba2,
-    nemotron_h,
-    s4d,
-    zamba,
-    zamba2,
-)
-from .base import (
-    ABSENT,
-    AttributeChange,
-    LayerReduction,
-    ParameterAddition,
-    ParameterChange,
-    ParameterRemoval,
-    ScanObserver,
-    StateSpaceLayer,
-    SumOverProcesses,
-    successor,
-)
+from . import families  # noqa: F401 - importing them registers them
+from .changes import ABSENT, AttributeChange, LayerReduction, ParameterAddition, ParameterChange, ParameterRemoval
 from .compressed_forms import all_changes, can_hold_forms
-from .modal_map import ModalMap
-from .moment_maps import AxisMap, AxisSelection, Rescaling
+from .contract import ScanObserver, StateSpaceLayer, SumOverProcesses
+from .moment_maps.axis import AxisMap, AxisSelection, Rescaling
+from .moment_maps.modal import ModalMap
+from .parameters import successor
 from .registry import config_changes, find_layers, register, registered_families
-from .scan_inputs import MultiHeadScanInputs, ScanInputs, SelectiveScanInputs
-from .scan_switch import (
+from .scans.inputs import ScanInputs
+from .scans.multi_head import MultiHeadScanInputs
+from .scans.selective import SelectiveScanInputs
+from .scans.switch import (
     disable_fast_cpu_scan,
     enable_fast_cpu_scan,
     fast_cpu_scan,
@@ -59,28 +39,16 @@ __all__ = [
     "SelectiveScanInputs",
     "StateSpaceLayer",
     "SumOverProcesses",
-    "bamba",
     "config_changes",
     "disable_fast_cpu_scan",
     "enable_fast_cpu_scan",
-    "falcon_h1",
-    "falcon_mamba",
     "fast_cpu_scan",
     "fast_cpu_scan_enabled",
     "find_layers",
-    "granite_moe_hybrid",
-    "jamba",
-    "lru",
-    "mamba",
-    "mamba2",
-    "nemotron_h",
     "register",
     "register_scan",
     "registered_families",
-    "s4d",
     "successor",
     "unsupported_note",
     "unsupported_recurrent_layers",
-    "zamba",
-    "zamba2",
 ]

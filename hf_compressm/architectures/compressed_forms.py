@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from ..models.compressed import compressed_class_of, saves_itself
-from .base import ABSENT, AttributeChange, LayerReduction, StateSpaceLayer
+from .changes import ABSENT, AttributeChange, LayerReduction
+from .contract import StateSpaceLayer
 from .registry import config_changes
 
 Form = tuple[int, int]

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigurationError, UnsupportedModelError
-from .base import AttributeChange, StateSpaceLayer
+from .changes import AttributeChange
+from .contract import StateSpaceLayer
 
 _FAMILIES: dict[str, type[StateSpaceLayer]] = {}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .base import StateSpaceLayer
+from .contract import StateSpaceLayer
 
 # What layers with a state call the tensor that makes it decay: gated delta rules and other state-space models, gated
 # linear recurrences, RWKV, lightning attention; and the module by which an mLSTM makes its input gate.

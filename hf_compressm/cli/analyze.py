@@ -103,8 +103,8 @@ def analyze(
 
 def _measure(model: Any, batches: list, config: Any, quiet: bool) -> tuple[Spectrum, list[dict[str, Any]]]:
     """The spectra, and one entry a layer for the table."""
+    from ..api import analyze as measure
     from ..architectures import find_layers
-    from ..compression import analyze as measure
     from ..compression.costs import parameters_at, state_costs
 
     spectrum = measure(model, batches or None, config, progress=False if quiet else None)

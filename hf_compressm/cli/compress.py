@@ -178,8 +178,9 @@ def _announcement(
 def _show_plan(model: Any, batches: list, config: CompreSSMConfig, quiet: bool) -> None:
     from tabulate import tabulate
 
+    from ..api import analyze
     from ..architectures import find_layers
-    from ..compression import analyze, plan_reduction
+    from ..compression import plan_reduction
 
     spectrum = analyze(model, batches or None, config, progress=False if quiet else None)
     sizes = {layer.name: layer.state_size for layer in find_layers(model)}
@@ -193,9 +194,9 @@ def _cut(
     model: Any, folder: Path, batches: Any, config: CompreSSMConfig, source: DataSource, name: str, quiet: bool
 ) -> tuple[Any, str]:
     """Evaluate, cut, evaluate again; returns the facts for the card and what to print."""
-    from ..compression import compress as cut
+    from ..api import compress as cut
+    from ..cards import Evaluation, Provenance, evaluation_table
     from ..compression import history_of
-    from ..compression.cards import Evaluation, Provenance, evaluation_table
     from .evaluate import evaluate
 
     unseen = batches.evaluation or batches.calibration
@@ -222,8 +223,9 @@ def _cut(
 
 def _inherited(folder: Path) -> dict[str, str]:
     """License and base model that the model's card names; a card that cannot be read names none."""
-    from ..compression.cards import read_card, read_metadata
+    from ..cards import read_metadata
     from ..errors import CardError
+    from ..saving import read_card
 
     try:
         data = read_metadata(read_card(folder) or "")
@@ -239,7 +241,7 @@ def _require_free(output: Path, overwrite: bool) -> None:
 
 def _save(model: Any, source: Path, output: Path, provenance: Any, overwrite: bool) -> None:
     """Write everything into a folder beside the output and put that in its place as a whole."""
-    from ..compression.cards import carry
+    from ..saving import carry
 
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ def evaluate(model: nn.Module, batches: Sequence[Mapping[str, Any]], progress: b
     import torch
 
     from ..architectures import fast_cpu_scan
-    from ..compression.calibration import evaluation_mode
+    from ..compression.measure.model_pass import evaluation_mode
 
     negative_log_likelihood, right, count = 0.0, 0, 0
     is_language_model = False

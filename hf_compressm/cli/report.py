@@ -31,8 +31,8 @@ def report(
     hf-compressm report runs/mamba
     ```
     """
-    from ..compression import RunReport
-    from ..compression.cards import replace_file
+    from ..cards import RunReport
+    from ..files import replace_file
     from .run_report import draw_run, render_page
 
     run = RunReport.from_folder(run_dir)

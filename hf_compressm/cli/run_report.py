@@ -6,7 +6,7 @@ import base64
 import io
 from importlib import resources
 
-from ..compression import RunReport
+from ..cards import RunReport
 
 
 def draw_run(run: RunReport) -> bytes:

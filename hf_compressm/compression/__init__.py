@@ -1,14 +1,11 @@
 """Calibrate, decide, cut and record: the compression of a model, without a Trainer."""
 
-from .adapters import holds_adapter, load_cut_layers
-from .api import analyze, compress
-from .apply import Change, ModelChange, commit_together, roll_back_together
-from .calibration import Calibration, LossFunction, calibrate, evaluate_loss, model_loss
 from .compressor import Compressor
-from .gramians import ClosedFormGramians, EmpiricalGramians, LayerGramians
-from .optimizer import OptimizerChange, drop_stale_states, require_trained, unwrap_optimizer
-from .plan import LayerPlan, plan_reduction
-from .record import (
+from .cut.changes import Change, ModelChange, commit_together, roll_back_together
+from .cut.optimizer import OptimizerChange, drop_stale_states, require_trained, unwrap_optimizer
+from .cut.snapshot import LAYERS_NAME, SNAPSHOT_NAME, Snapshot
+from .decide.plan import LayerPlan, plan_reduction
+from .history import (
     HISTORY_NAME,
     CheckRecord,
     LayerRecord,
@@ -18,9 +15,10 @@ from .record import (
     sizes_after,
     write_history,
 )
-from .report import Spectrum
-from .run_report import RunReport
-from .snapshot import LAYERS_NAME, SNAPSHOT_NAME, Snapshot
+from .measure.calibration import Calibration, calibrate
+from .measure.layer_gramians import ClosedFormGramians, EmpiricalGramians, LayerGramians
+from .measure.model_pass import LossFunction, evaluate_loss, model_loss
+from .spectrum import Spectrum
 
 __all__ = [
     "HISTORY_NAME",
@@ -38,19 +36,14 @@ __all__ = [
     "LossFunction",
     "ModelChange",
     "OptimizerChange",
-    "RunReport",
     "Snapshot",
     "Spectrum",
-    "analyze",
     "calibrate",
     "commit_together",
-    "compress",
     "drop_stale_states",
     "evaluate_loss",
     "history_of",
-    "holds_adapter",
     "keep_old_history",
-    "load_cut_layers",
     "model_loss",
     "plan_reduction",
     "read_history",

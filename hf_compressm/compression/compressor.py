@@ -21,24 +21,19 @@ from ..architectures import (
     find_layers,
 )
 from ..config import CompreSSMConfig
-from ..errors import (
-    CalibrationError,
-    DisagreementError,
-    OtherProcessError,
-    TruncationError,
-    UnsupportedModelError,
-)
+from ..errors import CalibrationError, DisagreementError, OtherProcessError, TruncationError, UnsupportedModelError
 from ..systems import Truncation
-from .apply import Change, DoneLast, ModelChange, UndoneLast, commit_together, roll_back_together
-from .calibration import Calibration, LossFunction, calibrate, evaluate_loss
-from .copies import copy_changes
-from .moment import is_finished, moment_of, score_correlation
-from .optimizer import OptimizerChange
-from .plan import LayerPlan, plan_reduction
+from .cut.changes import Change, DoneLast, ModelChange, UndoneLast, commit_together, roll_back_together
+from .cut.optimizer import OptimizerChange
+from .cut.snapshot import Snapshot
+from .cut.weight_averages import copy_changes
+from .decide.plan import LayerPlan, plan_reduction
+from .decide.progress import is_finished, moment_of, score_correlation
+from .decide.truncations import find_truncations
+from .history import CheckRecord, LayerRecord
+from .measure.calibration import Calibration, calibrate
+from .measure.model_pass import LossFunction, evaluate_loss
 from .processes import Processes, SingleProcess
-from .record import CheckRecord, LayerRecord
-from .snapshot import Snapshot
-from .truncations import find_truncations
 
 Follow = Callable[[Sequence[ParameterChange]], Change]
 """Prepares what has to change beside the model and its optimizer (a wrapper, say) when parameters are replaced."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import ScanInputs, StateSpaceLayer, fast_cpu_scan
-from .calibration import evaluation_mode, model_loss, move_to_device
+from .measure.model_pass import evaluation_mode, model_loss, move_to_device
 
 _WARM_UP_STEPS = 2
 

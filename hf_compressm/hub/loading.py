@@ -14,9 +14,10 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from .. import models  # noqa: F401  (makes our own model types known to the Auto classes)
+from ..cards import Provenance
 from ..compression import history_of
-from ..compression.cards import Provenance, require_one_model, require_safe_weights
 from ..errors import InconsistentModelError, UnsupportedModelError
+from ..saving import require_one_model, require_safe_weights
 from .errors import translated
 
 # Configuration, tokenizer and weights; never a pickle, never code.

@@ -13,9 +13,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..cards import Provenance, describe_folder, renamed
 from ..compression import history_of
-from ..compression.cards import Provenance, describe_folder, read_card, renamed, write_card, write_model_files
 from ..errors import ConfigurationError, HubError, InconsistentModelError
+from ..saving import read_card, write_card, write_model_files
 from .errors import HTTP_ERRORS, is_passing, translated
 from .loading import checked_class
 

@@ -5,14 +5,20 @@ Importing this package registers them with the Auto classes.
 """
 
 from .compressed.registration import register_configurations
-from .lru import LRUConfig, LRUForCausalLM, LRUForSequenceClassification, LRUModel
-from .mamba_classifiers import (
+from .sequence import (
+    LRUConfig,
+    LRUForCausalLM,
+    LRUForSequenceClassification,
+    LRUModel,
     Mamba2ClassifierConfig,
     Mamba2ForSequenceClassification,
     MambaClassifierConfig,
     MambaForSequenceClassification,
+    S4DConfig,
+    S4DForCausalLM,
+    S4DForSequenceClassification,
+    S4DModel,
 )
-from .s4d import S4DConfig, S4DForCausalLM, S4DForSequenceClassification, S4DModel
 
 register_configurations()
 

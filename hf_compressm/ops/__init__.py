@@ -1,12 +1,7 @@
 """Fast recurrences, each with its slow reference beside it."""
 
 from .diagonal_convolution import channel_systems, channel_systems_reference, convolution_kernel
-from .diagonal_scan import (
-    diagonal_recurrence,
-    diagonal_recurrence_reference,
-    diagonal_scan,
-    diagonal_scan_reference,
-)
+from .diagonal_scan import diagonal_recurrence, diagonal_recurrence_reference, diagonal_scan, diagonal_scan_reference
 from .multi_head_gramians import multi_head_adjoint_gramian, multi_head_state_gramian
 from .multi_head_scan import multi_head_scan, multi_head_scan_reference
 from .selective_gramians import adjoint_gramian, default_sample_count, sample_times, state_gramian

@@ -9,11 +9,7 @@ import torch
 
 from hf_compressm.errors import ConfigurationError, DimensionError
 from hf_compressm.systems._checks import require_finite
-from hf_compressm.systems.gramians import (
-    cauchy_or_product_factor,
-    controllability_gramian,
-    observability_gramian,
-)
+from hf_compressm.systems.gramians import cauchy_or_product_factor, controllability_gramian, observability_gramian
 from hf_compressm.systems.hankel import FINEST_RESOLUTION, HankelDecomposition
 from hf_compressm.systems.time_domain import TimeDomain, require_stable, require_time_domain, stable_poles
 

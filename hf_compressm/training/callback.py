@@ -14,12 +14,12 @@ from ..compression import CheckRecord, LossFunction
 from ..config import CompreSSMConfig
 from ..errors import ConfigurationError
 from .batches import require_batches, require_function
-from .card import keep_card
-from .checkpoints import after_replacing, before_replacing, set_aside_incomplete, wait_until_set_aside
-from .requirements import require_plain_run
+from .card.keeper import keep_card
+from .checkpoints.replacing import after_replacing, before_replacing, set_aside_incomplete, wait_until_set_aside
 from .resume import follow_checkpoints, saved_run
 from .run import CompressionRun
-from .segment_run import SegmentRun
+from .segments.run import SegmentRun
+from .supported_runs import require_plain_run
 
 
 class CompreSSMCallback(TrainerCallback, ExportableState):

@@ -2,50 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer
 
 from ..architectures import ParameterChange
 from ..errors import UnsupportedModelError
+from .trainer_lookup import wrapper_in_use, wrappers_of
 
 # What PowerSGD remembers of every bucket; a bucket of another size begins anew.
 _MEMORIES_OF_HOOKS = ("error_dict", "p_memory_dict", "q_memory_dict")
-
-
-def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
-    """
-    All data-parallel wrappers of a model that are alive; the Trainer shows its wrapper to no callback.
-
-    Args:
-        model (`torch.nn.Module`): The model without its wrapper.
-    """
-    # `isinstance` would ask dead weak references for their class.
-    return [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel) and o.module is model]
-
-
-def wrapper_in_use(model: nn.Module) -> DistributedDataParallel | None:
-    """
-    The wrapper that a training runs through, of those of a model; an earlier training may have left one.
-
-    Args:
-        model (`torch.nn.Module`): The model without its wrapper.
-    """
-    found = wrappers_of(model)
-    if len(found) > 1:
-        # One that nobody holds any more waits in a cycle for its end; the order of what is alive says nothing of age.
-        found = []
-        gc.collect()
-        found = wrappers_of(model)
-    if len(found) > 1:
-        trainers = [o for o in gc.get_objects() if issubclass(type(o), Trainer)]
-        wrapped = [getattr(trainer, "model_wrapped", None) for trainer in trainers]
-        used = {id(getattr(module, "_orig_mod", module)) for module in wrapped}
-        found = [wrapper for wrapper in found if id(wrapper) in used] or found
-    return found[-1] if found else None
 
 
 class ReducerChange:

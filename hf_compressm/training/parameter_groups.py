@@ -42,7 +42,7 @@ def state_space_parameter_groups(
 
     ```python
     >>> import torch
-    >>> from hf_compressm.models.lru import LRUConfig, LRUForSequenceClassification
+    >>> from hf_compressm.models.sequence import LRUConfig, LRUForSequenceClassification
     >>> model = LRUForSequenceClassification(LRUConfig(input_size=1, hidden_size=8, state_size=16))
     >>> groups = state_space_parameter_groups(model, 1e-3, weight_decay=0.05, state_space_lr_factor=0.25)
     >>> [(group["lr"], group["weight_decay"]) for group in groups]

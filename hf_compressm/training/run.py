@@ -34,13 +34,14 @@ from ..errors import ConfigurationError, UnsupportedModelError
 from ..ops import compile_kernels
 from .batches import training_batches
 from .checking import check_or_skip
-from .checkpoints import mark_active, mark_ended
+from .checkpoints.running_mark import mark_active, mark_ended
 from .data_parallel import ReducerChange, begin_with_a_new_reducer
 from .distributed import processes_of_training, run_facts
+from .evaluation_watch import EvaluationWatch
 from .resume import SavedRun
-from .rollback import EvaluationWatch
 from .schedule import check_steps
-from .trackers import neighbours, report, trackers_among
+from .trackers import report, trackers_among
+from .trainer_lookup import neighbours
 
 logger = logging.getLogger(__name__)
 

@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.trainer_callback import CallbackHandler
-
-
-def neighbours(callback: TrainerCallback) -> list[TrainerCallback]:
-    """
-    The other callbacks of the Trainer that a callback belongs to.
-
-    A callback is not told its Trainer and cannot send logs of its own, so the handler that holds the callback is looked
-    up among the live objects. It takes tens of milliseconds; call it once per training.
-
-    Args:
-        callback (`transformers.TrainerCallback`): A callback of the Trainer.
-    """
-    # The type is asked instead of the object: isinstance would wake dead weak proxies.
-    handlers = [thing for thing in gc.get_objects() if issubclass(type(thing), CallbackHandler)]
-    holders = [handler for handler in handlers if any(held is callback for held in handler.callbacks)]
-    return [other for handler in holders for other in handler.callbacks if other is not callback]
 
 
 def trackers_among(callbacks: list[TrainerCallback]) -> list[TrainerCallback]:

@@ -19,7 +19,7 @@ from common import parser, write_result
 
 from hf_compressm import CompreSSMConfig
 from hf_compressm.architectures import find_layers
-from hf_compressm.compression.gramians import ClosedFormGramians
+from hf_compressm.compression.measure.layer_gramians import ClosedFormGramians
 from hf_compressm.models import LRUConfig, LRUModel
 from hf_compressm.systems import DiagonalLTI
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_compressm.architectures import AxisMap, AxisSelection, Rescaling, find_layers, register, successor
-from hf_compressm.architectures.mamba import MambaLayer
+from hf_compressm.architectures.families.mamba import MambaLayer
 from hf_compressm.errors import ConfigurationError, DimensionError, UnsupportedModelError
 from tests.cases import tiny_mamba
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 import hf_compressm
 from hf_compressm import CompreSSMConfig, compress
-from hf_compressm.architectures import StateSpaceLayer, chunk_scan_switch, config_changes, find_layers, scan_switch
-from hf_compressm.architectures.multi_head import MultiHeadLayer
-from hf_compressm.architectures.zamba import ZambaLayer
+from hf_compressm.architectures import StateSpaceLayer, config_changes, find_layers
+from hf_compressm.architectures.families.multi_head import MultiHeadLayer
+from hf_compressm.architectures.families.zamba import ZambaLayer
+from hf_compressm.architectures.scans import multi_head as chunk_scan_switch
+from hf_compressm.architectures.scans import switch as scan_switch
 from hf_compressm.compression import ModelChange, calibrate
 from hf_compressm.errors import DimensionError, TruncationError, UnsupportedModelError
 from hf_compressm.systems import Truncation

@@ -11,7 +11,8 @@ from torch import nn
 from transformers.models.mamba import modeling_mamba
 
 import hf_compressm
-from hf_compressm.architectures import fast_cpu_scan_enabled, find_layers, selective_scan_switch
+from hf_compressm.architectures import fast_cpu_scan_enabled, find_layers
+from hf_compressm.architectures.scans import selective as selective_scan_switch
 from tests.cases import logits_of, tiny_mamba, token_batch
 
 NAMES = ("mamba_selective_scan", "mamba_inner_fn")

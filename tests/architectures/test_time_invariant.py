@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from hf_compressm import CompreSSMConfig, compress
 from hf_compressm.architectures import StateSpaceLayer, find_layers
 from hf_compressm.compression import OptimizerChange
-from hf_compressm.compression.apply import ModelChange, commit_together
-from hf_compressm.compression.gramians import ClosedFormGramians
+from hf_compressm.compression.cut.changes import ModelChange, commit_together
+from hf_compressm.compression.measure.layer_gramians import ClosedFormGramians
 from hf_compressm.errors import DimensionError, TruncationError, UnsupportedModelError
 from hf_compressm.models import LRUConfig, LRUForSequenceClassification, S4DConfig, S4DForSequenceClassification
 from hf_compressm.systems import (

@@ -11,7 +11,7 @@ from torch import nn
 from hf_compressm import CompreSSMConfig, analyze, fast_cpu_scan
 from hf_compressm.architectures import find_layers
 from hf_compressm.compression import calibrate, evaluate_loss
-from hf_compressm.compression.calibration import loss_terms
+from hf_compressm.compression.measure.model_pass import loss_terms
 from hf_compressm.errors import CalibrationError
 from hf_compressm.systems import DiagonalLTI
 from tests.cases import SELECTIVE_CASES, case_id, real_valued_batch, real_valued_model, tiny_mamba, token_batch

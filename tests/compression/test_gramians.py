@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_compressm import CompreSSMConfig
-from hf_compressm.compression.gramians import EmpiricalGramians
+from hf_compressm.compression.measure.layer_gramians import EmpiricalGramians
 from hf_compressm.systems import greedy_selection_truncation, hankel_singular_values
 
 N, GROUPS = 6, 3

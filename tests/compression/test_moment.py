@@ -6,7 +6,7 @@ import pytest
 
 from hf_compressm import CompreSSMConfig
 from hf_compressm.compression import CheckRecord, LayerRecord
-from hf_compressm.compression.moment import Moment, has_been_cut, is_finished, moment_of
+from hf_compressm.compression.decide.progress import Moment, has_been_cut, is_finished, moment_of
 
 STABLE = CompreSSMConfig(when_stable=0.9, uniform=False)
 

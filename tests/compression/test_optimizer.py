@@ -11,13 +11,13 @@ from transformers import Adafactor
 
 from hf_compressm import CompreSSMConfig, compress
 from hf_compressm.architectures import AxisMap, ParameterChange, successor
-from hf_compressm.compression.moments import carry_state
-from hf_compressm.compression.optimizer import (
+from hf_compressm.compression.cut.optimizer import (
     OptimizerChange,
     drop_stale_states,
     require_matching_states,
     unwrap_optimizer,
 )
+from hf_compressm.compression.cut.optimizer_moments import carry_state
 from hf_compressm.errors import UnsupportedModelError
 from tests.cases import tiny_mamba, token_batch
 

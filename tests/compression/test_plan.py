@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hf_compressm import CompreSSMConfig
 from hf_compressm.compression import plan_reduction
-from hf_compressm.compression.moment import Moment
+from hf_compressm.compression.decide.progress import Moment
 from hf_compressm.errors import ConfigurationError
 
 

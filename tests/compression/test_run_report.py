@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hf_compressm import CompreSSMCallback, RunReport
+from hf_compressm.cards import Provenance
 from hf_compressm.compression import CheckRecord, LayerRecord
-from hf_compressm.compression.cards import Provenance
 from hf_compressm.errors import InconsistentModelError
 from tests.training.test_callback import make_trainer
 from tests.training.test_resume import TWO_CUTS

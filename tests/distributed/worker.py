@@ -197,7 +197,7 @@ def broken_process(folder: Path) -> dict[str, Any]:
 
 def nan_process(folder: Path) -> dict[str, Any]:
     """One process has an overflowing loss in its calibration; all of them skip the checks and train on."""
-    from hf_compressm.compression import calibration
+    from hf_compressm.compression.measure import calibration
 
     finite = calibration._finite
     if RANK == 1:

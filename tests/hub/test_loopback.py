@@ -7,7 +7,7 @@ import json
 import pytest
 from safetensors.torch import load
 
-from hf_compressm.compression.cards import PICTURE_NAME
+from hf_compressm.cards import PICTURE_NAME
 
 from .clients import client
 from .loopback import EXPIRED_TOKEN, READ_TOKEN

@@ -9,12 +9,7 @@ import pytest
 
 from hf_compressm.errors import CompreSSMError
 from hf_compressm.hub import load_model
-from hf_compressm.models import (
-    LRUConfig,
-    LRUForSequenceClassification,
-    S4DConfig,
-    S4DForSequenceClassification,
-)
+from hf_compressm.models import LRUConfig, LRUForSequenceClassification, S4DConfig, S4DForSequenceClassification
 
 from .clients import client
 

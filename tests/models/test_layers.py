@@ -10,9 +10,11 @@ import pytest
 import scipy.signal
 import torch
 
-from hf_compressm.models import LRUConfig, S4DConfig, lru, s4d
-from hf_compressm.models.lru.modeling_lru import LRU
-from hf_compressm.models.s4d.modeling_s4d import S4D
+from hf_compressm.models import LRUConfig, S4DConfig
+from hf_compressm.models import sequence as lru
+from hf_compressm.models import sequence as s4d
+from hf_compressm.models.sequence.modeling_lru import LRU
+from hf_compressm.models.sequence.modeling_s4d import S4D
 from hf_compressm.systems import DiagonalLTI
 
 

@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_compressm.errors import CompreSSMError, DimensionError
-from hf_compressm.ops import (
-    diagonal_recurrence,
-    diagonal_recurrence_reference,
-    diagonal_scan,
-    diagonal_scan_reference,
-)
+from hf_compressm.ops import diagonal_recurrence, diagonal_recurrence_reference, diagonal_scan, diagonal_scan_reference
 from hf_compressm.ops._diagonal_scan_torch import scan_by_products
 
 # The package's name for the module is that of the function.

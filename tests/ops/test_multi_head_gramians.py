@@ -7,12 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_compressm.errors import ConfigurationError, DimensionError
-from hf_compressm.ops import (
-    multi_head_adjoint_gramian,
-    multi_head_gramians,
-    multi_head_state_gramian,
-    sample_times,
-)
+from hf_compressm.ops import multi_head_adjoint_gramian, multi_head_gramians, multi_head_state_gramian, sample_times
 
 # batch, length, heads, head_dim, groups, N
 SHAPES = [(1, 1, 1, 1, 1, 1), (2, 5, 3, 2, 3, 4), (3, 67, 4, 5, 2, 8), (2, 130, 6, 3, 1, 16)]

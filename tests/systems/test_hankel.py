@@ -11,12 +11,7 @@ from pymor.core.logger import set_log_levels
 from pymor.models.iosys import LTIModel
 
 from hf_compressm.errors import ConfigurationError, DimensionError, NotFiniteError, UnstableSystemError
-from hf_compressm.systems import (
-    DiagonalLTI,
-    HankelDecomposition,
-    hankel_decomposition,
-    hankel_singular_values,
-)
+from hf_compressm.systems import DiagonalLTI, HankelDecomposition, hankel_decomposition, hankel_singular_values
 
 from .oracles import KINDS, exact_hankel_singular_values, hankel_matrix, random_system, real_matrices
 

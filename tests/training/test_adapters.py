@@ -111,7 +111,7 @@ def test_a_repository_s_layers_are_downloaded(trained, monkeypatch) -> None:
         asked.append((repository, name))
         return str(saved / name)
 
-    monkeypatch.setattr("hf_compressm.compression.adapters.hf_hub_download", download)
+    monkeypatch.setattr("hf_compressm.saving.adapters.hf_hub_download", download)
     model = AutoModelForCausalLM.from_pretrained(base)
     load_cut_layers(model, "me/adapter")
     assert asked == [("me/adapter", LAYERS_NAME)] and {layer.state_size for layer in find_layers(model)} == {4}

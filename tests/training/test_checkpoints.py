@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMCallback
-from hf_compressm.training.checkpoints import (
+from hf_compressm.training.checkpoints.replacing.replacing import (
     LOCK_NAME,
     _start_of,
     before_replacing,

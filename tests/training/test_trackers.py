@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from hf_compressm.training.trackers import neighbours, trackers_among
+from hf_compressm.training.trackers import trackers_among
+from hf_compressm.training.trainer_lookup import neighbours
 from tests.cases import tiny_mamba
 
 

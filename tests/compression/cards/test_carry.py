@@ -15,16 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_compressm import CompreSSMConfig, compress, read_history
-from hf_compressm.compression.cards import (
-    PICTURE_NAME,
-    Provenance,
+from hf_compressm.cards import PICTURE_NAME, Provenance
+from hf_compressm.errors import InconsistentModelError
+from hf_compressm.saving import (
     carried_provenance,
     carry,
     require_one_model,
     state_sizes,
     write_model_files,
 )
-from hf_compressm.errors import InconsistentModelError
 from tests.cases import PRETRAINED_CASES, case_id, logits_of, tiny_mamba, token_batch
 
 HALF = CompreSSMConfig(strategy="target", target_ratio=0.5)

@@ -5,14 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from hf_compressm.compression.cards import (
-    Evaluation,
-    is_machine_made,
-    merge_card,
-    merge_trainer_card,
-    renamed,
-    render_card,
-)
+from hf_compressm.cards import Evaluation, is_machine_made, merge_card, merge_trainer_card, renamed, render_card
 from hf_compressm.errors import CardError
 
 from .test_section import cut, facts

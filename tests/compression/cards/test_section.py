@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard
 
 import hf_compressm
 from hf_compressm import CompreSSMConfig
+from hf_compressm.cards import Evaluation, Provenance, render_card, template_text
+from hf_compressm.cards.escaping import code, escaped, python_string
 from hf_compressm.compression import CheckRecord, LayerRecord
-from hf_compressm.compression.cards import Evaluation, Provenance, render_card, template_text
-from hf_compressm.compression.cards.escaping import code, escaped, python_string
 
 
 def layer(name: str = "layers.0", before: int = 8, after: int = 4, family: str = "mamba") -> LayerRecord:

@@ -1,0 +1,152 @@
+"""`analyze` and `compress`: the library without a Trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .architectures import fast_cpu_scan, find_layers, unsupported_note
+from .cards import Provenance
+from .compression.compressor import Compressor
+from .compression.history import CheckRecord
+from .compression.measure.calibration import calibrate
+from .compression.measure.model_pass import LossFunction
+from .compression.spectrum import Spectrum
+from .config import CompreSSMConfig
+from .errors import ConfigurationError
+from .saving import carried_provenance, carry
+
+logger = logging.getLogger(__name__)
+
+
+def analyze(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    config: CompreSSMConfig | dict[str, Any] | None = None,
+    loss_function: LossFunction | None = None,
+    progress: bool | None = None,
+) -> Spectrum:
+    """
+    Measure the Hankel singular values of every state-space layer of a model. Nothing is changed.
+
+    Args:
+        model (`torch.nn.Module`): A model with supported layers anywhere inside.
+        batches (`Iterable`, *optional*): Calibration inputs; mappings are passed to the model as keyword arguments. All
+            of them are used, so cut a long data loader short with `itertools.islice`. A model whose layers are all
+            time-invariant needs none.
+        config ([`CompreSSMConfig`] or its `dict`, *optional*): Its `gramians`, `seed` and `fast_cpu_scan` are used.
+        loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
+            loss when unset.
+        progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
+
+    Raises:
+        [`~errors.UnsupportedModelError`]: the model has no layer that can be cut.
+        [`~errors.CalibrationError`]: the batches give no finite loss or Gramians.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import MambaConfig, MambaForCausalLM
+    >>> from hf_compressm import analyze
+
+    >>> model = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=2, state_size=8))
+    >>> tokens = torch.randint(0, 16, (4, 32))
+    >>> spectrum = analyze(model, [{"input_ids": tokens, "labels": tokens}])
+    >>> sorted(spectrum.ranks(0.01))
+    ['backbone.layers.0.mixer', 'backbone.layers.1.mixer']
+
+    ```
+    """
+    config = _checked(config)
+    layers = find_layers(model)
+    with fast_cpu_scan(config.fast_cpu_scan):
+        calibration = calibrate(
+            model,
+            layers,
+            () if batches is None else batches,
+            gramians=config.gramians,
+            loss_function=loss_function,
+            seed=config.seed,
+            progress=progress,
+        )
+    sigma = {name: gramians.hankel_singular_values() for name, gramians in calibration.gramians.items()}
+    return Spectrum(sigma, calibration.loss)
+
+
+def compress(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    config: CompreSSMConfig | dict[str, Any] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss_function: LossFunction | None = None,
+    progress: bool | None = None,
+) -> CheckRecord:
+    """
+    Cut the state of a model's layers in place: after training, or between the steps of a training loop of your own.
+
+    Args:
+        model (`torch.nn.Module`): A model with supported layers anywhere inside. `save_pretrained` and `push_to_hub`
+            afterwards write an ordinary checkpoint of the new size, with a model card, the history and a picture.
+        batches (`Iterable`, *optional*): Calibration inputs; mappings are passed to the model as keyword arguments. All
+            of them are used, so cut a long data loader short with `itertools.islice`. A model whose layers are all
+            time-invariant needs none.
+        config ([`CompreSSMConfig`] or its `dict`, *optional*): What to cut and how; its schedule (`window`,
+            `interval`) is not used.
+        optimizer (`torch.optim.Optimizer`, *optional*): Keeps training the model: its groups get the new parameters,
+            its moments are carried over.
+        loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
+            loss when unset.
+        progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
+
+    Returns:
+        [`CheckRecord`]: What was seen in each layer and done to it.
+
+    Raises:
+        [`~errors.UnsupportedModelError`]: the model has no layer that can be cut, or the optimizer does not train it.
+        [`~errors.CalibrationError`]: the batches give no finite loss or Gramians.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import MambaConfig, MambaForCausalLM
+    >>> from hf_compressm import CompreSSMConfig, compress
+
+    >>> model = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=2, state_size=8))
+    >>> tokens = torch.randint(0, 16, (4, 32))
+    >>> batch = {"input_ids": tokens, "labels": tokens}
+    >>> record = compress(model, [batch], CompreSSMConfig(strategy="fixed", keep_ratio=0.5))
+    >>> record.outcome, model.config.state_size
+    ('cut', 4)
+
+    ```
+    """
+    config = _checked(config)
+    if config.judged_by_evaluation:
+        raise ConfigurationError(
+            f"rollback_metric is {config.rollback_metric!r}, a metric of the Trainer's evaluation; compress() "
+            "makes none. Set rollback_metric='calibration_loss'."
+        )
+    compressor = Compressor(model, config, loss_function=loss_function, optimizer=optimizer, progress=progress)
+    note = unsupported_note(model, compressor.layers)
+    if note is not None:
+        logger.warning(note)
+    record = compressor.check(list(() if batches is None else batches))
+    earlier = carried_provenance(model) or Provenance([])
+    # A cut that was taken back is two records, and the spectra are in the first.
+    carry(model, replace(earlier, records=[*earlier.records, *compressor.records], config=config))
+    return record
+
+
+def _checked(config: CompreSSMConfig | dict[str, Any] | None) -> CompreSSMConfig:
+    if isinstance(config, dict):
+        return CompreSSMConfig.from_dict(config)
+    if config is not None and not isinstance(config, CompreSSMConfig):
+        raise ConfigurationError(f"config is a {type(config).__name__}; give a CompreSSMConfig or a dict.")
+    return config or CompreSSMConfig()

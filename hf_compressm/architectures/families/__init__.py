@@ -1,0 +1,16 @@
+"""The model families; importing this package registers them."""
+
+from . import (  # noqa: F401
+    bamba,
+    falcon_h1,
+    falcon_mamba,
+    granite_moe_hybrid,
+    jamba,
+    lru,
+    mamba,
+    mamba2,
+    nemotron_h,
+    s4d,
+    zamba,
+    zamba2,
+)

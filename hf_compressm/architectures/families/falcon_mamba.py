@@ -1,0 +1,22 @@
+"""FalconMamba: transformers' `FalconMambaMixer`, a Mamba mixer with norms of B, C and the time step without weights.
+
+Source of the layer: Zuo et al., 2024, "Falcon Mamba: The First Competitive Attention-free 7B Language Model"
+(arXiv 2410.05355).
+"""
+
+from __future__ import annotations
+
+from ..registry import register
+from ..scans.selective import register_selective_scan
+from .normed_mamba import NormedMambaLayer
+
+
+@register
+class FalconMambaLayer(NormedMambaLayer):
+    """A FalconMamba mixer, seen as a state-space system."""
+
+    family = "falcon_mamba"
+    mixer_names = frozenset({"FalconMambaMixer"})
+
+
+register_selective_scan("transformers.models.falcon_mamba.modeling_falcon_mamba")

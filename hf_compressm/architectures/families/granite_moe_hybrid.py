@@ -1,0 +1,23 @@
+"""GraniteMoeHybrid: transformers' `GraniteMoeHybridMambaLayer`, a Mamba-2 mixer between attention and expert layers.
+
+Source of the model: IBM, 2025, Granite 4.0 language models
+(https://huggingface.co/docs/transformers/model_doc/granitemoehybrid).
+"""
+
+from __future__ import annotations
+
+from ..registry import register
+from ..scans.multi_head import register_chunk_scan
+from .multi_head import MultiHeadLayer
+
+
+@register
+class GraniteMoeHybridLayer(MultiHeadLayer):
+    """A GraniteMoeHybrid mixer, seen as a state-space system."""
+
+    family = "granite_moe_hybrid"
+    mixer_names = frozenset({"GraniteMoeHybridMambaLayer"})
+    config_size_name = "mamba_d_state"
+
+
+register_chunk_scan("transformers.models.granitemoehybrid.modeling_granitemoehybrid")

@@ -1,0 +1,102 @@
+r"""
+The LRU: one complex diagonal system with many inputs and outputs in each layer.
+
+\\( h_t = \lambda \odot h_{t-1} + e^\gamma \odot B u_t, y_t = \mathrm{Re}(C h_t) + D \odot u_t \\) with
+\\( \lambda = e^{-e^\nu + i e^\theta} \\). The system is truncated as the complex one: the error of its real part is
+never larger.
+
+Source of the layer: Orvieto et al., 2023, "Resurrecting Recurrent Neural Networks for Long Sequences"
+(arXiv 2303.06349).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ...systems import DiagonalLTI, Truncation
+from ..moment_maps.axis import AxisMap
+from ..moment_maps.modal import ModalMap
+from ..registry import register
+from .time_invariant import TimeInvariantLayer, clamped_poles, picked
+
+
+@register
+class LRULayer(TimeInvariantLayer):
+    """A linear recurrent unit of `hf_compressm.models.sequence`, also where its code came with a checkpoint."""
+
+    family = "lru"
+    parameter_names = ("nu_log", "theta_log", "gamma_log", "B", "C")
+
+    def state_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters at a state size."""
+        width = self.module.D.shape[0]
+        vectors = dict.fromkeys(("nu_log", "theta_log", "gamma_log"), (size,))
+        return {**vectors, "B": (size, width, 2), "C": (width, size, 2)}
+
+    def system_of(self, module: nn.Module) -> DiagonalLTI:
+        """The system that a module of this family computes, without its feedthrough D, which no cut changes."""
+        lam, B, C = module.system()
+        return DiagonalLTI(lam.detach(), B.detach(), C.detach())
+
+    def written(self, reduced: DiagonalLTI) -> dict[str, Tensor]:
+        r"""
+        The parameters of a reduced system: \\( \gamma = \sqrt{1 - |\lambda|^2} \\), B divided by it, angles in
+        \\( (0, 2 \pi] \\).
+
+        A state's scale is free between its row of B and its column of C. The rows of B get the length that those of the
+        layer have on average, so that an optimizer's step means about the same for them as before.
+        """
+        lam = clamped_poles(reduced.lam)
+        decay = -torch.log(lam.abs())
+        angle = torch.remainder(lam.angle(), 2 * math.pi)
+        gamma_log = 0.5 * torch.log(-torch.expm1(-2 * decay))
+        B = reduced.B / torch.exp(gamma_log).unsqueeze(-1)
+        scale = self._row_length(B)
+        return {
+            "nu_log": torch.log(decay),
+            "theta_log": torch.log(torch.where(angle > 0, angle, 2 * math.pi)),
+            "gamma_log": gamma_log,
+            "B": torch.view_as_real(B / scale.unsqueeze(-1)),
+            "C": torch.view_as_real((reduced.C * scale).resolve_conj()),
+        }
+
+    def _row_length(self, B: Tensor) -> Tensor:
+        """What each row of B is divided by to have the root mean square length of the layer's rows."""
+        usual = self.module.B.detach().double().square().sum((1, 2)).mean().sqrt()
+        length = torch.linalg.vector_norm(B, dim=-1)
+        return torch.where((length > 0) & (usual > 0), length / usual, 1.0)
+
+    def moment_maps(self, truncation: Truncation, values: Mapping[str, Tensor]) -> dict[str, AxisMap]:
+        r"""
+        Gradients of B move with \\( T^H \\) and those of C with \\( W^\top \\), rescaled as their parameters are.
+
+        With \\( h \approx T h_r \\) and \\( h_r = W^H h \\): the gradient of the effective B is
+        \\( \sum_t g_t u_t^\top \\) with the adjoint state \\( g \\), and \\( g_r = T^H g \\); that of C is
+        \\( \sum_t \bar y_t h_t^H \\).
+
+        Args:
+            truncation ([`~systems.Truncation`]): The cut.
+            values (`Mapping[str, torch.Tensor]`): What [`~LRULayer.written`] gave.
+        """
+        # W^H B gamma = scale gamma_r B_r, row by row, tells the scale that was chosen.
+        B, gamma_log = (getattr(self.module, name).detach().double() for name in ("B", "gamma_log"))
+        gamma, new_gamma = torch.exp(gamma_log), torch.exp(values["gamma_log"])
+        effective = truncation.W.mH @ (gamma.unsqueeze(-1) * torch.view_as_complex(B))
+        new = torch.linalg.vector_norm(torch.view_as_complex(values["B"].contiguous()), dim=-1)
+        length = torch.linalg.vector_norm(effective, dim=-1) / new_gamma
+        scale = torch.where(new > 0, length / torch.where(new > 0, new, 1), 1.0)
+        to_B = (scale * new_gamma).unsqueeze(-1) * truncation.T.mH / gamma
+        to_C = truncation.W.mT / scale.unsqueeze(-1)
+        return {"B": ModalMap(0, to_B, has_pairs=True), "C": ModalMap(1, to_C, has_pairs=True)}
+
+    def selected(self, indices: Tensor) -> tuple[dict[str, Tensor], dict[str, AxisMap]]:
+        """The values of the parameters that keep some of the states as they are, and how their gradients move."""
+        rows = picked(indices, self.state_size)
+        values = {name: getattr(self.module, name).detach() for name in self.parameter_names}
+        axes = {name: 1 if name == "C" else 0 for name in values}
+        maps = {name: ModalMap(axis, rows, indices, has_pairs=name in ("B", "C")) for name, axis in axes.items()}
+        return {name: value.index_select(axes[name], indices) for name, value in values.items()}, maps

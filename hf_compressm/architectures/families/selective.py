@@ -1,0 +1,191 @@
+"""What all selective layers share: where their sizes stand, how they are recognised, watched and checked."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import DimensionError, TruncationError, UnsupportedModelError
+from ...systems import Truncation
+from ..changes import AttributeChange, LayerReduction
+from ..contract import ScanObserver, StateSpaceLayer
+from ..scans.switch import calls_registered_scan, watching
+
+# The names that transformers and mamba-ssm have for the same sizes of a mixer.
+STATE_SIZE_NAMES = ("ssm_state_size", "d_state")
+# Switches of mamba-ssm between the fused path, which never calls the scan by itself, and the path that does.
+_FUSED_PATH_SWITCHES = ("use_fast_path", "use_mem_eff_path")
+
+
+class SelectiveLayer(StateSpaceLayer):
+    """
+    A mixer whose B, C and time step depend on the input.
+
+    Args:
+        name (`str`): The module's qualified name in the model.
+        module (`torch.nn.Module`): The mixer.
+        configs (`Sequence`, *optional*): The configs of the models around it, the innermost first.
+    """
+
+    mixer_names: ClassVar[frozenset[str]] = frozenset()
+    """Names of the family's mixer classes, or of classes that they derive from; any class where there are none."""
+
+    required_parts: ClassVar[tuple[str, ...]] = ("A_log", "D")
+    """Attributes that a mixer of the family has."""
+
+    foreign_parts: ClassVar[tuple[str, ...]] = ()
+    """Attributes by which a mixer of another family is told from one of this."""
+
+    config_size_name: ClassVar[str] = "state_size"
+    """What the family's config calls the state size."""
+
+    cut_projections: ClassVar[dict[str, type[nn.Module]]] = {}
+    """Modules inside the mixer whose rows are cut, and the class that they must have."""
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether the module is a mixer of the family and calls a scan that can be watched."""
+        if cls.mixer_names and not any(base.__name__ in cls.mixer_names for base in type(module).__mro__):
+            return False
+        if not all(hasattr(module, name) for name in cls.required_parts):
+            return False
+        if any(hasattr(module, name) for name in cls.foreign_parts):
+            return False
+        return named_size(module, STATE_SIZE_NAMES) is not None and calls_registered_scan(module)
+
+    @classmethod
+    def sizes_may_differ(cls, stock: bool, reductor: str) -> bool:
+        """Not in a stock model class."""
+        return not stock
+
+    @property
+    def state_size(self) -> int:
+        """The present number of states per channel, N."""
+        return getattr(self.module, named_size(self.module, STATE_SIZE_NAMES))
+
+    def size_changes(self, size: int) -> list[AttributeChange]:
+        """The mixer's state size."""
+        return [AttributeChange(self.module, named_size(self.module, STATE_SIZE_NAMES), size)]
+
+    def check_reducible(self) -> None:
+        """
+        Raise when the layer cannot be cut.
+
+        Raises:
+            [`~errors.UnsupportedModelError`]: a parameter is sharded or quantised, a module whose rows would be cut is
+                of another class (an adapter wraps it), or a parameter's shape disagrees with the layer's state size.
+        """
+        for name, expected_class in self.cut_projections.items():
+            found = getattr(self.module, name)
+            if not isinstance(found, expected_class):
+                raise UnsupportedModelError(
+                    f"{self.name}.{name} is a {type(found).__name__} and not a torch.nn.{expected_class.__name__}; "
+                    f"its rows would be cut. Leave {name} out of the adapter's target modules, or merge the adapter "
+                    "first."
+                )
+        super().check_reducible()
+        n_states, expected = self.state_size, self.state_shapes(self.state_size)
+        for name, parameter in self.state_parameters().items():
+            if tuple(parameter.shape) != expected[name]:
+                raise UnsupportedModelError(
+                    f"{self.name}.{name} has shape {tuple(parameter.shape)}; a state size of {n_states} needs "
+                    f"{expected[name]}. The parameter may be sharded or flattened by a wrapper."
+                )
+
+    @classmethod
+    def config_changes(cls, layers: Sequence[StateSpaceLayer], sizes: Sequence[int]) -> list[AttributeChange]:
+        """The state size in every config around the layers, the largest of the sizes of the layers inside."""
+        found: dict[int, tuple[Any, int]] = {}
+        for layer, size in zip(layers, sizes):
+            for config in layer.configs:
+                found[id(config)] = (config, max(int(size), found.get(id(config), (config, 0))[1]))
+        changes = [cls._config_change(config, size) for config, size in found.values()]
+        return [change for change in changes if change is not None]
+
+    @classmethod
+    def _config_change(cls, config: Any, size: int) -> AttributeChange | None:
+        if isinstance(getattr(config, "ssm_cfg", None), dict):  # mamba-ssm
+            return AttributeChange(config, "ssm_cfg", {**config.ssm_cfg, "d_state": size})
+        known = isinstance(getattr(config, cls.config_size_name, None), int)
+        return AttributeChange(config, cls.config_size_name, size) if known else None
+
+    @contextmanager
+    def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:
+        """While the context is open, each forward pass of the layer shows its scan to the observer."""
+        with ExitStack() as stack:
+            stack.enter_context(watching(self.module, observer))
+            for name in _FUSED_PATH_SWITCHES:
+                if getattr(self.module, name, False):
+                    setattr(self.module, name, False)
+                    stack.callback(setattr, self.module, name, True)
+            yield
+
+    def reduce(self, truncation: Truncation) -> LayerReduction:
+        """
+        Build the layer's tensors and sizes for a smaller state. Nothing is written.
+
+        Raises:
+            [`~errors.DimensionError`]: the truncation is for another state size.
+            [`~errors.TruncationError`]: the layer cannot hold it, or a new weight is not finite in its dtype.
+        """
+        if truncation.full_size != self.state_size:
+            raise DimensionError(
+                f"the truncation is for {truncation.full_size} states; {self.name} has {self.state_size}."
+            )
+        with torch.no_grad():
+            reduction = self._reduction(truncation)
+        for change in (*reduction.parameters, *reduction.added):
+            if not torch.isfinite(change.new).all():
+                raise TruncationError(
+                    f"a weight of {self.name} is not finite in {change.new.dtype} after the fold (largest entry of the "
+                    f"reconstruction: {truncation.T.abs().max().item():.3g}). Use the selection reductor for this "
+                    "model."
+                )
+        return reduction
+
+    @abstractmethod
+    def _reduction(self, truncation: Truncation) -> LayerReduction:
+        """The reduction for a truncation of the layer's own state size."""
+
+    def _require_kept_states(self, truncation: Truncation) -> Tensor:
+        """
+        The indices of the kept states, on the layer's device.
+
+        Raises:
+            [`~errors.TruncationError`]: the truncation mixes states.
+        """
+        if truncation.indices is None:
+            raise TruncationError(
+                f"the truncation mixes states, which {self.name} (a {self.family} layer with one diagonal A per "
+                "channel) cannot hold; use an interpolative or a selecting reductor."
+            )
+        return truncation.indices.to(self.module.A_log.device)
+
+    def _require_selection(self, truncation: Truncation) -> Tensor:
+        """
+        The indices of the kept states, on the layer's device.
+
+        Raises:
+            [`~errors.TruncationError`]: the truncation does more than select.
+        """
+        if not truncation.is_selection:
+            raise TruncationError(
+                f"the truncation combines states, which the stock weights of {self.name} (a {self.family} layer, whose "
+                "B and C pass a convolution or a norm) cannot hold; use the selection reductor."
+            )
+        return truncation.indices.to(self.module.A_log.device)
+
+
+def named_size(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    """The first of several names under which a module holds a whole number, or None."""
+    return next((name for name in names if isinstance(getattr(module, name, None), int)), None)
+
+
+def rows_of_identity(indices: Tensor, size: int) -> Tensor:
+    """The rows of the identity that pick the given entries, `(..., len(indices), size)` float64."""
+    return torch.eye(size, dtype=torch.float64, device=indices.device)[indices]

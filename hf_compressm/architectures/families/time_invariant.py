@@ -1,0 +1,221 @@
+r"""
+What the time-invariant families share: a reduced system, written into the layer's own parameters and read back.
+
+A family says how its parameters hold a diagonal system; the checks are here. Parameters are rounded to the layer's
+dtype, so what counts is the system that the written layer computes.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import DimensionError, TruncationError, UnsupportedModelError
+from ...systems import COARSE_RESOLUTION, DiagonalLTI, Truncation, project, require_error_bound
+from ..changes import AttributeChange, LayerReduction, ParameterChange
+from ..contract import StateSpaceLayer
+from ..moment_maps.axis import AxisMap
+from ..parameters import successor
+
+# Share of a response's size that rounding the written parameters may change; 1e-3 is a tenth of the error that a
+# tolerance of 1% stands for.
+_ALLOWED_ROUNDING = 1e-3
+_SMALLEST_POLE = 1e-6
+
+
+class TimeInvariantLayer(StateSpaceLayer):
+    """A layer with a diagonal linear time-invariant system, or one in each channel."""
+
+    is_selective = False
+
+    parameter_names: tuple[str, ...]
+    """The parameters whose shape depends on the state size."""
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether the module has the family's parameters, a state size, and tells its system."""
+        known = all(isinstance(getattr(module, name, None), Tensor) for name in (*cls.parameter_names, "D"))
+        return (
+            known and isinstance(getattr(module, "state_size", None), int) and callable(getattr(module, "system", None))
+        )
+
+    @classmethod
+    def reductors(cls, stock: bool) -> frozenset[str]:
+        """Balanced truncation, made diagonal again, and selection."""
+        return frozenset({"balanced", "selection"})
+
+    @classmethod
+    def default_reductor(cls, stock: bool) -> str:
+        """Balanced truncation."""
+        return "balanced"
+
+    @classmethod
+    def sizes_may_differ(cls, stock: bool, reductor: str) -> bool:
+        """Whether a checkpoint of the family can hold another state size in each layer: always."""
+        return True
+
+    @property
+    def state_size(self) -> int:
+        """The present number of complex states, N."""
+        return self.module.state_size
+
+    def state_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters whose shape depends on the state size, by their names inside the module."""
+        return {name: getattr(self.module, name) for name in self.parameter_names}
+
+    def check_reducible(self) -> None:
+        """
+        Raise when the layer cannot be cut.
+
+        Raises:
+            [`~errors.UnsupportedModelError`]: a parameter is sharded or quantised, or its shape disagrees with the
+                layer's state size.
+        """
+        super().check_reducible()
+        expected = self.state_shapes(self.state_size)
+        for name, parameter in self.state_parameters().items():
+            if tuple(parameter.shape) != expected[name]:
+                raise UnsupportedModelError(
+                    f"{self.name}.{name} has shape {tuple(parameter.shape)}; a state size of {self.state_size} needs "
+                    f"{expected[name]}. The parameter may be sharded or flattened by a wrapper."
+                )
+
+    def saved_state_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
+        """The state size that the layer's parameters in a state dict tell."""
+        axes = {name: shape.index(-1) for name, shape in self.state_shapes(-1).items()}
+        sizes = (state_dict[prefix + name].shape[axis] for name, axis in axes.items() if prefix + name in state_dict)
+        return next(sizes, None)
+
+    def size_changes(self, size: int) -> list[AttributeChange]:
+        """The module's own state size."""
+        return [AttributeChange(self.module, "state_size", size)]
+
+    @classmethod
+    def config_changes(cls, layers: Sequence[StateSpaceLayer], sizes: Sequence[int]) -> list[AttributeChange]:
+        """`state_size` of each config: a number where all of its layers have one size, else a list."""
+        by_config: dict[int, tuple[object, list[int]]] = {}
+        for layer, size in zip(layers, sizes):
+            config = getattr(layer.module, "config", None)
+            if config is not None:
+                by_config.setdefault(id(config), (config, []))[1].append(int(size))
+        return [
+            AttributeChange(config, "state_size", found[0] if len(set(found)) == 1 else found)
+            for config, found in by_config.values()
+        ]
+
+    @abstractmethod
+    def system_of(self, module: nn.Module) -> DiagonalLTI:
+        """The system that a module of this family computes, with the gradient cut off."""
+
+    @abstractmethod
+    def written(self, reduced: DiagonalLTI) -> dict[str, Tensor]:
+        """The values of the parameters that hold a reduced system, float64, by name."""
+
+    @abstractmethod
+    def moment_maps(self, truncation: Truncation, values: Mapping[str, Tensor]) -> dict[str, AxisMap]:
+        """
+        How gradients move under a truncation that mixes states, by parameter name; a missing one is reset.
+
+        Args:
+            truncation ([`~systems.Truncation`]): The cut.
+            values (`Mapping[str, torch.Tensor]`): What [`~TimeInvariantLayer.written`] gave.
+        """
+
+    @abstractmethod
+    def selected(self, indices: Tensor) -> tuple[dict[str, Tensor], dict[str, AxisMap]]:
+        """The values of the parameters that keep some of the states as they are, and how their gradients move."""
+
+    @torch.no_grad()
+    def system(self) -> DiagonalLTI:
+        """The layer as a time-invariant system, or a batch of them, with the gradient cut off."""
+        return self.system_of(self.module)
+
+    @torch.no_grad()
+    def reduce(self, truncation: Truncation) -> LayerReduction:
+        """
+        Build the layer's tensors and sizes for a smaller state.
+
+        The layer as it would be after the cut, in the dtype of its parameters, has to be stable, finite, and as close
+        to the reduced system as its peak response times 1e-3 (or 64 roundings of a wider dtype).
+
+        Raises:
+            [`~errors.DimensionError`]: the truncation is for another state size.
+            [`~errors.TruncationError`]: the written layer fails one of these checks.
+        """
+        return self._reduction(truncation, neglect_coupling=False)
+
+    @torch.no_grad()
+    def reduce_alike(self, truncation: Truncation) -> LayerReduction:
+        """
+        Cut a copy of a layer, such as an average of its weights over steps, with the truncation of the layer itself.
+
+        That truncation makes the layer's own state matrix diagonal, and the copy's nearly so; what is left beside the
+        diagonal is neglected. Raises what [`~TimeInvariantLayer.reduce`] raises.
+        """
+        return self._reduction(truncation, neglect_coupling=True)
+
+    def _reduction(self, truncation: Truncation, neglect_coupling: bool) -> LayerReduction:
+        if truncation.full_size != self.state_size:
+            raise DimensionError(
+                f"the truncation is for {truncation.full_size} states; {self.name} has {self.state_size}."
+            )
+        reduced = project(self.system(), truncation, neglect_coupling)
+        if truncation.is_selection:
+            values, maps = self.selected(truncation.indices)
+        else:
+            values = self.written(reduced)
+            maps = self.moment_maps(truncation, values)
+            if truncation.active is not None:
+                self._revive(values, ~truncation.active)
+        parameters = [
+            ParameterChange(old, successor(old, values[name]), maps.get(name))
+            for name, old in self.state_parameters().items()
+        ]
+        self._check_written(reduced, {name: change.new for name, change in zip(self.parameter_names, parameters)})
+        size = truncation.state_size
+        return LayerReduction(self, parameters, self.size_changes(size), size)
+
+    def _revive(self, values: Mapping[str, Tensor], inert: Tensor) -> None:
+        """
+        Give inert states the poles and inputs of old states, and leave their readout at zero.
+
+        The response is the same, and unlike a state whose input and readout are both zero, it can be trained.
+        """
+        for name, parameter in self.state_parameters().items():
+            if name != "C":
+                old = parameter.detach().to(values[name].dtype)
+                values[name][inert] = old.narrow(inert.ndim - 1, 0, inert.shape[-1])[inert]
+
+    def _check_written(self, reduced: DiagonalLTI, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            if not torch.isfinite(parameter).all():
+                raise TruncationError(
+                    f"{self.name}.{name} is not finite in {parameter.dtype} after the cut; choose another rank, or "
+                    "leave this layer as it is."
+                )
+        probe = copy.copy(self.module)
+        probe._parameters = {**self.module._parameters, **parameters}
+        found = self.system_of(probe)
+        if not found.is_stable():
+            raise TruncationError(
+                f"{self.name} is not stable after the cut, in the dtype of its parameters: max|lam| = "
+                f"{found.lam.abs().amax():.9g}. Choose another rank, or leave this layer as it is."
+            )
+        share = max(_ALLOWED_ROUNDING, 64 * max(torch.finfo(parameter.dtype).eps for parameter in parameters.values()))
+        # The Hankel norm is a lower bound on the peak response, and known without a search over frequencies.
+        require_error_bound(reduced, found, share * reduced.hankel_singular_values(COARSE_RESOLUTION)[..., 0])
+
+
+def clamped_poles(lam: Tensor) -> Tensor:
+    """Poles with their absolute value at least 1e-6: families hold the logarithm, and a pole at 0 acts in one step."""
+    radius = lam.abs().clamp_min(_SMALLEST_POLE)
+    return torch.polar(radius, lam.angle())
+
+
+def picked(indices: Tensor, size: int) -> Tensor:
+    """The rows of the identity that pick the given entries, `(..., len, size)` float64."""
+    return torch.nn.functional.one_hot(indices, size).to(torch.float64)

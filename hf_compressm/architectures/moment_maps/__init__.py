@@ -1,0 +1,1 @@
+"""How gradients, and with them optimizer moments, move under a cut."""

@@ -1,0 +1,1 @@
+"""The recurrences of transformers and mamba-ssm: their arguments and their replacements."""

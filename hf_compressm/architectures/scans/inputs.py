@@ -1,0 +1,107 @@
+"""What a selective layer hands to its scan, and the Gramians of that scan; observers know no more of a family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ...ops import (
+    default_sample_count,
+    sample_times,
+)
+from ...systems import DiagonalLTI
+
+_CHUNK = 2**16
+
+
+@dataclass(frozen=True)
+class ScanInputs(ABC):
+    """
+    The arguments of one scan.
+
+    Args:
+        u (`torch.Tensor` of shape `(batch, length, ...)`): Input of the recurrence, one entry a channel.
+        delta (`torch.Tensor` of shape `(batch, length, ...)`): Positive time steps, after softplus and limits.
+        A (`torch.Tensor`): Negative decay rates.
+        B (`torch.Tensor` of shape `(batch, length, ..., N)`): Input matrix.
+        C (`torch.Tensor` of shape `(batch, length, ..., N)`): Readout.
+        part (`int`, *optional*): Which of a layer's scans it is, where one forward pass makes several whose states have
+            nothing to do with one another. Their results are put side by side.
+    """
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    part: int | None = None
+
+    @property
+    def state_size(self) -> int:
+        """States per channel, N."""
+        return self.B.shape[-1]
+
+    @property
+    def states_per_sequence(self) -> int:
+        """How many numbers the state of one sequence holds."""
+        return self.u[0, 0].numel() * self.state_size
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """How many states of N entries a Gramian of the scan is a sum over."""
+
+    def detached(self) -> ScanInputs:
+        """The same without gradients."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "part"}
+        return replace(self, **{name: tensor.detach() for name, tensor in tensors.items()})
+
+    def sample_times(self, generator: torch.Generator) -> Tensor:
+        """Random steps, as many as make the Gramians cost what the recurrence costs; `(batch, K)` int64."""
+        batch, length = self.u.shape[:2]
+        return sample_times(batch, length, default_sample_count(length, self.state_size), generator)
+
+    def squares(self) -> Tensor:
+        """Mean squares over sequences and steps of each state's entry of B and of C, `(..., 2, N)` float64."""
+        return torch.stack([entries.double().square().mean((0, 1)) for entries in (self.B, self.C)], dim=-2)
+
+    def readout_gramian(self) -> Tensor:
+        r"""Mean of \\( C_t C_t^\top \\) over sequences and steps, `(..., N, N)` float64."""
+        C = self.C.flatten(0, 1).movedim(0, -2)
+        # The widened copy of one chunk at a time.
+        return sum(part.mT @ part for part in (chunk.double() for chunk in C.split(_CHUNK, dim=-2))) / C.shape[-2]
+
+    @abstractmethod
+    def state_gramian(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Sums of states over the sampled steps, scaled to all steps.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: P, `(..., N, N)`, and the readout energy, `(..., N)`; float64.
+        """
+
+    @abstractmethod
+    def adjoint_gramian(self, grad_output: Tensor, times: Tensor) -> Tensor:
+        """The sum Q of adjoint states, `(..., N, N)` float64, for a gradient of the shape of the scan's raw output."""
+
+    @abstractmethod
+    def sums(self) -> Tensor:
+        """Sums over sequences and steps of all that varies, and last the number of steps; flat, float64."""
+
+    @abstractmethod
+    def averaged_systems(self) -> Callable[[Tensor], DiagonalLTI]:
+        r"""
+        What makes systems `(..., channels)` of the means that [`~ScanInputs.sums`] give; it holds no sequence.
+
+        A channel is the system \\( \lambda = e^{\bar\Delta A}, b = \bar\Delta \bar B, c = \bar C \\).
+        """
+
+
+def _sums(*sequences: Tensor) -> Tensor:
+    steps = sequences[0].shape[0] * sequences[0].shape[1]
+    sums = torch.cat([sequence.detach().double().sum((0, 1)) for sequence in sequences])
+    return torch.cat([sums, sums.new_tensor([float(steps)])])

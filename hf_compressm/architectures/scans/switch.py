@@ -1,0 +1,223 @@
+"""The switch that puts this library's scan in the place of transformers', and takes it out again.
+
+transformers calls its scan through a module-level name. Its own replacement mechanism (the `kernels` package) takes
+packaged repositories, changes a model for good and is not installed by default, so the switch rebinds that name
+instead: every model of the process profits, whoever built it, and removing the replacement leaves no trace. A
+replacement that the `kernels` package has put behind the name is kept and still serves the calls that are not for us.
+
+The same replacement lets a calibration pass watch a layer's scan: [`watching`] names the observer of the calls made
+inside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..contract import ScanObserver
+
+logger = logging.getLogger(__name__)
+
+Replacement = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Takes the stock function and returns the one that stands in its place."""
+
+_lock = threading.RLock()
+_replacements: dict[str, Replacement] = {}
+_default_modules: list[str] = []
+_installed: dict[tuple[int, str], tuple[dict[str, Any], Callable[..., Any], int]] = {}
+_enabled_for_good = False
+_enabled_by_contexts = 0
+_observer: ContextVar[ScanObserver | None] = ContextVar("hf_compressm_scan_observer", default=None)
+
+
+def register_scan(module_name: str, replacements: dict[str, Replacement]) -> None:
+    """
+    Make known where a family calls its scan.
+
+    Args:
+        module_name (`str`): The module whose global names the family's forward pass uses. It is imported only when the
+            switch is first used.
+        replacements (`dict[str, Replacement]`): For each global name, what makes the function that replaces it.
+    """
+    _default_modules.append(module_name)
+    _replacements.update(replacements)
+
+
+def is_packed(**kwargs: Any) -> bool:
+    """Whether the arguments of a scan say that several sequences lie behind one another in a row."""
+    return any(kwargs.get(name) is not None for name in ("seq_idx", "cu_seqlens"))
+
+
+@functools.lru_cache(maxsize=1)
+def warn_of_packing() -> None:
+    """Tell once that what is observed of packed sequences is not exact."""
+    logger.warning(
+        "The calibration batches hold packed sequences. Their Gramians are measured as if the state went on from one "
+        "sequence into the next; give calibration_batches that are not packed for exact ones."
+    )
+
+
+def enable_fast_cpu_scan() -> None:
+    """
+    Let supported layers on a CPU run through the fused scan of this library, until [`disable_fast_cpu_scan`].
+
+    Layers on other devices, calls under `torch.compile` or `torch.export`, and calls with arguments that the fused
+    scan does not know keep running through transformers' own code.
+    """
+    global _enabled_for_good
+    with _lock:
+        if not _enabled_for_good:
+            _enabled_for_good = True
+            _install_defaults()
+
+
+def disable_fast_cpu_scan() -> None:
+    """Undo [`enable_fast_cpu_scan`]; transformers is then exactly as it was."""
+    global _enabled_for_good
+    with _lock:
+        if _enabled_for_good:
+            _enabled_for_good = False
+            _remove_defaults()
+
+
+@contextmanager
+def fast_cpu_scan(enabled: bool = True) -> Iterator[None]:
+    """
+    Let supported layers on a CPU run through the fused scan while the context is open.
+
+    Args:
+        enabled (`bool`, *optional*, defaults to `True`): With `False` the context changes nothing.
+
+    Example:
+
+    ```python
+    >>> from hf_compressm import fast_cpu_scan
+
+    >>> with fast_cpu_scan():
+    ...     pass  # forward and backward passes of Mamba models on a CPU are fast here
+
+    ```
+    """
+    global _enabled_by_contexts
+    if not enabled:
+        yield
+        return
+    with _lock:
+        _enabled_by_contexts += 1
+        _install_defaults()
+    try:
+        yield
+    finally:
+        with _lock:
+            _enabled_by_contexts -= 1
+            _remove_defaults()
+
+
+def fast_cpu_scan_enabled() -> bool:
+    """Whether supported layers on a CPU run through the fused scan now."""
+    return _enabled_for_good or _enabled_by_contexts > 0
+
+
+def current_observer() -> ScanObserver | None:
+    """The observer of the layer whose forward pass is running, if a calibration pass is watching it."""
+    return _observer.get()
+
+
+@contextmanager
+def watching(module: nn.Module, observer: ScanObserver) -> Iterator[None]:
+    """
+    Show the scans of a module's forward passes to an observer while the context is open.
+
+    Args:
+        module (`torch.nn.Module`): A module whose forward pass calls a registered scan.
+        observer ([`~architectures.contract.ScanObserver`]): Is asked at each of the module's scans.
+    """
+    namespace = _forward_globals(module)
+    names = [name for name in _replacements if name in namespace]
+    tokens = []
+
+    def enter(*_: Any) -> None:
+        tokens.append(_observer.set(observer))
+
+    def leave(*_: Any) -> None:
+        _observer.reset(tokens.pop())
+
+    with _lock:
+        for name in names:
+            _install(namespace, name)
+    handles = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        with _lock:
+            for name in names:
+                _remove(namespace, name)
+
+
+def calls_registered_scan(module: nn.Module) -> bool:
+    """Whether the module's forward pass uses a name that the switch can replace."""
+    namespace = _forward_globals(module)
+    return any(name in namespace for name in _replacements)
+
+
+def plain_eager_call(*tensors: torch.Tensor) -> bool:
+    """Whether a call is an ordinary eager one on ordinary tensors, which is all that the replacements handle."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
+
+
+def _forward_globals(module: nn.Module) -> dict[str, Any]:
+    # A subclass that inherits `forward` resolves names where `forward` was written, not where the subclass was; one
+    # whose `forward` calls that of `super()` leaves the scan to a class further up.
+    forwards = [inspect.unwrap(vars(cls)["forward"]) for cls in type(module).__mro__ if "forward" in vars(cls)]
+    for forward in forwards:
+        calls_further_up = "__class__" in forward.__code__.co_freevars
+        if any(name in forward.__globals__ for name in _replacements) or not calls_further_up:
+            return forward.__globals__
+    return forwards[0].__globals__
+
+
+def _default_sites() -> list[tuple[dict[str, Any], str]]:
+    namespaces = [vars(importlib.import_module(name)) for name in _default_modules]
+    return [(namespace, name) for namespace in namespaces for name in _replacements if name in namespace]
+
+
+def _install_defaults() -> None:
+    for namespace, name in _default_sites():
+        _install(namespace, name)
+
+
+def _remove_defaults() -> None:
+    for namespace, name in _default_sites():
+        _remove(namespace, name)
+
+
+def _install(namespace: dict[str, Any], name: str) -> None:
+    key = (id(namespace), name)
+    _, stock, users = _installed.get(key, (namespace, namespace[name], 0))
+    if users == 0:
+        namespace[name] = _replacements[name](stock)
+    _installed[key] = (namespace, stock, users + 1)
+
+
+def _remove(namespace: dict[str, Any], name: str) -> None:
+    key = (id(namespace), name)
+    _, stock, users = _installed[key]
+    if users == 1:
+        namespace[name] = stock
+        del _installed[key]
+    else:
+        _installed[key] = (namespace, stock, users - 1)

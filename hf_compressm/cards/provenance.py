@@ -1,0 +1,122 @@
+"""What was done to a model, on which data, and what came of it: the facts behind a model card."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..compression.history import CheckRecord, LayerRecord
+from ..config import CONFIG_NAME, CompreSSMConfig
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    One metric before and after the compression.
+
+    Args:
+        metric (`str`): The metric's name as the Hub knows it, for example `"perplexity"` or `"accuracy"`.
+        before (`float`, *optional*): Its value before the first cut.
+        after (`float`, *optional*): Its value after the last one.
+        data (`str`): What it was measured on, in words.
+        dataset (`str`, *optional*): The Hub name of that data.
+    """
+
+    metric: str
+    before: float | None
+    after: float | None
+    data: str
+    dataset: str | None = None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """
+    The facts that a model card tells about a compression.
+
+    Args:
+        records (`Sequence[CheckRecord]`): Every check, in the order in which they were made.
+        config ([`CompreSSMConfig`], *optional*): The settings of the checks.
+        model_class (`str`, *optional*): Name of the model's class.
+        model_type (`str`, *optional*): The `model_type` of its configuration.
+        reads_tokens (`bool`): Whether the model reads tokens rather than measured values.
+        needs_code (`bool`): Whether loading needs `trust_remote_code=True`.
+        base_model (`str`, *optional*): Hub name of the model that was compressed or trained further.
+        license (`str`, *optional*): License of the base model, which a compressed model inherits.
+        datasets (`Sequence[str]`): Hub names of the data.
+        calibration_data (`str`, *optional*): What the spectra were measured on, in words.
+        evaluations (`Sequence[Evaluation]`): Metrics before and after.
+        step_seconds (`tuple[float, float]`, *optional*): Median duration of a training step before the first cut and
+            after the last one.
+        is_adapter (`bool`): Whether an adapter is saved, without the model below it that was cut.
+        name (`str`, *optional*): The model's name, or its repository's (`"user/name"`).
+    """
+
+    records: Sequence[CheckRecord]
+    config: CompreSSMConfig | None = None
+    model_class: str | None = None
+    model_type: str | None = None
+    reads_tokens: bool = True
+    needs_code: bool = False
+    base_model: str | None = None
+    license: str | None = None
+    datasets: Sequence[str] = ()
+    calibration_data: str | None = None
+    evaluations: Sequence[Evaluation] = ()
+    step_seconds: tuple[float, float] | None = None
+    is_adapter: bool = False
+    name: str | None = None
+
+    @property
+    def cuts(self) -> list[CheckRecord]:
+        """The checks that cut something and were not taken back, in their order."""
+        standing: list[CheckRecord] = []
+        for record in self.records:
+            if record.outcome == "cut":
+                standing.append(record)
+            elif record.outcome == "rolled_back" and standing:
+                standing.pop()
+        return standing
+
+    @property
+    def is_from_training(self) -> bool:
+        """Whether the cuts were made between training steps."""
+        return any(record.step is not None for record in self.cuts)
+
+    def layers(self) -> list[tuple[int, LayerRecord]]:
+        """Each layer's state size before the first check and its latest record, in the model's order."""
+        first: dict[str, int] = {}
+        last: dict[str, LayerRecord] = {}
+        for record in self.records:
+            for layer in record.layers:
+                first.setdefault(layer.name, layer.size_before)
+                last[layer.name] = layer
+        return [(first[name], layer) for name, layer in last.items()]
+
+    def sizes(self) -> dict[str, int]:
+        """The state size that each layer has after the last check, by its name."""
+        return {layer.name: layer.size_after for _, layer in self.layers()}
+
+
+def describe_folder(folder: str | os.PathLike, provenance: Provenance) -> Provenance:
+    """
+    The facts, with what a saved folder tells where they leave it open: the model's class and type, and the settings.
+
+    Args:
+        folder (`str` or `os.PathLike`): A folder with `config.json`.
+        provenance ([`Provenance`]): What is known.
+    """
+    folder = Path(folder)
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = CompreSSMConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
+    return replace(
+        provenance,
+        config=provenance.config or settings,
+        model_class=provenance.model_class or next(iter(written.get("architectures") or []), None),
+        model_type=provenance.model_type or written.get("model_type"),
+        reads_tokens=provenance.reads_tokens and written.get("vocab_size", True) is not None,
+        needs_code=provenance.needs_code or bool(written.get("auto_map")),
+    )

@@ -1,0 +1,1 @@
+"""Decide new state sizes, and find the truncations that give them."""

@@ -1,0 +1,204 @@
+"""The history of a compression: one entry a check, in memory and in a JSON file that is never half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import InconsistentModelError
+from ..files import replace_file
+
+HISTORY_NAME = "compressm_history.json"
+HISTORY_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    r"""
+    What a check saw in one layer and did to it.
+
+    Args:
+        name (`str`): The layer's module name.
+        family (`str`): The layer's family.
+        size_before (`int`): State size before the check.
+        size_after (`int`): State size after it.
+        wanted_size (`int`): State size that the layer's own spectrum asked for.
+        hankel_singular_values (`list[float]`): The spectrum before the check, descending; empty where a cut was taken
+            back.
+        tail (`float`): Sum of the Hankel singular values beyond `size_after`.
+        tail_share (`float`): `tail` as a share of the whole sum, between 0 and 1: what a truncation in balanced
+            coordinates would drop.
+        rank_correlation (`float`, *optional*): Spearman's correlation of the states' scores with those of the previous
+            check; unset where there is no comparable one.
+        state_scores (`list[float]`): Score of each state that stays, in the layer's own order, for the comparison with
+            the next check.
+        lost_energy (`float`, *optional*): For a layer whose Gramians are measured, the share of the observable energy
+            (the sum of the squared Hankel singular values) that the cut lost, as far as the calibration data tell.
+    """
+
+    name: str
+    family: str
+    size_before: int
+    size_after: int
+    wanted_size: int
+    hankel_singular_values: list[float]
+    tail: float
+    tail_share: float
+    rank_correlation: float | None = None
+    state_scores: list[float] = field(default_factory=list)
+    lost_energy: float | None = None
+
+
+@dataclass(frozen=True)
+class CheckRecord:
+    """
+    One check.
+
+    Args:
+        outcome (`str`): `"cut"`; `"kept"` where the spectrum asked for no cut; `"skipped"` where the check could not be
+            completed (the reason says why) and nothing was changed; `"rolled_back"` where an earlier cut was taken
+            back.
+        reason (`str`): One sentence for a person.
+        layers (`list[LayerRecord]`): What was seen in each layer; empty where the spectra are not known.
+        step (`int`, *optional*): Training step after which the check was made.
+        loss_before (`float`, *optional*): Mean loss of the calibration batches before the cut.
+        loss_after (`float`, *optional*): The same after the cut.
+        seconds (`float`): Duration of the whole check.
+        parameters_before (`int`): Parameters of the model before the check.
+        parameters_after (`int`): Parameters after it.
+    """
+
+    outcome: str
+    reason: str
+    layers: list[LayerRecord] = field(default_factory=list)
+    step: int | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    seconds: float = 0.0
+    parameters_before: int = 0
+    parameters_after: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as a dictionary that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CheckRecord:
+        """The record that [`~CheckRecord.to_dict`] gave; fields of a later version are left out."""
+        layers = [LayerRecord(**_known(LayerRecord, layer)) for layer in values.get("layers", [])]
+        return cls(**{**_known(cls, values), "layers": layers})
+
+    def summary(self) -> str:
+        """One line for a person."""
+        where = "" if self.step is None else f"step {self.step}: "
+        if self.outcome != "cut":
+            return f"{where}{self.outcome}, {self.reason}"
+        before, after = ({getattr(layer, k) for layer in self.layers} for k in ("size_before", "size_after"))
+        loss = ""
+        if self.loss_before is not None and self.loss_after is not None:
+            loss = f", calibration loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
+        share = max(layer.tail_share for layer in self.layers)
+        lost = [layer.lost_energy for layer in self.layers if layer.lost_energy is not None]
+        measured = f", at most {max(lost):.2%} of the observable energy lost" if lost else ""
+        return (
+            f"{where}state size {_span(before)} -> {_span(after)} in {len(self.layers)} layers, at most {share:.2%} of "
+            f"the Hankel energy beyond them{measured}{loss}, {self.seconds:.2f} s"
+        )
+
+    def scalars(self) -> dict[str, float]:
+        """The figures of the record that a tracker can plot, by name."""
+        values: dict[str, float | None] = {
+            "compressm/cut": float(self.outcome == "cut"),
+            "compressm/seconds": self.seconds,
+            "compressm/parameters": float(self.parameters_after),
+            "compressm/loss_before": self.loss_before,
+            "compressm/loss_after": self.loss_after,
+        }
+        if self.layers:
+            sizes = [layer.size_after for layer in self.layers]
+            values["compressm/state_size"] = sum(sizes) / len(sizes)
+            values["compressm/tail_share"] = max(layer.tail_share for layer in self.layers)
+            lost = [layer.lost_energy for layer in self.layers if layer.lost_energy is not None]
+            values["compressm/lost_energy"] = max(lost) if lost else None
+        for layer in self.layers:
+            values[f"compressm/state_size/{layer.name}"] = float(layer.size_after)
+            values[f"compressm/wanted_size/{layer.name}"] = float(layer.wanted_size)
+        return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def _known(record: type, values: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(record)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _span(sizes: set[int]) -> str:
+    return str(min(sizes)) if len(sizes) == 1 else f"{min(sizes)}..{max(sizes)}"
+
+
+def sizes_after(records: list[CheckRecord]) -> dict[str, int]:
+    """The state size that each layer has after the records, by name; layers that no record knows are missing."""
+    return {layer.name: layer.size_after for record in records for layer in record.layers}
+
+
+def write_history(records: list[CheckRecord], folder: str | os.PathLike) -> Path:
+    """
+    Write all records to `compressm_history.json` in a folder, replacing the file as a whole.
+
+    The file is an object with `version` (1) and `checks`, a list of the fields of [`CheckRecord`] in the order in
+    which the checks were made.
+    """
+    content = {"version": HISTORY_VERSION, "checks": [record.to_dict() for record in records]}
+    text = json.dumps(content, indent=1, allow_nan=False)
+    path = Path(folder) / HISTORY_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, text.encode("utf-8"))
+    return path
+
+
+def keep_old_history(folder: str | os.PathLike) -> Path | None:
+    """
+    Rename the history of an earlier run in a folder, before a new one writes there.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder, which need not exist.
+
+    Returns:
+        `Path` or `None`: The file's new path, `compressm_history.N.json`, where there was one.
+    """
+    path = Path(folder) / HISTORY_NAME
+    if not path.is_file():
+        return None
+    number = 1
+    while (renamed := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return path.rename(renamed)
+
+
+def read_history(folder: str | os.PathLike) -> list[CheckRecord]:
+    """The records in a folder's `compressm_history.json`, in the order in which the checks were made."""
+    content = json.loads((Path(folder) / HISTORY_NAME).read_text(encoding="utf-8"))
+    return [CheckRecord.from_dict(check) for check in content["checks"]]
+
+
+def history_of(folder: str | os.PathLike) -> list[CheckRecord]:
+    """
+    The records in a folder's history; none where it has no history.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder.
+
+    Raises:
+        [`~errors.InconsistentModelError`]: the file is there and is no history.
+    """
+    path = Path(folder) / HISTORY_NAME
+    if not path.is_file():
+        return []
+    try:
+        return read_history(folder)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InconsistentModelError(
+            f"{path} is not a history of hf_compressm: {error!r}. Remove or restore the file."
+        ) from error

@@ -1,0 +1,1 @@
+"""Measure the Gramians of every layer on calibration batches."""

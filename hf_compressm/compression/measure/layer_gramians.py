@@ -1,0 +1,212 @@
+"""What is known of one layer's input-output energy: its spectrum, a score for each state, and the truncations.
+
+Two kinds share one interface. [`EmpiricalGramians`] are sums over calibration data, for selective layers;
+[`ClosedFormGramians`] are those of a time-invariant layer's own system, which needs no data.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ...config import CompreSSMConfig
+from ...systems import (
+    COARSE_RESOLUTION,
+    DiagonalLTI,
+    HankelDecomposition,
+    Truncation,
+    balanced_truncation_of_each,
+    balancing_truncation_of_each,
+    diagonal_hankel_scores,
+    greedy_selection_truncation,
+    hankel_decomposition,
+    interpolation_residual,
+    interpolative_truncation,
+    project,
+    selection_truncation,
+)
+
+
+class LayerGramians(ABC):
+    """The Gramians of one layer, in whatever form they are known."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the Gramians are."""
+
+    @abstractmethod
+    def hankel_singular_values(self) -> Tensor:
+        """The layer's Hankel singular values, `(N,)` float64, descending."""
+
+    @abstractmethod
+    def state_scores(self) -> Tensor:
+        """The Hankel singular value that each state would have if it were alone, `(..., N)` float64."""
+
+    @abstractmethod
+    def scores_after(self, truncation: Truncation) -> Tensor:
+        """The scores of the states that a truncation of this layer leaves, `(..., r)` float64."""
+
+    def lost_energy(self, truncation: Truncation) -> float | None:
+        """The share of the layer's energy that a truncation loses, where it is not told by the spectrum alone."""
+        return None
+
+    @abstractmethod
+    def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
+        """
+        Cut the layer's state.
+
+        Args:
+            rank (`int`): States to keep, between 1 and N.
+            reductor (`str`): One of the layer's reductors.
+            config ([`CompreSSMConfig`]): Names the score and the rule of a selection.
+            seed (`int`, *optional*, defaults to 0): Seed of the rule `"random"`.
+
+        Raises:
+            [`~errors.TruncationError`]: the truncation failed one of its own checks.
+        """
+
+    def _select(self, scores: Tensor, rank: int, config: CompreSSMConfig, seed: int) -> Truncation:
+        generator = torch.Generator(device=scores.device).manual_seed(seed)
+        return selection_truncation(scores, rank, rule=config.selection_rule, generator=generator)
+
+
+@dataclass(frozen=True)
+class EmpiricalGramians(LayerGramians):
+    r"""
+    The Gramians of a selective layer, as means over the observed states.
+
+    A layer whose state falls into groups with nothing in common has one pair a group and a joint spectrum: its i-th
+    value is the sum of the groups' i-th Hankel singular values, as every group keeps the same number of states.
+
+    Args:
+        P (`torch.Tensor` of shape `(N, N)` or `(groups, N, N)`, float64): Mean of \\( h h^\top \\), the
+            controllability Gramian.
+        Q (`torch.Tensor` of the same shape, float64): Mean of \\( g g^\top \\), the observability Gramian; its scale
+            is that of the loss (or of the probe), so only ratios carry meaning.
+        readout_energy (`torch.Tensor` of shape `(N,)` or `(groups, N)`, float64): Mean of \\( h_n^2 C_n^2 \\).
+        R (`torch.Tensor` of the shape of `P`, float64): Mean of \\( C C^\top \\), the readout Gramian: what a state is
+            worth to the output of its own step. The states that a cut keeps move as before, so that it changes each
+            output by what the dropped states add to it in that step, and nothing later.
+        squares (`torch.Tensor` of shape `(2, N)` or `(groups, 2, N)`, float64, *optional*): Means of \\( B_n^2 \\) and
+            of \\( C_n^2 \\), which every truncation takes along.
+    """
+
+    P: Tensor
+    Q: Tensor
+    readout_energy: Tensor
+    R: Tensor
+    squares: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the Gramians are."""
+        return self.P.device
+
+    @cached_property
+    def _decomposition(self) -> HankelDecomposition:
+        return hankel_decomposition(self.P, self.Q)
+
+    @property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return self._decomposition.L_P, self._decomposition.L_Q
+
+    def hankel_singular_values(self) -> Tensor:
+        """The layer's joint Hankel singular values, `(N,)` float64, descending."""
+        return self._decomposition.sigma.reshape(-1, self.P.shape[-1]).sum(0)
+
+    def state_scores(self) -> Tensor:
+        """The square root of the product of both Gramians' diagonals, `(..., N)` float64."""
+        return diagonal_hankel_scores(self.P, self.Q)
+
+    def scores_after(self, truncation: Truncation) -> Tensor:
+        """The scores of the states that are left, read as the truncation reads them, `(..., r)` float64."""
+        T, W = truncation.T.to(self.Q), truncation.W.to(self.P)
+        return diagonal_hankel_scores(W.mT @ self.P @ W, T.mT @ self.Q @ T)
+
+    def lost_energy(self, truncation: Truncation) -> float | None:
+        """The share of the observable energy `trace(P Q)`, summed over groups, that the truncation loses."""
+        shares = interpolation_residual(self.P, self.Q, truncation, self._factors)
+        energies = self._decomposition.sigma.square().sum(-1)
+        total = float(energies.sum())
+        return float((shares * energies).sum()) / total if total else 0.0
+
+    def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
+        """
+        Cut to `rank` states in every group.
+
+        Args:
+            rank (`int`): States to keep, between 1 and N.
+            reductor (`str`): `"balanced"`, `"interpolative"` or `"selection"`.
+            config ([`CompreSSMConfig`]): Names the score and the rule of a selection.
+            seed (`int`, *optional*, defaults to 0): Seed of the rule `"random"`.
+
+        Raises:
+            [`~errors.TruncationError`]: the truncation failed one of its own checks.
+        """
+        return replace(self._truncation(rank, reductor, config, seed), squares=self.squares)
+
+    def _truncation(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int) -> Truncation:
+        if reductor == "balanced":
+            return balancing_truncation_of_each(self._decomposition, rank)
+        if reductor == "interpolative":
+            return interpolative_truncation(self.P, self.Q, rank, factors=self._factors)
+        if config.selection_score == "greedy" and config.selection_rule == "largest":
+            return greedy_selection_truncation(self.P, self.R, rank)
+        energy = config.selection_score == "readout_energy"
+        return self._select(self.readout_energy if energy else self.state_scores(), rank, config, seed)
+
+
+@dataclass(frozen=True)
+class ClosedFormGramians(LayerGramians):
+    r"""
+    The Gramians of a time-invariant layer, known from its parameters.
+
+    A layer whose channels are systems of their own (a batch) has a joint spectrum: its i-th value is the sum of the
+    channels' i-th Hankel singular values, so that a share of it is a share of the energy of all channels together when
+    each of them keeps the same number of states.
+
+    Args:
+        system ([`~systems.DiagonalLTI`]): The layer's system, or a batch of them.
+    """
+
+    system: DiagonalLTI
+
+    @property
+    def device(self) -> torch.device:
+        """Where the system is."""
+        return self.system.lam.device
+
+    @cached_property
+    def _decomposition(self) -> HankelDecomposition:
+        return self.system.hankel_decomposition(COARSE_RESOLUTION)
+
+    def hankel_singular_values(self) -> Tensor:
+        """The layer's joint Hankel singular values, `(N,)` float64, descending."""
+        return self._decomposition.sigma.reshape(-1, self.system.order).sum(0)
+
+    def state_scores(self) -> Tensor:
+        """The Hankel singular value of each state alone, `(..., N)` float64."""
+        return _modal_scores(self.system)
+
+    def scores_after(self, truncation: Truncation) -> Tensor:
+        """The scores of the states of the reduced system, `(..., r)` float64."""
+        return _modal_scores(project(self.system, truncation))
+
+    def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
+        """Cut to `rank` states; `reductor` is `"balanced"` or `"selection"`, `config` and `seed` as above."""
+        if reductor == "balanced":
+            return balanced_truncation_of_each(self.system, rank, self._decomposition)
+        return self._select(self.state_scores(), rank, config, seed)
+
+
+def _modal_scores(system: DiagonalLTI) -> Tensor:
+    r"""\\( \|b_n\| \|c_n\| / (1 - |\lambda_n|^2) \\), in discrete time: the root of both Gramians' diagonals."""
+    scores = system.B.abs().square().sum(-1).sqrt() * system.C.abs().square().sum(-2).sqrt()
+    if system.time_domain == "discrete":
+        return scores / (1 - system.lam.abs().square())
+    return scores / (-2 * system.lam.real)
