@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,6 @@ import torch
 
 import hf_compressm.models
 from tests.models.tiny import CLASSIFIERS, LANGUAGE_MODELS, sequences
-
-FOLDERS = sorted(path.parent for path in Path(hf_compressm.models.__file__).parent.glob("*/sequence_blocks.py"))
 
 WITHOUT_THE_LIBRARY = """
 import sys
@@ -60,6 +59,12 @@ def test_folders_that_carry_the_code_need_no_library(tmp_path) -> None:
     assert run.stdout.split() == names
 
 
-def test_all_folders_carry_the_same_blocks() -> None:
-    assert [folder.name for folder in FOLDERS] == ["lru", "mamba_classifiers", "s4d"]
-    assert len({(folder / "sequence_blocks.py").read_text(encoding="utf-8") for folder in FOLDERS}) == 1
+def test_what_travels_with_a_model_lies_in_one_flat_folder() -> None:
+    """transformers copies a file and what it imports from its own folder; an import from elsewhere would be lost."""
+    folder = Path(hf_compressm.models.__file__).parent / "sequence"
+    assert [path.name for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"] == []
+    for path in folder.glob("[!_]*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1
+                assert (folder / f"{node.module}.py").is_file()

@@ -14,7 +14,10 @@ from hf_compressm import CompreSSMCallback, read_history
 from hf_compressm.cards import PICTURE_NAME
 from hf_compressm.compression import CheckRecord, LayerRecord
 from hf_compressm.errors import InconsistentModelError
-from hf_compressm.training.card.keeper.keeper import CardKeeper, StepClock, evaluations, find_trainers, keep_card
+from hf_compressm.training.card.evaluations import evaluations
+from hf_compressm.training.card.keeper import CardKeeper, keep_card
+from hf_compressm.training.card.step_clock import StepClock
+from hf_compressm.training.trainer_lookup import find_trainers
 from tests.cases import ModelWithMambaInside, real_valued_batch, tiny_mamba
 from tests.training.test_callback import HALF, Rows, make_trainer
 

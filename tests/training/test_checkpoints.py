@@ -16,16 +16,9 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMCallback
-from hf_compressm.training.checkpoints.replacing.replacing import (
-    LOCK_NAME,
-    _start_of,
-    before_replacing,
-    is_active,
-    mark_active,
-    problem_with,
-    set_aside_incomplete,
-    wait_until_set_aside,
-)
+from hf_compressm.training.checkpoints.integrity import problem_with
+from hf_compressm.training.checkpoints.replacing import before_replacing, set_aside_incomplete, wait_until_set_aside
+from hf_compressm.training.checkpoints.running_mark import LOCK_NAME, _start_of, is_active, mark_active
 from tests.cases import tiny_mamba
 from tests.training.test_callback import make_trainer
 from tests.training.test_resume import SAVES, TWO_CUTS, StopAt

@@ -95,7 +95,7 @@ def nested(entries: dict[tuple, Any]) -> Any:
     Example:
 
     ```python
-    >>> from hf_compressm.training.segments.train.fsdp import nested
+    >>> from hf_compressm.training.segments.fsdp import nested
 
     >>> nested({("state", "weight", "step"): 1, ("groups", 0, "lr"): 0.1})
     {'state': {'weight': {'step': 1}}, 'groups': [{'lr': 0.1}]}
