@@ -14,6 +14,9 @@ import torch  # noqa: E402
 
 from hf_compressm import disable_fast_cpu_scan  # noqa: E402
 
+# Saved folders carry code of their own, in which no doctest is to be looked for.
+collect_ignore_glob = ["fixtures/*"]
+
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
