@@ -24,6 +24,29 @@ except ImportError:  # older transformers offload the convolution by themselves
         return lambda function: function
 
 
+def earlier_states(cache: Any, layer: int) -> tuple[Tensor | None, Tensor | None, bool]:
+    """
+    What a cache holds of the steps before those of this pass, in every release of transformers from 5.17.
+
+    Args:
+        cache (`transformers.Cache`, *optional*): The cache of the pass.
+        layer (`int`): Number of the layer.
+
+    Returns:
+        `tuple`: The state of the convolution `(batch, channels, kernel)` and the recurrent state `(batch, heads,
+        head_dim, r)`, both `None` before the first pass, and whether the cache records what it may have to take back.
+    """
+    if cache is None:
+        return None, None, False
+    if hasattr(cache, "get_recurrent_state"):
+        recording = cache.is_recording_past(layer)
+        return cache.get_conv_state(layer, state_idx=0), cache.get_recurrent_state(layer, state_idx=0), recording
+    if not cache.has_previous_state(layer):
+        return None, None, False
+    held = cache.layers[layer]  # before 5.21 a cache has no methods for these
+    return held.conv_states[0], held.recurrent_states[0], held.record_past
+
+
 class MixedMultiHead:
     """
     What a mixer of Mamba-2's form does with `input_mixing` and `readout_mixing`, both `(groups, N, r)`.
@@ -50,12 +73,13 @@ class MixedMultiHead:
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 for padding.
         """
         dtype, (batch, length, _) = hidden_states.dtype, hidden_states.shape
-        recurrent_state = (
-            None if cache_params is None else cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
-        )
+        conv_state, recurrent_state, recording = earlier_states(cache_params, self.layer_idx)
         projected = self._project(apply_mask_to_padding_states(hidden_states, attention_mask))
         gate, driven, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
-        driven = apply_mask_to_padding_states(self._convolve(driven, cache_params, kwargs), attention_mask)
+        # A cache that records what it may have to take back grows its convolution's state even by single steps.
+        stepping = conv_state is not None and length == 1 and not recording
+        driven = self._convolve(driven, cache_params, conv_state if stepping else None, kwargs)
+        driven = apply_mask_to_padding_states(driven, attention_mask)
         width = self.n_groups * self.ssm_state_size
         u, B, C = driven.split([self.intermediate_size, width, width], dim=-1)
         u = u.reshape(batch, length, self.num_heads, self.head_dim)
@@ -83,11 +107,10 @@ class MixedMultiHead:
         scales = getattr(self, "mup_vector", None)
         return projected if scales is None else projected * scales
 
-    def _convolve(self, driven: Tensor, cache_params: Any, kwargs: dict[str, Any]) -> Tensor:
+    def _convolve(self, driven: Tensor, cache_params: Any, state: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         length, driven = driven.shape[1], driven.transpose(1, 2)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        state = None if cache_params is None else cache_params.get_conv_state(self.layer_idx, state_idx=0)
-        if state is not None and length == 1 and not cache_params.is_recording_past(self.layer_idx):
+        if state is not None:
             return causal_conv1d_update(driven, state, weight, bias, activation=self.activation).transpose(1, 2)
         if cache_params is not None:
             driven = cache_params.update_conv_state(driven, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
