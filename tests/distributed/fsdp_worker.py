@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMError, train_in_segments  # noqa: E402
-from hf_compressm.training.segments.train import checkpoint as segment_checkpoint  # noqa: E402
+from hf_compressm.training.segments import checkpoint as segment_checkpoint  # noqa: E402
 from tests.cases import tiny_lru, tiny_mamba  # noqa: E402
 from tests.distributed.worker import (  # noqa: E402
     JOINT_BATCH,
