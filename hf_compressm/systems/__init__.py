@@ -26,6 +26,8 @@ from hf_compressm.systems.reductors import (
     interpolation_residual,
     interpolative_truncation,
     selection_truncation,
+    weighted_hankel_decomposition,
+    weighted_truncation,
 )
 from hf_compressm.systems.time_domain import TimeDomain
 from hf_compressm.systems.truncation import Truncation
@@ -62,4 +64,6 @@ __all__ = [
     "response_error",
     "selection_truncation",
     "verification_frequencies",
+    "weighted_hankel_decomposition",
+    "weighted_truncation",
 ]

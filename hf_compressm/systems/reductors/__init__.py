@@ -8,6 +8,7 @@ from hf_compressm.systems.reductors.selection import (
     greedy_selection_truncation,
     selection_truncation,
 )
+from hf_compressm.systems.reductors.weighted import weighted_hankel_decomposition, weighted_truncation
 
 __all__ = [
     "COARSE_RESOLUTION",
@@ -20,4 +21,6 @@ __all__ = [
     "interpolation_residual",
     "interpolative_truncation",
     "selection_truncation",
+    "weighted_hankel_decomposition",
+    "weighted_truncation",
 ]

@@ -93,14 +93,39 @@ def _diagonalised(
     system: DiagonalLTI, decomposition: HankelDecomposition, r: int, condition_limit: float
 ) -> tuple[DiagonalLTI, Truncation]:
     """The reduced system and its truncation in the basis of the reduced state matrix's eigenvectors, checked."""
-    balanced = balancing_truncation(decomposition, r)
-    lam, X = eig(balanced.W.mH @ (system.lam.unsqueeze(-1) * balanced.T))
-    condition = _checked_condition(X, condition_limit)
-    truncation = Truncation(T=balanced.T @ X, W=solve(X, balanced.W.mH).mH)
-    reduced = DiagonalLTI(lam, truncation.W.mH @ system.B, system.C @ truncation.T, system.D, system.time_domain)
-    _require_stable_result(reduced)
+    reduced, truncation, condition = diagonal_balanced_form(system, decomposition, r, condition_limit)
     require_error_bound(system, reduced, error_bound(decomposition.sigma, r), amplification=condition)
     return reduced, truncation
+
+
+def diagonal_balanced_form(
+    system: DiagonalLTI, decomposition: HankelDecomposition, r: int, condition_limit: float = DEFAULT_CONDITION_LIMIT
+) -> tuple[DiagonalLTI, Truncation, float]:
+    """The reduced system in balanced coordinates of any pair of Gramians, made diagonal, and checked to be stable.
+
+    Args:
+        system ([`DiagonalLTI`]): The full system, or a batch of them.
+        decomposition ([`HankelDecomposition`]): Of the system's own Gramians, or of measured ones.
+        r (`int`): Number of balanced coordinates to keep, from 1 to N.
+        condition_limit (`float`, *optional*, defaults to 1e5): As in [`balanced_truncation`].
+
+    Returns:
+        `tuple[DiagonalLTI, Truncation, float]`: The reduced system, the truncation that leads to it, and the condition
+        number of the eigenvectors that made it diagonal.
+
+    Raises:
+        DimensionError: `r` is not an integer from 1 to N.
+        TruncationError: Fewer than `r` singular values stand above rounding, the reduced state matrix is nearly
+            defective, or the reduced system is not stable.
+    """
+    balanced = balancing_truncation(decomposition, r)
+    T, W = balanced.T.to(torch.complex128), balanced.W.to(torch.complex128)
+    lam, X = eig(W.mH @ (system.lam.unsqueeze(-1) * T))
+    condition = _checked_condition(X, condition_limit)
+    truncation = Truncation(T=T @ X, W=solve(X, W.mH).mH)
+    reduced = DiagonalLTI(lam, truncation.W.mH @ system.B, system.C @ truncation.T, system.D, system.time_domain)
+    _require_stable_result(reduced)
+    return reduced, truncation, condition
 
 
 @torch.no_grad()
