@@ -18,7 +18,7 @@ REDUCTORS = ("auto", "balanced", "interpolative", "selection")
 BUDGETS = ("layer", "model")
 SELECTION_SCORES = ("greedy", "hankel", "readout_energy")
 SELECTION_RULES = ("largest", "smallest", "random")
-GRAMIANS = ("loss_gradient", "white_noise", "averaged")
+GRAMIANS = ("loss_gradient", "input_weighted", "closed_form", "white_noise", "averaged")
 OPTIMIZER_MOMENTS = ("carry", "slice", "reset")
 AFTER_ROLLBACK = ("stop", "halve")
 CALIBRATION_LOSS = "calibration_loss"
@@ -108,9 +108,14 @@ class CompreSSMConfig:
             Which states `"selection"` keeps: the `"largest"` scores, or, as ablations, the `"smallest"` or `"random"`
             ones.
         gramians (`str`, *optional*, defaults to `"loss_gradient"`):
-            How the Gramians of selective layers are estimated. `"loss_gradient"`: states and adjoint states of the
-            training loss; `"white_noise"`: states, and adjoint states of random outputs (needs no labels and no
-            backward pass); `"averaged"`: the closed form of the system with its time-varying parts averaged.
+            How Gramians are found. `"loss_gradient"`: from states, and adjoint states of the training loss, on the
+            calibration batches. For selective layers there are two more: `"white_noise"`, states, and adjoint states of
+            random outputs (needs no labels and no backward pass), and `"averaged"`, the closed form of the system with
+            its time-varying parts averaged. For time-invariant layers too: `"input_weighted"`, states on the
+            calibration batches and the closed form of the observability Gramian (needs no labels), and `"closed_form"`,
+            both in closed form, which assumes white noise at the layer's input and needs no data. Where batches have no
+            loss a time-invariant layer takes `"input_weighted"` for `"loss_gradient"`, and without batches
+            `"closed_form"`.
         calibration_batches (`int`, *optional*, defaults to 1):
             Batches that one check looks at, in every process.
         seed (`int`, *optional*, defaults to 0):

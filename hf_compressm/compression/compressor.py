@@ -29,7 +29,7 @@ from .cut.snapshot import Snapshot
 from .cut.weight_averages import copy_changes
 from .decide.plan import LayerPlan, plan_reduction
 from .decide.progress import is_finished, moment_of, score_correlation
-from .decide.truncations import find_truncations
+from .decide.truncations import Found, find_truncations
 from .history import CheckRecord, LayerRecord
 from .measure.calibration import Calibration, calibrate
 from .measure.model_pass import LossFunction, evaluate_loss
@@ -289,10 +289,11 @@ class Compressor:
         if not any(layer.is_cut for layer in plan.values()):
             wanted, size = max(layer.wanted for layer in plan.values()), max(self.sizes.values())
             return _Result("kept", f"the spectra ask for {wanted} of {size} states", calibration.loss)
-        truncations, reductions, failures = self._prepare(plan, calibration, seed)
+        found, reductions, failures = self._prepare(plan, calibration, seed)
         if failures and (self.config.uniform or not reductions):
             self._processes.agree("how to cut", {"failures": failures})
             return _Result("skipped", f"a truncation failed its checks: {'; '.join(failures)}", calibration.loss)
+        truncations = {name: item.truncation for name, item in found.items()}
         facts = {name: truncation.fingerprint() for name, truncation in truncations.items()}
         self._processes.agree("how to cut", {**facts, "failures": failures})
         snapshot = self._snapshot(reductions)
@@ -311,25 +312,33 @@ class Compressor:
         if snapshot is None:
             self._cut_copies = []
         reason = "the spectra allow it" if not failures else f"some layers stay as they are: {'; '.join(failures)}"
-        return _Result("cut", reason, loss_after, truncations)
+        return _Result("cut", reason, loss_after, found)
 
     def _prepare(
         self, plan: dict[str, LayerPlan], calibration: Calibration, seed: int
-    ) -> tuple[dict[str, Truncation], list[LayerReduction], list[str]]:
+    ) -> tuple[dict[str, Found], list[LayerReduction], list[str]]:
         """The truncations and reductions of the layers that are to be cut, and why the others failed."""
         cut = [layer for layer in self.layers if plan[layer.name].is_cut]
         sizes = {layer.name: plan[layer.name].new_size for layer in cut}
-        truncations, failed = find_truncations(
-            calibration.gramians, sizes, self._reductors, self.config, seed, self._processes, self._progress
+        layers = {layer.name: layer for layer in cut}
+        found, failed = find_truncations(
+            calibration.gramians,
+            sizes,
+            self._reductors,
+            self.config,
+            seed,
+            self._processes,
+            lambda name, truncation: layers[name].reduce(truncation),
+            self._progress,
         )
         reductions = []
-        for layer in [layer for layer in cut if layer.name in truncations]:
+        for layer in [layer for layer in cut if layer.name in found]:
             try:
-                reductions.append(layer.reduce(truncations[layer.name]))
+                reductions.append(layer.reduce(found[layer.name].truncation))
             except TruncationError as error:
                 failed[layer.name] = str(error)
-                del truncations[layer.name]
-        return truncations, reductions, [f"{name}: {message}" for name, message in failed.items()]
+                del found[layer.name]
+        return found, reductions, [f"{name}: {message}" for name, message in failed.items()]
 
     def _changes(self, reductions: Sequence[LayerReduction]) -> list[Change]:
         model_change = ModelChange(self.model, reductions, all_changes(self.model, self.layers, reductions))
@@ -374,6 +383,8 @@ class Compressor:
                     rank_correlation=correlations[layer.name],
                     state_scores=self._scores[layer.name].tolist(),
                     lost_energy=lost.get(layer.name),
+                    reductor=found.reductor if (found := result.found.get(layer.name)) else None,
+                    gramians=found.gramians if found else None,
                 )
             )
         return records
@@ -387,7 +398,11 @@ class _Result:
     outcome: str
     reason: str
     loss_after: float | None
-    truncations: dict[str, Truncation] = field(default_factory=dict)
+    found: dict[str, Found] = field(default_factory=dict)
+
+    @property
+    def truncations(self) -> dict[str, Truncation]:
+        return {name: item.truncation for name, item in self.found.items()}
 
 
 def _combined_seed(seed: int, step: int | None) -> int:

@@ -1,7 +1,8 @@
 """What is known of one layer's input-output energy: its spectrum, a score for each state, and the truncations.
 
-Two kinds share one interface. [`EmpiricalGramians`] are sums over calibration data, for selective layers;
-[`ClosedFormGramians`] are those of a time-invariant layer's own system, which needs no data.
+Three kinds share one interface. [`EmpiricalGramians`] are sums over calibration data, for selective layers;
+[`ClosedFormGramians`] are those of a time-invariant layer's own system, which needs no data; [`WeightedGramians`] are
+those of its system under the inputs of the calibration data.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ from ...systems import (
     interpolative_truncation,
     project,
     selection_truncation,
+    weighted_hankel_decomposition,
+    weighted_truncation,
 )
 
 
@@ -54,6 +58,13 @@ class LayerGramians(ABC):
     def lost_energy(self, truncation: Truncation) -> float | None:
         """The share of the layer's energy that a truncation loses, where it is not told by the spectrum alone."""
         return None
+
+    form: ClassVar[str]
+    """How the Gramians were found, one of the values of `CompreSSMConfig.gramians`."""
+
+    def attempts(self, reductor: str) -> list[tuple[LayerGramians, str]]:
+        """What to truncate by and how, in the order in which to try: the next where one fails its checks."""
+        return [(self, reductor)]
 
     @abstractmethod
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
@@ -95,6 +106,8 @@ class EmpiricalGramians(LayerGramians):
         squares (`torch.Tensor` of shape `(2, N)` or `(groups, 2, N)`, float64, *optional*): Means of \\( B_n^2 \\) and
             of \\( C_n^2 \\), which every truncation takes along.
     """
+
+    form = "measured"
 
     P: Tensor
     Q: Tensor
@@ -174,6 +187,8 @@ class ClosedFormGramians(LayerGramians):
         system ([`~systems.DiagonalLTI`]): The layer's system, or a batch of them.
     """
 
+    form = "closed_form"
+
     system: DiagonalLTI
 
     @property
@@ -198,9 +213,74 @@ class ClosedFormGramians(LayerGramians):
         return _modal_scores(project(self.system, truncation))
 
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
-        """Cut to `rank` states; `reductor` is `"balanced"` or `"selection"`, `config` and `seed` as above."""
+        """Cut to `rank` states; `reductor` is `"balanced"`, `"interpolative"` or `"selection"`."""
         if reductor == "balanced":
             return balanced_truncation_of_each(self.system, rank, self._decomposition)
+        if reductor == "interpolative":
+            P, Q = self.system.controllability_gramian(), self.system.observability_gramian()
+            return interpolative_truncation(P, Q, rank)
+        return self._select(self.state_scores(), rank, config, seed)
+
+
+@dataclass(frozen=True)
+class WeightedGramians(ClosedFormGramians):
+    r"""
+    The Gramians of a time-invariant layer under the inputs that it really sees.
+
+    Args:
+        system ([`~systems.DiagonalLTI`]): The layer's system, or a batch of them.
+        P (`torch.Tensor` of shape `(..., N, N)`, complex128): Mean of \\( h h^H \\) over the calibration data.
+        Q (`torch.Tensor` of shape `(..., N, N)`, complex128, *optional*): Mean of \\( g g^H \\) over the adjoint
+            states of the loss; the closed form, \\( Q = A^H Q A + C^H C \\), when unset.
+    """
+
+    P: Tensor
+    Q: Tensor | None = None
+
+    @property
+    def form(self) -> str:
+        """`"loss_gradient"` with a measured Q, else `"input_weighted"`."""
+        return "input_weighted" if self.Q is None else "loss_gradient"
+
+    @cached_property
+    def _observability(self) -> Tensor:
+        return self.system.observability_gramian() if self.Q is None else self.Q
+
+    @cached_property
+    def _decomposition(self) -> HankelDecomposition:
+        return weighted_hankel_decomposition(self.system, self.P, self.Q)
+
+    def state_scores(self) -> Tensor:
+        """The square root of the product of both Gramians' diagonals, `(..., N)` float64."""
+        return diagonal_hankel_scores(self.P, self._observability)
+
+    def scores_after(self, truncation: Truncation) -> Tensor:
+        """The scores of the states that are left, read as the truncation reads them, `(..., r)` float64."""
+        T, W = truncation.T.to(self.P), truncation.W.to(self.P)
+        P, Q = W.mH @ self.P @ W, T.mH @ self._observability @ T
+        return diagonal_hankel_scores((P + P.mH) / 2, (Q + Q.mH) / 2)
+
+    def lost_energy(self, truncation: Truncation) -> float | None:
+        """The share of the energy `trace(P Q)` on the data, summed over channels, that the truncation loses."""
+        factors = self._decomposition.L_P, self._decomposition.L_Q
+        shares = interpolation_residual(self.P, self._observability, truncation, factors)
+        energies = self._decomposition.sigma.square().sum(-1)
+        total = float(energies.sum())
+        return float((torch.as_tensor(shares).to(energies) * energies).sum()) / total if total else 0.0
+
+    def attempts(self, reductor: str) -> list[tuple[LayerGramians, str]]:
+        """As asked; then with Q in closed form, which is stable for any P; then interpolative, which keeps poles."""
+        if reductor != "balanced":
+            return [(self, reductor)]
+        closed = [] if self.Q is None else [(replace(self, Q=None), reductor)]
+        return [(self, reductor), *closed, (self, "interpolative")]
+
+    def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
+        """Cut to `rank` states; `reductor` is `"balanced"`, `"interpolative"` or `"selection"`."""
+        if reductor == "balanced":
+            return weighted_truncation(self.system, rank, self.P, self.Q, decomposition=self._decomposition)
+        if reductor == "interpolative":
+            return interpolative_truncation(self.P, self._observability, rank)
         return self._select(self.state_scores(), rank, config, seed)
 
 

@@ -118,7 +118,7 @@ def _checked(
     return EmpiricalGramians((P + P.mT) / 2, (Q + Q.mT) / 2, readout_energy, (R + R.mT) / 2, squares)
 
 
-class _AdjointTap(torch.autograd.Function):
+class AdjointTap(torch.autograd.Function):
     """The identity on the scan's output that hands its gradient on to an observer."""
 
     @staticmethod
@@ -160,7 +160,7 @@ class LossGradientObserver(_SampledGramians):
         def receive(grad_output: Tensor) -> None:
             self._add_adjoint_states(detached, grad_output, times, weight=(self.loss_terms / LOSS_SCALE) ** 2)
 
-        return _AdjointTap.apply(output, self._trigger, receive)
+        return AdjointTap.apply(output, self._trigger, receive)
 
 
 class WhiteNoiseObserver(_SampledGramians):
