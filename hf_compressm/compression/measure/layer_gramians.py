@@ -133,7 +133,7 @@ class EmpiricalGramians(LayerGramians):
         return float((shares * energies).sum()) / total if total else 0.0
 
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
-        """Cut to `rank` states in every group; the truncation takes the mean squares of B and C along."""
+        """Cut to `rank` states in every group; `reductor`, `config` and `seed` as above. It takes `squares` along."""
         return replace(super().truncate(rank, reductor, config, seed), squares=self.squares)
 
 
