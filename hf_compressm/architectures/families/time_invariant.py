@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import DimensionError, TruncationError, UnsupportedModelError
-from ...systems import COARSE_RESOLUTION, DiagonalLTI, Truncation, project, require_error_bound
+from ...systems import COARSE_RESOLUTION, DiagonalLTI, Truncation, project, reductor_names, require_error_bound
 from ..changes import AttributeChange, LayerReduction, ParameterChange
 from ..contract import StateSpaceLayer
 from ..moment_maps.axis import AxisMap
@@ -46,7 +46,7 @@ class TimeInvariantLayer(StateSpaceLayer):
     @classmethod
     def reductors(cls, stock: bool) -> frozenset[str]:
         """Balanced truncation, made diagonal again, and selection."""
-        return frozenset({"balanced", "selection"})
+        return reductor_names(lambda reductor: reductor.reduces_systems)
 
     @classmethod
     def default_reductor(cls, stock: bool) -> str:

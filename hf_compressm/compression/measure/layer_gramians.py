@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,16 +19,13 @@ from ...systems import (
     COARSE_RESOLUTION,
     DiagonalLTI,
     HankelDecomposition,
+    StateChoice,
     Truncation,
-    balanced_truncation_of_each,
-    balancing_truncation_of_each,
     diagonal_hankel_scores,
-    greedy_selection_truncation,
     hankel_decomposition,
     interpolation_residual,
-    interpolative_truncation,
     project,
-    selection_truncation,
+    registered_reductors,
 )
 
 
@@ -55,24 +53,21 @@ class LayerGramians(ABC):
         """The share of the layer's energy that a truncation loses, where it is not told by the spectrum alone."""
         return None
 
-    @abstractmethod
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
         """
         Cut the layer's state.
 
         Args:
-            rank (`int`): States to keep, between 1 and N.
-            reductor (`str`): One of the layer's reductors.
+            rank (`int`): States to keep, between 1 and N (in every group).
+            reductor (`str`): The name of one of the layer's reductors.
             config ([`CompreSSMConfig`]): Names the score and the rule of a selection.
             seed (`int`, *optional*, defaults to 0): Seed of the rule `"random"`.
 
         Raises:
             [`~errors.TruncationError`]: the truncation failed one of its own checks.
         """
-
-    def _select(self, scores: Tensor, rank: int, config: CompreSSMConfig, seed: int) -> Truncation:
-        generator = torch.Generator(device=scores.device).manual_seed(seed)
-        return selection_truncation(scores, rank, rule=config.selection_rule, generator=generator)
+        choice = StateChoice(config.selection_score, config.selection_rule, seed)
+        return registered_reductors()[reductor].truncate(self, rank, choice)
 
 
 @dataclass(frozen=True)
@@ -101,6 +96,7 @@ class EmpiricalGramians(LayerGramians):
     readout_energy: Tensor
     R: Tensor
     squares: Tensor | None = None
+    system: ClassVar[None] = None
 
     @property
     def device(self) -> torch.device:
@@ -108,16 +104,17 @@ class EmpiricalGramians(LayerGramians):
         return self.P.device
 
     @cached_property
-    def _decomposition(self) -> HankelDecomposition:
+    def decomposition(self) -> HankelDecomposition:
+        """The square-root decomposition of both Gramians."""
         return hankel_decomposition(self.P, self.Q)
 
     @property
     def _factors(self) -> tuple[Tensor, Tensor]:
-        return self._decomposition.L_P, self._decomposition.L_Q
+        return self.decomposition.L_P, self.decomposition.L_Q
 
     def hankel_singular_values(self) -> Tensor:
         """The layer's joint Hankel singular values, `(N,)` float64, descending."""
-        return self._decomposition.sigma.reshape(-1, self.P.shape[-1]).sum(0)
+        return self.decomposition.sigma.reshape(-1, self.P.shape[-1]).sum(0)
 
     def state_scores(self) -> Tensor:
         """The square root of the product of both Gramians' diagonals, `(..., N)` float64."""
@@ -131,34 +128,13 @@ class EmpiricalGramians(LayerGramians):
     def lost_energy(self, truncation: Truncation) -> float | None:
         """The share of the observable energy `trace(P Q)`, summed over groups, that the truncation loses."""
         shares = interpolation_residual(self.P, self.Q, truncation, self._factors)
-        energies = self._decomposition.sigma.square().sum(-1)
+        energies = self.decomposition.sigma.square().sum(-1)
         total = float(energies.sum())
         return float((shares * energies).sum()) / total if total else 0.0
 
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
-        """
-        Cut to `rank` states in every group.
-
-        Args:
-            rank (`int`): States to keep, between 1 and N.
-            reductor (`str`): `"balanced"`, `"interpolative"` or `"selection"`.
-            config ([`CompreSSMConfig`]): Names the score and the rule of a selection.
-            seed (`int`, *optional*, defaults to 0): Seed of the rule `"random"`.
-
-        Raises:
-            [`~errors.TruncationError`]: the truncation failed one of its own checks.
-        """
-        return replace(self._truncation(rank, reductor, config, seed), squares=self.squares)
-
-    def _truncation(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int) -> Truncation:
-        if reductor == "balanced":
-            return balancing_truncation_of_each(self._decomposition, rank)
-        if reductor == "interpolative":
-            return interpolative_truncation(self.P, self.Q, rank, factors=self._factors)
-        if config.selection_score == "greedy" and config.selection_rule == "largest":
-            return greedy_selection_truncation(self.P, self.R, rank)
-        energy = config.selection_score == "readout_energy"
-        return self._select(self.readout_energy if energy else self.state_scores(), rank, config, seed)
+        """Cut to `rank` states in every group; `reductor`, `config` and `seed` as above. It takes `squares` along."""
+        return replace(super().truncate(rank, reductor, config, seed), squares=self.squares)
 
 
 @dataclass(frozen=True)
@@ -181,13 +157,26 @@ class ClosedFormGramians(LayerGramians):
         """Where the system is."""
         return self.system.lam.device
 
+    R = readout_energy = None
+
     @cached_property
-    def _decomposition(self) -> HankelDecomposition:
+    def P(self) -> Tensor:
+        """The controllability Gramian, `(..., N, N)` complex128."""
+        return self.system.controllability_gramian()
+
+    @cached_property
+    def Q(self) -> Tensor:
+        """The observability Gramian, `(..., N, N)` complex128."""
+        return self.system.observability_gramian()
+
+    @cached_property
+    def decomposition(self) -> HankelDecomposition:
+        """The square-root decomposition of the system."""
         return self.system.hankel_decomposition(COARSE_RESOLUTION)
 
     def hankel_singular_values(self) -> Tensor:
         """The layer's joint Hankel singular values, `(N,)` float64, descending."""
-        return self._decomposition.sigma.reshape(-1, self.system.order).sum(0)
+        return self.decomposition.sigma.reshape(-1, self.system.order).sum(0)
 
     def state_scores(self) -> Tensor:
         """The Hankel singular value of each state alone, `(..., N)` float64."""
@@ -196,12 +185,6 @@ class ClosedFormGramians(LayerGramians):
     def scores_after(self, truncation: Truncation) -> Tensor:
         """The scores of the states of the reduced system, `(..., r)` float64."""
         return _modal_scores(project(self.system, truncation))
-
-    def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
-        """Cut to `rank` states; `reductor` is `"balanced"` or `"selection"`, `config` and `seed` as above."""
-        if reductor == "balanced":
-            return balanced_truncation_of_each(self.system, rank, self._decomposition)
-        return self._select(self.state_scores(), rank, config, seed)
 
 
 def _modal_scores(system: DiagonalLTI) -> Tensor:

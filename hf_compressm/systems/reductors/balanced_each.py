@@ -9,12 +9,14 @@ from dataclasses import replace
 
 import torch
 
-from hf_compressm.errors import TruncationError
-from hf_compressm.systems._checks import checked_rank
-from hf_compressm.systems.hankel import HankelDecomposition
-from hf_compressm.systems.lti import DiagonalLTI
-from hf_compressm.systems.reductors.balanced import DEFAULT_CONDITION_LIMIT, balanced_truncation, balancing_truncation
-from hf_compressm.systems.truncation import Truncation
+from ...errors import TruncationError
+from .._checks import checked_rank
+from ..hankel import HankelDecomposition
+from ..lti import DiagonalLTI
+from ..ranks import error_bound
+from ..truncation import Truncation
+from .balanced import DEFAULT_CONDITION_LIMIT, balanced_truncation, balancing_truncation
+from .reductor import KnownGramians, Reductor, StateChoice, register_reductor
 
 # How far below the wanted rank to look where a truncation fails its checks.
 _NEIGHBOURS = 3
@@ -27,7 +29,7 @@ def balanced_truncation_of_each(
     decomposition: HankelDecomposition | None = None,
     condition_limit: float = DEFAULT_CONDITION_LIMIT,
 ) -> Truncation:
-    """Reduces every system of a batch to `r` states, of which some may be inert.
+    """Reduce every system of a batch to `r` states, of which some may be inert.
 
     A system that has fewer than `r` Hankel singular values above rounding is reduced to those it has, which loses
     nothing; one whose truncation fails a check at `r` is reduced to the next lower rank that passes. What is missing to
@@ -174,3 +176,16 @@ def _decomposition_of(known: HankelDecomposition, members: torch.Tensor) -> Hank
         return known
     parts = (getattr(known, name)[members] for name in ("L_P", "L_Q", "U", "sigma", "V"))
     return HankelDecomposition(*parts, known.resolution)
+
+
+def _balanced(gramians: KnownGramians, rank: int, choice: StateChoice) -> Truncation:
+    if gramians.system is None:
+        return balancing_truncation_of_each(gramians.decomposition, rank)
+    return balanced_truncation_of_each(gramians.system, rank, gramians.decomposition)
+
+
+BALANCED = register_reductor(
+    Reductor(
+        "balanced", _balanced, error_bound=error_bound, keeps_states=False, only_selects=False, reduces_systems=True
+    )
+)
