@@ -6,18 +6,16 @@ import json
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from .errors import ConfigurationError
+from .systems.reductors.reductor import SelectionRule, SelectionScore, registered_reductors
 from .validation import is_number, require_bool, require_choice, require_integer, require_share, require_window
 
 CONFIG_NAME = "compressm_config.json"
 
 STRATEGIES = ("tolerance", "fixed", "pragmatic", "target")
-REDUCTORS = ("auto", "balanced", "interpolative", "selection")
 BUDGETS = ("layer", "model")
-SELECTION_SCORES = ("greedy", "hankel", "readout_energy")
-SELECTION_RULES = ("largest", "smallest", "random")
 GRAMIANS = ("loss_gradient", "input_weighted", "closed_form", "white_noise", "averaged")
 OPTIMIZER_MOMENTS = ("carry", "slice", "reset")
 AFTER_ROLLBACK = ("stop", "halve")
@@ -173,6 +171,7 @@ class CompreSSMConfig:
             object.__setattr__(self, "rollback_tolerance", _PRAGMATIC_ROLLBACK_TOLERANCE)
         for name, choices in _CHOICES.items():
             require_choice(name, getattr(self, name), choices)
+        require_choice("reductor", self.reductor, ("auto", *registered_reductors()))
         for name in ("tolerance", "keep_ratio"):
             require_share(name, getattr(self, name))
         for name in ("target_ratio", "when_stable"):
@@ -318,10 +317,9 @@ class CompreSSMConfig:
 _CHOICES = {
     "strategy": STRATEGIES,
     "budget": BUDGETS,
-    "reductor": REDUCTORS,
     "optimizer_moments": OPTIMIZER_MOMENTS,
-    "selection_score": SELECTION_SCORES,
-    "selection_rule": SELECTION_RULES,
+    "selection_score": get_args(SelectionScore),
+    "selection_rule": get_args(SelectionRule),
     "gramians": GRAMIANS,
     "after_rollback": AFTER_ROLLBACK,
 }

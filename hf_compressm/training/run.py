@@ -21,6 +21,7 @@ from ..compression import (
     CheckRecord,
     Compressor,
     LossFunction,
+    PendingCut,
     Snapshot,
     drop_stale_states,
     keep_old_history,
@@ -33,7 +34,6 @@ from ..config import CompreSSMConfig
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..ops import compile_kernels
 from .batches import training_batches
-from .checking import check_or_skip
 from .checkpoints.running_mark import mark_active, mark_ended
 from .data_parallel import ReducerChange, begin_with_a_new_reducer
 from .distributed import processes_of_training, run_facts
@@ -150,7 +150,7 @@ class CompressionRun:
 
     def pending(self) -> dict[str, Any] | None:
         """What a resumed run has to know of a cut that is still to be judged, as JSON values."""
-        return None if self._watch is None else self._watch.state()
+        return None if self._watch is None else self._watch.state(self._compressor.pending)
 
     def step_begins(self) -> None:
         """Let a stream's batches be kept on the way to a check."""
@@ -165,19 +165,21 @@ class CompressionRun:
         self._latest_step = step
         if step in self.steps and not self._compressor.is_finished:
             self._check(step)
-        if self._watch is not None and not self._compressor.is_finished and self._watch.wants_evaluation(step):
-            self._control.should_evaluate = True
+        if self._watch is not None and not self._compressor.is_finished:
+            self._control.should_evaluate |= self._watch.wants_evaluation(step, self._compressor.pending)
 
     def evaluated(self, metrics: dict[str, Any]) -> None:
         """Take a cut back where the evaluation says so."""
         if self._watch is None:
             return
-        reason = self._processes.first(self._watch.evaluated(metrics, self._state.global_step))
-        if reason is not None:
-            record = self._compressor.take_back(reason, step=self._state.global_step)
-            self._keep([record])
-        elif self._watch.judge_at is None:
-            self._compressor.snapshot = None
+        step = self._state.global_step
+        verdict = self._processes.first(self._watch.evaluated(metrics, step, self._compressor.pending))
+        if verdict is None:
+            return
+        if verdict.accepted:
+            self._compressor.accept()
+        else:
+            self._keep([self._compressor.take_back(verdict.reason, step=step)])
 
     def saving_checkpoint(self) -> None:
         """Make a check that is due before its step is saved, where the save comes from before this callback's turn."""
@@ -190,8 +192,8 @@ class CompressionRun:
         Args:
             folder (`Path`): The checkpoint.
         """
-        if self._compressor.snapshot is not None:
-            self._compressor.snapshot.save(folder)
+        if self._compressor.pending is not None:
+            self._compressor.pending.save(folder)
 
     def _checkpoint_folder(self) -> Path:
         return Path(self._args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self._state.global_step}"
@@ -200,29 +202,33 @@ class CompressionRun:
         """Let go of the training data."""
         self._batches.close()
         mark_ended(self._args.output_dir)
-        if self._compressor.snapshot is not None:
-            self._compressor.snapshot = None
+        if self._compressor.pending is not None:
+            self._compressor.accept()
             logger.warning("the training ended before the latest cut was judged; the cut stays.")
 
-    def _averages(self) -> list[Any]:
+    def _averages(self) -> dict[str, Any]:
         """What the user named, and every averaged model that another callback holds."""
-        held = [value for other in self._neighbours for value in vars(other).values()]
-        return [*self._averaged_weights, *(value for value in held if isinstance(value, AveragedModel))]
+        named = {f"averaged_weights {number}": value for number, value in enumerate(self._averaged_weights)}
+        held = {
+            f"callback {number} {name}": value
+            for number, other in enumerate(self._neighbours)
+            for name, value in vars(other).items()
+            if isinstance(value, AveragedModel)
+        }
+        return {**named, **held}
 
     def _resume(self, saved: SavedRun) -> None:
-        snapshot = None
-        if self._watch is not None and saved.pending is not None:
-            self._watch.restore(saved.pending)
-            if self._watch.judge_at is not None:
-                try:
-                    snapshot = Snapshot.load(self._checkpoint_folder())
-                except FileNotFoundError:
-                    self._watch.judge_at = None
-                    logger.warning(
-                        "%s holds no snapshot; the cut made before it can no longer be taken back.",
-                        self._checkpoint_folder(),
-                    )
-        self._compressor.restore(saved.records, snapshot)
+        pending = None
+        judge_at = None if self._watch is None or saved.pending is None else self._watch.restore(saved.pending)
+        if judge_at is not None:
+            try:
+                pending = PendingCut.load(self._checkpoint_folder(), judge_at)
+            except FileNotFoundError:
+                logger.warning(
+                    "%s holds no snapshot; the cut made before it can no longer be taken back.",
+                    self._checkpoint_folder(),
+                )
+        self._compressor.restore(saved.records, pending)
         expected = sizes_after(saved.records)
         if any(self._compressor.sizes.get(name, size) != size for name, size in expected.items()):
             self._put_base_in(expected)
@@ -242,10 +248,7 @@ class CompressionRun:
     def _check(self, step: int) -> None:
         if self._watch is not None:
             self._watch.require_comparison()
-        records = check_or_skip(self._compressor, self._batches.draw(step), step, self.steps)
-        if self._watch is not None and records[-1].outcome == "cut":
-            self._watch.cut_made(step)
-        self._keep(records)
+        self._keep(self._compressor.check_or_skip(self._batches.draw(step), step, self.steps))
 
     def _keep(self, records: list[CheckRecord]) -> None:
         for record in records:

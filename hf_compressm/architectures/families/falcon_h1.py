@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...systems import registered_reductors
 from ..changes import AttributeChange
 from ..registry import register
 from ..scans.multi_head import register_chunk_scan
@@ -29,7 +30,8 @@ class FalconH1Layer(MultiHeadLayer):
     @classmethod
     def sizes_may_differ(cls, stock: bool, reductor: str) -> bool:
         """Only where states are mixed: transformers sets the multipliers of all layers for one projected size."""
-        return reductor != "selection" and super().sizes_may_differ(stock, reductor)
+        mixes = not registered_reductors()[reductor].only_selects
+        return mixes and super().sizes_may_differ(stock, reductor)
 
     def _stock_changes(self, size: int) -> list[AttributeChange]:
         """The sizes of a Mamba-2 mixer, the joint size of all groups, and the multipliers of the projection."""

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...systems import Truncation
+from ...systems import Truncation, reductor_names
 from ..changes import AttributeChange, LayerReduction, ParameterChange
 from ..moment_maps.axis import AxisMap
 from ..parameters import successor
@@ -43,7 +43,7 @@ class MambaLayer(SelectiveLayer):
     @classmethod
     def reductors(cls, stock: bool) -> frozenset[str]:
         """Interpolative, folded into the weights, and selection."""
-        return frozenset({"interpolative", "selection"})
+        return reductor_names(lambda reductor: reductor.keeps_states)
 
     @classmethod
     def default_reductor(cls, stock: bool) -> str:

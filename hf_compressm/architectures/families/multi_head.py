@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...systems import reductor_names
 from ..changes import AttributeChange, LayerReduction, ParameterChange
 from ..moment_maps.axis import AxisSelection
 from ..parameters import successor
@@ -39,7 +40,7 @@ class MultiHeadLayer(MixableLayer):
     @classmethod
     def reductors(cls, stock: bool) -> frozenset[str]:
         """Selection, and without `stock` what a mixed layer can hold."""
-        return frozenset({"selection"} if stock else {"balanced", "interpolative", "selection"})
+        return reductor_names(lambda reductor: reductor.only_selects or not stock)
 
     @classmethod
     def default_reductor(cls, stock: bool) -> str:

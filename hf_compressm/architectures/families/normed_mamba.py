@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ...systems import Truncation
+from ...systems import Truncation, reductor_names
 from ..changes import AttributeChange, LayerReduction, ParameterChange
 from ..moment_maps.axis import AxisMap, AxisSelection, Rescaling
 from ..parameters import successor
@@ -38,7 +38,7 @@ class NormedMambaLayer(MixableLayer, MambaLayer):
     @classmethod
     def reductors(cls, stock: bool) -> frozenset[str]:
         """Selection, and without `stock` the interpolative cut of a mixed layer."""
-        return frozenset({"selection"} if stock else {"interpolative", "selection"})
+        return reductor_names(lambda reductor: reductor.only_selects if stock else reductor.keeps_states)
 
     @classmethod
     def default_reductor(cls, stock: bool) -> str:

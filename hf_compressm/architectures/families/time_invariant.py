@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import DimensionError, TruncationError, UnsupportedModelError
-from ...systems import COARSE_RESOLUTION, DiagonalLTI, Truncation, project, require_error_bound
+from ...systems import COARSE_RESOLUTION, DiagonalLTI, Truncation, project, reductor_names, require_error_bound
 from ..changes import AttributeChange, LayerReduction, ParameterChange
 from ..contract import ScanObserver, StateSpaceLayer
 from ..moment_maps.axis import AxisMap
@@ -48,7 +48,7 @@ class TimeInvariantLayer(StateSpaceLayer):
     @classmethod
     def reductors(cls, stock: bool) -> frozenset[str]:
         """Balanced truncation, made diagonal again, interpolative, which keeps poles, and selection."""
-        return frozenset({"balanced", "interpolative", "selection"})
+        return reductor_names(lambda reductor: reductor.reduces_systems)
 
     @classmethod
     def default_reductor(cls, stock: bool) -> str:

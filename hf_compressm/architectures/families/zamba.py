@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ...systems import Truncation
+from ...systems import Truncation, reductor_names
 from ..changes import LayerReduction, ParameterChange
 from ..contract import ScanObserver
 from ..moment_maps.axis import AxisMap
@@ -41,7 +41,7 @@ class ZambaLayer(SelectiveLayer):
     @classmethod
     def reductors(cls, stock: bool) -> frozenset[str]:
         """Interpolative, folded into the weights head by head, and selection."""
-        return frozenset({"interpolative", "selection"})
+        return reductor_names(lambda reductor: reductor.keeps_states)
 
     @classmethod
     def default_reductor(cls, stock: bool) -> str:

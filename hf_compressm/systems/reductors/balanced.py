@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import torch
 
-from hf_compressm.errors import TruncationError
-from hf_compressm.systems._checks import checked_rank
-from hf_compressm.systems._decompositions import cond, eig, solve, solve_ex
-from hf_compressm.systems.hankel import HankelDecomposition
-from hf_compressm.systems.lti import DiagonalLTI
-from hf_compressm.systems.ranks import error_bound
-from hf_compressm.systems.time_domain import stability_margin, stable_poles
-from hf_compressm.systems.truncation import Truncation
-from hf_compressm.systems.verification import require_error_bound
+from ...errors import TruncationError
+from .._checks import checked_rank
+from .._decompositions import cond, eig, solve, solve_ex
+from ..hankel import HankelDecomposition
+from ..lti import DiagonalLTI
+from ..ranks import error_bound
+from ..time_domain import stability_margin, stable_poles
+from ..truncation import Truncation
+from ..verification import require_error_bound
 
 # A layer stores its reduced system in float32, whose rounding a change of basis amplifies by its condition number: 1e5
 # times 6e-8 is an error of half a percent.
@@ -32,7 +32,7 @@ def balanced_truncation(
     condition_limit: float = DEFAULT_CONDITION_LIMIT,
     decomposition: HankelDecomposition | None = None,
 ) -> tuple[DiagonalLTI, Truncation]:
-    """Reduces a stable system to `r` states by square-root balanced truncation, in diagonal form again.
+    """Reduce a stable system to `r` states by square-root balanced truncation, in diagonal form again.
 
     Source: Moore (1981); square-root method, Laub, Heath, Paige and Ward (1987); Antoulas (2005), chapter 7.
 

@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import torch
 
-from hf_compressm.errors import TruncationError
-from hf_compressm.systems._checks import checked_rank
-from hf_compressm.systems.hankel import HankelDecomposition
-from hf_compressm.systems.lti import DiagonalLTI
-from hf_compressm.systems.reductors.balanced import DEFAULT_CONDITION_LIMIT, balanced_truncation, balancing_truncation
-from hf_compressm.systems.truncation import Truncation
+from ...errors import TruncationError
+from .._checks import checked_rank
+from ..hankel import HankelDecomposition
+from ..lti import DiagonalLTI
+from ..truncation import Truncation
+from .balanced import DEFAULT_CONDITION_LIMIT, balanced_truncation, balancing_truncation
 
 # How far below the wanted rank to look where a truncation fails its checks.
 _NEIGHBOURS = 3
@@ -28,7 +28,7 @@ def balanced_truncation_of_each(
     decomposition: HankelDecomposition | None = None,
     condition_limit: float = DEFAULT_CONDITION_LIMIT,
 ) -> Truncation:
-    """Reduces every system of a batch to `r` states, of which some may be inert.
+    """Reduce every system of a batch to `r` states, of which some may be inert.
 
     A system that has fewer than `r` Hankel singular values above rounding is reduced to those it has, which loses
     nothing; one whose truncation fails a check at `r` is reduced to the next lower rank that passes. What is missing to
@@ -197,6 +197,7 @@ def _members(system: DiagonalLTI, members: torch.Tensor) -> DiagonalLTI:
 
 
 def flattened_decomposition(known: HankelDecomposition, count: int) -> HankelDecomposition:
+    """The same decompositions with one batch dimension of the given length."""
     parts = {name: getattr(known, name) for name in ("L_P", "L_Q", "U", "V")}
     matrices = {name: tensor.reshape(count, *tensor.shape[-2:]) for name, tensor in parts.items()}
     return HankelDecomposition(sigma=known.sigma.reshape(count, -1), resolution=known.resolution, **matrices)

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import torch
 
-from hf_compressm.errors import DimensionError
-from hf_compressm.systems._checks import checked_rank
-from hf_compressm.systems.gramians import cauchy_or_product_factor, gramian_factor
-from hf_compressm.systems.hankel import HankelDecomposition
-from hf_compressm.systems.lti import DiagonalLTI
-from hf_compressm.systems.reductors.balanced import DEFAULT_CONDITION_LIMIT, diagonal_balanced_form
-from hf_compressm.systems.reductors.balanced_each import flattened_decomposition, flattened_system, truncation_of_each
-from hf_compressm.systems.truncation import Truncation
+from ...errors import DimensionError
+from .._checks import checked_rank
+from ..gramians import cauchy_or_product_factor, gramian_factor
+from ..hankel import HankelDecomposition
+from ..lti import DiagonalLTI
+from ..ranks import error_bound
+from ..truncation import Truncation
+from .balanced import DEFAULT_CONDITION_LIMIT, diagonal_balanced_form
+from .balanced_each import (
+    balanced_truncation_of_each,
+    balancing_truncation_of_each,
+    flattened_decomposition,
+    flattened_system,
+    truncation_of_each,
+)
+from .reductor import KnownGramians, Reductor, StateChoice, register_reductor
 
 
 @torch.no_grad()
@@ -120,3 +128,19 @@ def weighted_truncation(
         system.batch_shape,
         lambda part, known, rank: diagonal_balanced_form(part, known, rank, condition_limit)[1],
     )
+
+
+def _balanced(gramians: KnownGramians, rank: int, choice: StateChoice) -> Truncation:
+    system, decomposition = gramians.system, gramians.decomposition
+    if system is None:
+        return balancing_truncation_of_each(decomposition, rank)
+    if gramians.is_weighted:
+        return weighted_truncation(system, rank, gramians.P, gramians.Q, decomposition=decomposition)
+    return balanced_truncation_of_each(system, rank, decomposition)
+
+
+BALANCED = register_reductor(
+    Reductor(
+        "balanced", _balanced, error_bound=error_bound, keeps_states=False, only_selects=False, reduces_systems=True
+    )
+)

@@ -21,7 +21,6 @@ from ...compression.decide.progress import is_finished
 from ...errors import ConfigurationError
 from ..batches import CapturedBatches, training_batches, unchanged_random_state
 from ..callback import CompreSSMCallback
-from ..checking import check_or_skip
 from ..distributed import processes_of_training, run_facts
 from ..resume import saved_run
 from ..schedule import check_steps
@@ -241,7 +240,7 @@ def _check(
     )
     processes.agree("the training", run_facts(callback.config, compressor.sizes))
     compressor.restore(records)
-    made = check_or_skip(compressor, _batches(trainer, callback, step), step, steps)
+    made = compressor.check_or_skip(_batches(trainer, callback, step), step, steps)
     model.to(home)
     return compressor.records, made[-1].outcome == "cut", optimizer
 
