@@ -20,6 +20,7 @@ from ..systems import DiagonalLTI, Truncation
 from .changes import AttributeChange, LayerReduction, ParameterChange
 from .parameters import successor, why_not_reducible
 from .scans.inputs import ScanInputs
+from .state_layout import StateLayout
 
 
 class ScanObserver(Protocol):
@@ -86,15 +87,19 @@ class StateSpaceLayer(ABC):
         """How many entries B and C have where they are projected; more than the state size where a layer mixes them."""
         return self.state_size
 
+    @property
     @abstractmethod
+    def layout(self) -> StateLayout:
+        """Where the state lies now in the module's parameters and attributes."""
+
     def state_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters whose shape depends on the state size, by their names inside the module."""
+        return self.layout.parameters(self.module)
 
     def rescaled_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that a cut may multiply by a number and whose shape stays, by their names in the module."""
         return {}
 
-    @abstractmethod
     def saved_state_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
         """
         The state size of this layer in a state dict, or None where the state dict does not tell.
@@ -103,14 +108,15 @@ class StateSpaceLayer(ABC):
             state_dict (`Mapping[str, torch.Tensor]`): All or a part (a shard) of a model's tensors.
             prefix (`str`): The layer's name in it, with a dot at the end.
         """
+        return self.layout.size_in(state_dict, prefix)
 
-    @abstractmethod
     def state_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
         """The shapes of [`~StateSpaceLayer.state_parameters`] at a state size, by the same names."""
+        return self.layout.shapes(size)
 
-    @abstractmethod
     def size_changes(self, size: int) -> list[AttributeChange]:
         """What else in the layer's own modules tells its state size, and its value at another one."""
+        return self.layout.size_changes(self.module, size)
 
     @classmethod
     def config_changes(cls, layers: Sequence[StateSpaceLayer], sizes: Sequence[int]) -> list[AttributeChange]:
@@ -129,14 +135,14 @@ class StateSpaceLayer(ABC):
 
         They hold NaN until they are loaded: a load that brings only some of them shows at once.
         """
-        shapes = self.state_shapes(size)
+        shapes, changes = self.state_shapes(size), self.size_changes(size)
         with torch.no_grad():
             for name, parameter in self.state_parameters().items():
                 # The parameter's identity stays, so that an optimizer that the user has made keeps it.
                 parameter.data = parameter.data.new_full(shapes[name], float("nan"))
                 parameter.grad = None
-        for change in self.size_changes(size):
-            setattr(change.owner, change.name, change.value)
+        for change in changes:
+            change.write()
 
     def saved_form(self, state_dict: Mapping[str, Tensor], prefix: str) -> tuple[int, int] | None:
         """
@@ -234,7 +240,7 @@ class StateSpaceLayer(ABC):
 
         Raises:
             [`~errors.UnsupportedModelError`]: a parameter is sharded, quantised, empty, on the meta device,
-                parametrised, or wrapped by an adapter.
+                parametrised, or wrapped by an adapter, or its shape disagrees with the layer's state size.
         """
         for name, parameter in {**self.state_parameters(), **self.rescaled_parameters()}.items():
             problem = why_not_reducible(parameter)
@@ -243,6 +249,25 @@ class StateSpaceLayer(ABC):
                     f"{self.name}.{name} {problem}. Load the model in a plain floating-point form on one device, "
                     "compress it, and apply that treatment afterwards."
                 )
+        n_states, expected = self.state_size, self.state_shapes(self.state_size)
+        for name, parameter in self.state_parameters().items():
+            if tuple(parameter.shape) != expected[name]:
+                raise UnsupportedModelError(
+                    f"{self.name}.{name} has shape {tuple(parameter.shape)}; a state size of {n_states} needs "
+                    f"{expected[name]}. The parameter may be sharded or flattened by a wrapper."
+                )
+
+    def require_own_size(self, truncation: Truncation) -> None:
+        """
+        Raise when a truncation is for another state size.
+
+        Raises:
+            [`~errors.DimensionError`]: it is.
+        """
+        if truncation.full_size != self.state_size:
+            raise DimensionError(
+                f"the truncation is for {truncation.full_size} states; {self.name} has {self.state_size}."
+            )
 
 
 def _on_device(value: Any, device: torch.device) -> Any:
