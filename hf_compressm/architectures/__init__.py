@@ -1,7 +1,15 @@
 """Model families behind one contract, and the switch that puts the fast scan into them."""
 
 from . import families  # noqa: F401 - importing them registers them
-from .changes import ABSENT, AttributeChange, LayerReduction, ParameterAddition, ParameterChange, ParameterRemoval
+from .changes import (
+    ABSENT,
+    AttributeChange,
+    LayerReduction,
+    ParameterAddition,
+    ParameterChange,
+    ParameterRemoval,
+    StateForm,
+)
 from .compressed_forms import all_changes, can_hold_forms
 from .contract import ScanObserver, StateSpaceLayer, SumOverProcesses
 from .moment_maps.axis import AxisMap, AxisSelection, Rescaling
@@ -37,6 +45,7 @@ __all__ = [
     "ScanInputs",
     "ScanObserver",
     "SelectiveScanInputs",
+    "StateForm",
     "StateSpaceLayer",
     "SumOverProcesses",
     "config_changes",

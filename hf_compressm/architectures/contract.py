@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import DimensionError, UnsupportedModelError
 from ..systems import DiagonalLTI, Truncation
-from .changes import AttributeChange, LayerReduction, ParameterChange
+from .changes import AttributeChange, LayerReduction, ParameterChange, StateForm
 from .parameters import successor, why_not_reducible
 from .scans.inputs import ScanInputs
 from .state_layout import StateLayout
@@ -88,6 +88,11 @@ class StateSpaceLayer(ABC):
         return self.state_size
 
     @property
+    def form(self) -> StateForm:
+        """The present state size and projected size."""
+        return StateForm(self.state_size, self.projected_size)
+
+    @property
     @abstractmethod
     def layout(self) -> StateLayout:
         """Where the state lies now in the module's parameters and attributes."""
@@ -144,7 +149,7 @@ class StateSpaceLayer(ABC):
         for change in changes:
             change.write()
 
-    def saved_form(self, state_dict: Mapping[str, Tensor], prefix: str) -> tuple[int, int] | None:
+    def saved_form(self, state_dict: Mapping[str, Tensor], prefix: str) -> StateForm | None:
         """
         State size and projected size of this layer in a state dict, or None where the state dict does not tell.
 
@@ -153,18 +158,18 @@ class StateSpaceLayer(ABC):
             prefix (`str`): The layer's name in it, with a dot at the end.
         """
         size = self.saved_state_size(state_dict, prefix)
-        return None if size is None else (size, size)
+        return None if size is None else StateForm(size, size)
 
-    def shapes_of_form(self, form: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def shapes_of_form(self, form: StateForm) -> dict[str, tuple[int, ...]]:
         """The shapes that a state dict has in a form (state size and projected size), by parameter name."""
-        return self.state_shapes(form[0])
+        return self.state_shapes(form.size)
 
-    def take_form(self, form: tuple[int, int]) -> None:
+    def take_form(self, form: StateForm) -> None:
         """Give the layer another state size and projected size, in place, before a load; see [`resize`]."""
-        self.resize(form[0])
+        self.resize(form.size)
 
     def restoration(
-        self, values: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]], form: tuple[int, int]
+        self, values: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]], form: StateForm
     ) -> LayerReduction:
         """
         What takes the layer back to a form that it had, with tensors from then. Nothing is written.
@@ -172,15 +177,15 @@ class StateSpaceLayer(ABC):
         Args:
             values (`Mapping[str, torch.Tensor]`): What a cut replaced, by name inside the module.
             states (`Mapping[str, Mapping]`): The optimizer's state of each, by the same names.
-            form (`tuple[int, int]`): State size and projected size.
+            form ([`StateForm`]): State size and projected size.
 
         Raises:
             [`~errors.DimensionError`]: a tensor is missing, or has not the shape that the layer needs.
         """
         rescaled = {name: p for name, p in self.rescaled_parameters().items() if name in values}
-        shapes = {**self.state_shapes(form[0]), **{name: tuple(p.shape) for name, p in rescaled.items()}}
+        shapes = {**self.state_shapes(form.size), **{name: tuple(p.shape) for name, p in rescaled.items()}}
         changes = self._put_back({**self.state_parameters(), **rescaled}, values, states, shapes)
-        return LayerReduction(self, changes, self.size_changes(form[0]), *form)
+        return LayerReduction(self, changes, self.size_changes(form.size), *form)
 
     def _put_back(
         self,

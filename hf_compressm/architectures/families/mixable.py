@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from ...errors import DimensionError, TruncationError
 from ...models.compressed.mixing import mix, mixed_classes, mixing_sites, stock_classes
 from ...systems import Truncation
-from ..changes import ABSENT, AttributeChange, LayerReduction, ParameterAddition, ParameterChange, ParameterRemoval
+from ..changes import (
+    ABSENT,
+    AttributeChange,
+    LayerReduction,
+    ParameterAddition,
+    ParameterChange,
+    ParameterRemoval,
+    StateForm,
+)
 from ..moment_maps.mixing import MixingMap
 from ..parameters import successor
 from ..state_layout import StateAxis, StateLayout, runs
@@ -57,7 +65,7 @@ class MixableLayer(SelectiveLayer):
         """That of the mixing matrices of a mixed layer, with what else has its state size; else the stock one."""
         return self._mixed_layout(self.projected_size) if self.is_mixed else self.stock_layout
 
-    def saved_form(self, state_dict: Mapping[str, Tensor], prefix: str) -> tuple[int, int] | None:
+    def saved_form(self, state_dict: Mapping[str, Tensor], prefix: str) -> StateForm | None:
         """State size and projected size of this layer in a state dict, or None where it does not tell."""
         paths = self._site_paths()
         # What a mixed layer keeps of its dynamics has the size of the scan: it tells the projected one only by itself.
@@ -65,10 +73,10 @@ class MixableLayer(SelectiveLayer):
         axes = sorted(layout.axes, key=lambda axis: axis.parameter in self._dynamics)
         projected = StateLayout(tuple(axes)).size_in(state_dict, prefix)
         if projected is None or not paths or prefix + paths[0] not in state_dict:
-            return None if projected is None else (projected, projected)
-        return state_dict[prefix + paths[0]].shape[-1], projected
+            return None if projected is None else StateForm(projected, projected)
+        return StateForm(state_dict[prefix + paths[0]].shape[-1], projected)
 
-    def shapes_of_form(self, form: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def shapes_of_form(self, form: StateForm) -> dict[str, tuple[int, ...]]:
         """The shapes that a state dict has in a form, by parameter name."""
         size, projected = form
         stock = self.stock_layout.shapes(projected)
@@ -77,9 +85,9 @@ class MixableLayer(SelectiveLayer):
     def saved_state_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
         """The state size that a state dict tells."""
         form = self.saved_form(state_dict, prefix)
-        return None if form is None else form[0]
+        return None if form is None else form.size
 
-    def take_form(self, form: tuple[int, int]) -> None:
+    def take_form(self, form: StateForm) -> None:
         """Give the layer another form, in place, before a load; its state parameters hold NaN until then."""
         size, projected = form
         if self.is_mixed and (size == projected or projected != self.projected_size):
@@ -125,7 +133,7 @@ class MixableLayer(SelectiveLayer):
         return LayerReduction(self, changes, [], truncation.state_size, self.projected_size)
 
     def restoration(
-        self, values: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]], form: tuple[int, int]
+        self, values: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]], form: StateForm
     ) -> LayerReduction:
         """
         What takes the layer back to a form that it had, with tensors from then. Nothing is written.
@@ -133,34 +141,33 @@ class MixableLayer(SelectiveLayer):
         Args:
             values (`Mapping[str, torch.Tensor]`): What a cut replaced, by name inside the module.
             states (`Mapping[str, Mapping]`): The optimizer's state of each, by the same names.
-            form (`tuple[int, int]`): State size and projected size.
+            form ([`StateForm`]): State size and projected size.
         """
-        mixed = form[0] < form[1]
-        if self.is_mixed == mixed:
+        if self.is_mixed == form.is_mixed:
             return super().restoration(values, states, form)
-        if mixed:
+        if form.is_mixed:
             return self._mixed_again(values, states, form)
         removed = [ParameterRemoval(module, name) for module, name in self._sites()]
         classes = [AttributeChange(module, "__class__", cls) for module, cls in stock_classes(self.module)]
         layout = self.stock_layout
         kept = {name: p for name, p in layout.parameters(self.module).items() if name in values}
-        changes = self._put_back(kept, values, states, layout.shapes(form[1]))
-        return LayerReduction(self, changes, classes, form[0], form[1], removed=removed)
+        changes = self._put_back(kept, values, states, layout.shapes(form.projected))
+        return LayerReduction(self, changes, classes, *form, removed=removed)
 
     def _mixed_again(
-        self, values: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]], form: tuple[int, int]
+        self, values: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]], form: StateForm
     ) -> LayerReduction:
         """What gives a stock layer the matrices of a mixed one, as where a checkpoint of an adapter brings its base."""
-        if form[1] != self.projected_size:
+        if form.projected != self.projected_size:
             raise DimensionError(
-                f"the snapshot of {self.name} projects B and C to {form[1]} entries; the layer, to "
+                f"the snapshot of {self.name} projects B and C to {form.projected} entries; the layer, to "
                 f"{self.projected_size}."
             )
         matrices = [values.get(path) for path in self._site_paths()]
         if any(matrix is None for matrix in matrices):
             raise DimensionError(f"the snapshot of {self.name} has no mixing matrices.")
         dynamics = self._dynamics_layout()
-        changes = self._put_back(dynamics.parameters(self.module), values, states, dynamics.shapes(form[0]))
+        changes = self._put_back(dynamics.parameters(self.module), values, states, dynamics.shapes(form.size))
         return LayerReduction(self, changes, self._mixed_classes(), *form, added=self._additions(matrices))
 
     def _additions(self, matrices: Sequence[Tensor]) -> list[ParameterAddition]:
