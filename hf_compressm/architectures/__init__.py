@@ -16,7 +16,7 @@ from .moment_maps.axis import AxisMap, AxisSelection, Rescaling
 from .moment_maps.modal import ModalMap
 from .parameters import successor
 from .registry import config_changes, find_layers, register, registered_families
-from .scans.inputs import ScanInputs
+from .scans.inputs import ScanInputs, TimeAverages, TimeInvariantInputs
 from .scans.multi_head import MultiHeadScanInputs
 from .scans.selective import SelectiveScanInputs
 from .scans.switch import (
@@ -48,6 +48,8 @@ __all__ = [
     "StateForm",
     "StateSpaceLayer",
     "SumOverProcesses",
+    "TimeAverages",
+    "TimeInvariantInputs",
     "config_changes",
     "disable_fast_cpu_scan",
     "enable_fast_cpu_scan",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -19,14 +19,14 @@ from ..errors import DimensionError, UnsupportedModelError
 from ..systems import DiagonalLTI, Truncation
 from .changes import AttributeChange, LayerReduction, ParameterChange, StateForm
 from .parameters import successor, why_not_reducible
-from .scans.inputs import ScanInputs
+from .scans.inputs import ScanInputs, TimeInvariantInputs
 from .state_layout import StateLayout
 
 
 class ScanObserver(Protocol):
     """Something that watches the scans of one layer during a calibration pass."""
 
-    def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
+    def observe(self, inputs: ScanInputs | TimeInvariantInputs, output: Tensor) -> Tensor:
         """Look at a scan and its raw output, before any skip or gate; what is returned goes on in its place."""
         ...
 
@@ -213,9 +213,9 @@ class StateSpaceLayer(ABC):
         """
         return None
 
+    @abstractmethod
     def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:
-        """While the context is open, each forward pass of a selective layer shows its scan to the observer."""
-        return nullcontext()
+        """While the context is open, each forward pass of the layer shows its recurrence to the observer."""
 
     @abstractmethod
     def reduce(self, truncation: Truncation) -> LayerReduction:

@@ -8,8 +8,11 @@ dtype, so what counts is the system that the written layer computes.
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +20,11 @@ from torch import Tensor, nn
 from ...errors import TruncationError
 from ...systems import COARSE_RESOLUTION, DiagonalLTI, Truncation, project, require_error_bound
 from ..changes import AttributeChange, LayerReduction, ParameterChange
-from ..contract import StateSpaceLayer
+from ..contract import ScanObserver, StateSpaceLayer
 from ..moment_maps.axis import AxisMap
 from ..moment_maps.modal import ModalMap
 from ..parameters import successor
+from ..scans.inputs import TimeInvariantInputs
 from ..state_layout import SizeAttribute, StateAxis, StateLayout, rows_of_identity, runs
 
 # Share of a response's size that rounding the written parameters may change; 1e-3 is a tenth of the error that a
@@ -123,6 +127,23 @@ class TimeInvariantLayer(StateSpaceLayer):
     def system(self) -> DiagonalLTI:
         """The layer as a time-invariant system, or a batch of them, with the gradient cut off."""
         return self.system_of(self.module)
+
+    @contextmanager
+    def observed(self, observer: ScanObserver) -> Iterator[None]:
+        """While the context is open, each forward pass shows its input and its output before D to the observer."""
+
+        def show(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            told = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+            u, mask = told["hidden_states"], told.get("mask")
+            u = u if mask is None else u * mask.unsqueeze(-1).to(u.dtype)
+            skip = u * module.D.to(u.dtype)
+            return observer.observe(TimeInvariantInputs(u), output - skip) + skip
+
+        handle = self.module.register_forward_hook(show, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @torch.no_grad()
     def reduce(self, truncation: Truncation) -> LayerReduction:
