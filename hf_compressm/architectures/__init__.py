@@ -1,14 +1,22 @@
 """Model families behind one contract, and the switch that puts the fast scan into them."""
 
 from . import families  # noqa: F401 - importing them registers them
-from .changes import ABSENT, AttributeChange, LayerReduction, ParameterAddition, ParameterChange, ParameterRemoval
+from .changes import (
+    ABSENT,
+    AttributeChange,
+    LayerReduction,
+    ParameterAddition,
+    ParameterChange,
+    ParameterRemoval,
+    StateForm,
+)
 from .compressed_forms import all_changes, can_hold_forms
 from .contract import ScanObserver, StateSpaceLayer, SumOverProcesses
 from .moment_maps.axis import AxisMap, AxisSelection, Rescaling
 from .moment_maps.modal import ModalMap
 from .parameters import successor
 from .registry import config_changes, find_layers, register, registered_families
-from .scans.inputs import ScanInputs
+from .scans.inputs import ScanInputs, TimeAverages
 from .scans.multi_head import MultiHeadScanInputs
 from .scans.selective import SelectiveScanInputs
 from .scans.switch import (
@@ -18,6 +26,7 @@ from .scans.switch import (
     fast_cpu_scan_enabled,
     register_scan,
 )
+from .scans.time_invariant import SystemInputs
 from .unsupported import unsupported_note, unsupported_recurrent_layers
 
 __all__ = [
@@ -37,8 +46,11 @@ __all__ = [
     "ScanInputs",
     "ScanObserver",
     "SelectiveScanInputs",
+    "StateForm",
     "StateSpaceLayer",
     "SumOverProcesses",
+    "SystemInputs",
+    "TimeAverages",
     "config_changes",
     "disable_fast_cpu_scan",
     "enable_fast_cpu_scan",

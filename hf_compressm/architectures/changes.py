@@ -4,12 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 if TYPE_CHECKING:
     from .contract import StateSpaceLayer
+
+
+class StateForm(NamedTuple):
+    """
+    The form of a layer's state; in JSON a list of both numbers.
+
+    Args:
+        size (`int`): States per channel, N.
+        projected (`int`): How many entries B and C have where they are projected; more than `size` where the layer
+            mixes them.
+    """
+
+    size: int
+    projected: int
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the layer mixes states."""
+        return self.size < self.projected
 
 
 @dataclass(frozen=True)
@@ -118,6 +137,6 @@ class LayerReduction:
     removed: Sequence[ParameterRemoval] = ()
 
     @property
-    def form(self) -> tuple[int, int]:
+    def form(self) -> StateForm:
         """State size and projected size of the layer after it."""
-        return self.state_size, self.projected_size or self.state_size
+        return StateForm(self.state_size, self.projected_size or self.state_size)

@@ -14,12 +14,9 @@ from typing import Any
 from torch import nn
 
 from ..models.compressed import compressed_class_of, saves_itself
-from .changes import ABSENT, AttributeChange, LayerReduction
+from .changes import ABSENT, AttributeChange, LayerReduction, StateForm
 from .contract import StateSpaceLayer
 from .registry import config_changes
-
-Form = tuple[int, int]
-"""State size and projected size of a layer."""
 
 
 def can_hold_forms(model: nn.Module, layer: StateSpaceLayer) -> bool:
@@ -34,7 +31,7 @@ def can_hold_forms(model: nn.Module, layer: StateSpaceLayer) -> bool:
 
 
 def form_changes(
-    model: nn.Module, layers: Sequence[StateSpaceLayer], forms: Mapping[str, Form]
+    model: nn.Module, layers: Sequence[StateSpaceLayer], forms: Mapping[str, StateForm]
 ) -> list[AttributeChange]:
     """
     What changes in the classes and configs of models when some of their layers get new forms.
@@ -42,14 +39,14 @@ def form_changes(
     Args:
         model (`torch.nn.Module`): The whole model.
         layers (`Sequence[StateSpaceLayer]`): All of its layers.
-        forms (`Mapping[str, tuple[int, int]]`): New state size and projected size by layer name; layers that it does
+        forms (`Mapping[str, StateForm]`): New state size and projected size by layer name; layers that it does
             not name keep theirs.
     """
-    hosts: dict[int, tuple[nn.Module, list[Form]]] = {}
+    hosts: dict[int, tuple[nn.Module, list[StateForm]]] = {}
     for layer in layers:
         host = _host(model, layer.name)
         if host is not None:
-            form = forms.get(layer.name, (layer.state_size, layer.projected_size))
+            form = forms.get(layer.name, layer.form)
             hosts.setdefault(id(host), (host, []))[1].append(form)
     return [change for host, found in hosts.values() for change in _changes_of(host, found)]
 
@@ -67,7 +64,7 @@ def all_changes(
     """
     forms = {reduction.layer.name: reduction.form for reduction in reductions}
     return [
-        *config_changes(layers, {name: projected for name, (_, projected) in forms.items()}),
+        *config_changes(layers, {name: form.projected for name, form in forms.items()}),
         *form_changes(model, layers, forms),
     ]
 
@@ -94,8 +91,8 @@ def _is_compressed(owner: nn.Module) -> bool:
     return any(cls.__name__ == "CompressedStates" for cls in type(owner).__mro__)
 
 
-def _changes_of(host: nn.Module, forms: Sequence[Form]) -> list[AttributeChange]:
-    sizes, projected = [int(size) for size, _ in forms], [int(full) for _, full in forms]
+def _changes_of(host: nn.Module, forms: Sequence[StateForm]) -> list[AttributeChange]:
+    sizes, projected = [int(form.size) for form in forms], [int(form.projected) for form in forms]
     needs_class = len(set(forms)) > 1 or sizes != projected
     if needs_class:
         classes = [] if _is_compressed(host) else _class_changes(host, compressed_class_of(host))

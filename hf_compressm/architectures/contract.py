@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -17,15 +17,17 @@ from torch import Tensor, nn
 
 from ..errors import DimensionError, UnsupportedModelError
 from ..systems import DiagonalLTI, Truncation
-from .changes import AttributeChange, LayerReduction, ParameterChange
+from .changes import AttributeChange, LayerReduction, ParameterChange, StateForm
 from .parameters import successor, why_not_reducible
 from .scans.inputs import ScanInputs
+from .scans.time_invariant import SystemInputs
+from .state_layout import StateLayout
 
 
 class ScanObserver(Protocol):
     """Something that watches the scans of one layer during a calibration pass."""
 
-    def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
+    def observe(self, inputs: ScanInputs | SystemInputs, output: Tensor) -> Tensor:
         """Look at a scan and its raw output, before any skip or gate; what is returned goes on in its place."""
         ...
 
@@ -86,15 +88,24 @@ class StateSpaceLayer(ABC):
         """How many entries B and C have where they are projected; more than the state size where a layer mixes them."""
         return self.state_size
 
+    @property
+    def form(self) -> StateForm:
+        """The present state size and projected size."""
+        return StateForm(self.state_size, self.projected_size)
+
+    @property
     @abstractmethod
+    def layout(self) -> StateLayout:
+        """Where the state lies now in the module's parameters and attributes."""
+
     def state_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters whose shape depends on the state size, by their names inside the module."""
+        return self.layout.parameters(self.module)
 
     def rescaled_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that a cut may multiply by a number and whose shape stays, by their names in the module."""
         return {}
 
-    @abstractmethod
     def saved_state_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
         """
         The state size of this layer in a state dict, or None where the state dict does not tell.
@@ -103,14 +114,15 @@ class StateSpaceLayer(ABC):
             state_dict (`Mapping[str, torch.Tensor]`): All or a part (a shard) of a model's tensors.
             prefix (`str`): The layer's name in it, with a dot at the end.
         """
+        return self.layout.size_in(state_dict, prefix)
 
-    @abstractmethod
     def state_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
         """The shapes of [`~StateSpaceLayer.state_parameters`] at a state size, by the same names."""
+        return self.layout.shapes(size)
 
-    @abstractmethod
     def size_changes(self, size: int) -> list[AttributeChange]:
         """What else in the layer's own modules tells its state size, and its value at another one."""
+        return self.layout.size_changes(self.module, size)
 
     @classmethod
     def config_changes(cls, layers: Sequence[StateSpaceLayer], sizes: Sequence[int]) -> list[AttributeChange]:
@@ -129,16 +141,16 @@ class StateSpaceLayer(ABC):
 
         They hold NaN until they are loaded: a load that brings only some of them shows at once.
         """
-        shapes = self.state_shapes(size)
+        shapes, changes = self.state_shapes(size), self.size_changes(size)
         with torch.no_grad():
             for name, parameter in self.state_parameters().items():
                 # The parameter's identity stays, so that an optimizer that the user has made keeps it.
                 parameter.data = parameter.data.new_full(shapes[name], float("nan"))
                 parameter.grad = None
-        for change in self.size_changes(size):
-            setattr(change.owner, change.name, change.value)
+        for change in changes:
+            change.write()
 
-    def saved_form(self, state_dict: Mapping[str, Tensor], prefix: str) -> tuple[int, int] | None:
+    def saved_form(self, state_dict: Mapping[str, Tensor], prefix: str) -> StateForm | None:
         """
         State size and projected size of this layer in a state dict, or None where the state dict does not tell.
 
@@ -147,18 +159,18 @@ class StateSpaceLayer(ABC):
             prefix (`str`): The layer's name in it, with a dot at the end.
         """
         size = self.saved_state_size(state_dict, prefix)
-        return None if size is None else (size, size)
+        return None if size is None else StateForm(size, size)
 
-    def shapes_of_form(self, form: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def shapes_of_form(self, form: StateForm) -> dict[str, tuple[int, ...]]:
         """The shapes that a state dict has in a form (state size and projected size), by parameter name."""
-        return self.state_shapes(form[0])
+        return self.state_shapes(form.size)
 
-    def take_form(self, form: tuple[int, int]) -> None:
+    def take_form(self, form: StateForm) -> None:
         """Give the layer another state size and projected size, in place, before a load; see [`resize`]."""
-        self.resize(form[0])
+        self.resize(form.size)
 
     def restoration(
-        self, values: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]], form: tuple[int, int]
+        self, values: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]], form: StateForm
     ) -> LayerReduction:
         """
         What takes the layer back to a form that it had, with tensors from then. Nothing is written.
@@ -166,15 +178,15 @@ class StateSpaceLayer(ABC):
         Args:
             values (`Mapping[str, torch.Tensor]`): What a cut replaced, by name inside the module.
             states (`Mapping[str, Mapping]`): The optimizer's state of each, by the same names.
-            form (`tuple[int, int]`): State size and projected size.
+            form ([`StateForm`]): State size and projected size.
 
         Raises:
             [`~errors.DimensionError`]: a tensor is missing, or has not the shape that the layer needs.
         """
         rescaled = {name: p for name, p in self.rescaled_parameters().items() if name in values}
-        shapes = {**self.state_shapes(form[0]), **{name: tuple(p.shape) for name, p in rescaled.items()}}
+        shapes = {**self.state_shapes(form.size), **{name: tuple(p.shape) for name, p in rescaled.items()}}
         changes = self._put_back({**self.state_parameters(), **rescaled}, values, states, shapes)
-        return LayerReduction(self, changes, self.size_changes(form[0]), *form)
+        return LayerReduction(self, changes, self.size_changes(form.size), *form)
 
     def _put_back(
         self,
@@ -202,9 +214,9 @@ class StateSpaceLayer(ABC):
         """
         return None
 
+    @abstractmethod
     def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:
-        """While the context is open, each forward pass of a selective layer shows its scan to the observer."""
-        return nullcontext()
+        """While the context is open, each forward pass of the layer shows its recurrence to the observer."""
 
     @abstractmethod
     def reduce(self, truncation: Truncation) -> LayerReduction:
@@ -234,7 +246,7 @@ class StateSpaceLayer(ABC):
 
         Raises:
             [`~errors.UnsupportedModelError`]: a parameter is sharded, quantised, empty, on the meta device,
-                parametrised, or wrapped by an adapter.
+                parametrised, or wrapped by an adapter, or its shape disagrees with the layer's state size.
         """
         for name, parameter in {**self.state_parameters(), **self.rescaled_parameters()}.items():
             problem = why_not_reducible(parameter)
@@ -243,6 +255,25 @@ class StateSpaceLayer(ABC):
                     f"{self.name}.{name} {problem}. Load the model in a plain floating-point form on one device, "
                     "compress it, and apply that treatment afterwards."
                 )
+        n_states, expected = self.state_size, self.state_shapes(self.state_size)
+        for name, parameter in self.state_parameters().items():
+            if tuple(parameter.shape) != expected[name]:
+                raise UnsupportedModelError(
+                    f"{self.name}.{name} has shape {tuple(parameter.shape)}; a state size of {n_states} needs "
+                    f"{expected[name]}. The parameter may be sharded or flattened by a wrapper."
+                )
+
+    def require_own_size(self, truncation: Truncation) -> None:
+        """
+        Raise when a truncation is for another state size.
+
+        Raises:
+            [`~errors.DimensionError`]: it is.
+        """
+        if truncation.full_size != self.state_size:
+            raise DimensionError(
+                f"the truncation is for {truncation.full_size} states; {self.name} has {self.state_size}."
+            )
 
 
 def _on_device(value: Any, device: torch.device) -> Any:

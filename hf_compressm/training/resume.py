@@ -49,7 +49,7 @@ def _take_saved_form(
     if not _fits_some_size(layer, state_dict, prefix):
         return
     form = layer.saved_form(state_dict, prefix)
-    if form is not None and form != (layer.state_size, layer.projected_size):
+    if form is not None and form != layer.form:
         layer.take_form(form)
         for change in all_changes(model, layers, []):
             change.write()
@@ -62,7 +62,7 @@ def _fits_some_size(layer: StateSpaceLayer, state_dict: dict[str, Any], prefix: 
     if any(len(entry.shape) != len(present[name]) for name, entry in entries.items()):
         return False
     form = layer.saved_form(state_dict, prefix)
-    if form is None or form[0] < 1:
+    if form is None or form.size < 1:
         return False
     wanted = layer.shapes_of_form(form)
     return all(name not in wanted or tuple(entry.shape) == wanted[name] for name, entry in entries.items())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
-from hf_compressm.architectures import AxisMap, AxisSelection, Rescaling, find_layers, register, successor
+from hf_compressm.architectures import AxisMap, AxisSelection, Rescaling, StateForm, find_layers, register, successor
 from hf_compressm.architectures.families.mamba import MambaLayer
 from hf_compressm.errors import ConfigurationError, DimensionError, UnsupportedModelError
 from tests.cases import tiny_mamba
@@ -160,3 +162,9 @@ def test_moments_of_a_rescaled_parameter() -> None:
     assert torch.equal(halved.first(moment), moment / 2) and torch.equal(halved.second(moment), moment / 4)
     assert torch.equal(halved.sliced().first(moment), moment)
     assert torch.equal(halved.second(moment[:, 0], axis=0), moment[:, 0] / 4)
+
+
+def test_the_form_of_a_state_is_a_pair_everywhere() -> None:
+    form = find_layers(tiny_mamba())[0].form
+    assert isinstance(form, StateForm) and form == (8, 8) and not form.is_mixed
+    assert StateForm(3, 8).is_mixed and json.dumps({"a": StateForm(3, 8)}) == '{"a": [3, 8]}'

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from transformers.models.mamba import modeling_mamba
 import hf_compressm
 from hf_compressm.architectures import fast_cpu_scan_enabled, find_layers
 from hf_compressm.architectures.scans import selective as selective_scan_switch
+from hf_compressm.architectures.scans import switch
+from hf_compressm.errors import ConfigurationError
 from tests.cases import logits_of, tiny_mamba, token_batch
 
 NAMES = ("mamba_selective_scan", "mamba_inner_fn")
@@ -189,3 +193,33 @@ def test_observers_of_two_threads_do_not_meet() -> None:
     for thread in threads:
         thread.join()
     assert seen == {0: [1] * 5, 1: [2] * 5}
+
+
+def replacement_that_says(word: str):
+    return lambda stock: lambda: f"{word} for {stock()}"
+
+
+@pytest.fixture
+def two_modules(monkeypatch):
+    """Two families whose modules both call a function `scan`, each known with a replacement of its own."""
+    modules = [types.ModuleType(name) for name in ("first_family", "second_family")]
+    monkeypatch.setattr(switch, "_replacements", dict(switch._replacements))
+    for module in modules:
+        exec(f"def scan(): return '{module.__name__}'", vars(module))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        switch.register_scan(module.__name__, {"scan": replacement_that_says(f"ours of {module.__name__}")})
+    return modules
+
+
+def test_equal_names_in_two_modules_keep_their_own_replacements(two_modules) -> None:
+    names = [module.__name__ for module in two_modules]
+    with hf_compressm.fast_cpu_scan():
+        assert [module.scan() for module in two_modules] == [f"ours of {name} for {name}" for name in names]
+    assert [module.scan() for module in two_modules] == names
+
+
+def test_a_second_replacement_of_one_name_in_one_module_is_refused(two_modules) -> None:
+    with pytest.raises(ConfigurationError, match="first_family.scan is already replaced by"):
+        switch.register_scan("first_family", {"scan": replacement_that_says("another")})
+    with hf_compressm.fast_cpu_scan():
+        assert two_modules[0].scan() == "ours of first_family for first_family"

@@ -9,13 +9,14 @@ Performance" (arXiv 2507.22448).
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+
 from torch import Tensor
 
 from ...systems import registered_reductors
-from ..changes import AttributeChange
 from ..registry import register
 from ..scans.multi_head import register_chunk_scan
+from ..state_layout import SizeAttribute, StateLayout, runs
 from .multi_head import MultiHeadLayer
 
 
@@ -33,21 +34,15 @@ class FalconH1Layer(MultiHeadLayer):
         mixes = not registered_reductors()[reductor].only_selects
         return mixes and super().sizes_may_differ(stock, reductor)
 
-    def _stock_changes(self, size: int) -> list[AttributeChange]:
-        """The sizes of a Mamba-2 mixer, the joint size of all groups, and the multipliers of the projection."""
-        changes = super()._stock_changes(size)
+    @property
+    def stock_layout(self) -> StateLayout:
+        """That of a Mamba-2 mixer, with the joint size of all groups and the multipliers of the projection."""
+        layout, attributes = super().stock_layout, []
         if hasattr(self.module, "groups_time_state_size"):
-            changes.append(AttributeChange(self.module, "groups_time_state_size", self.groups * size))
+            attributes.append(SizeAttribute("", "groups_time_state_size", runs("B", self.groups)))
         if isinstance(getattr(self.module, "mup_vector", None), Tensor):
-            changes.append(AttributeChange(self.module, "mup_vector", self._multipliers(size)))
-        return changes
-
-    def _multipliers(self, size: int) -> Tensor:
-        vector, width = self.module.mup_vector, self.groups * self.projected_size
-        rest = vector.shape[-1] - 2 * width - self.heads
-        before, B, C, after = vector.split([rest, width, width, self.heads], dim=-1)
-        B, C = (part[..., :1].expand(*part.shape[:-1], self.groups * size) for part in (B, C))
-        return torch.cat([before, B, C, after], dim=-1)
+            attributes.append(SizeAttribute("", "mup_vector", layout.by_name["in_proj.weight"].entries))
+        return replace(layout, attributes=(*layout.attributes, *attributes))
 
 
 register_chunk_scan("transformers.models.falcon_h1.modeling_falcon_h1")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...systems.truncation import Truncation
-from .selective import rows_of_identity
+from ..changes import ParameterChange
+from ..moment_maps.axis import AxisMap
+from ..parameters import successor
+from ..state_layout import StateAxis, StateLayout, rows_of_identity
 
 
 def variance_shares(truncation: Truncation, kept: Tensor) -> Tensor:
@@ -16,31 +19,42 @@ def variance_shares(truncation: Truncation, kept: Tensor) -> Tensor:
     return truncation.shares.to(device=kept.device, dtype=torch.float64)
 
 
-def projection_rows(rank: int, kept: Tensor, size: int) -> Tensor:
+def sliced_dynamics(axis: StateAxis, A_log: nn.Parameter, truncation: Truncation, kept: Tensor) -> ParameterChange:
     """
-    The rows of `x_proj` that belong to the time step and to the kept states, `(..., rank + 2 r)` int64.
+    The columns of `A_log` that belong to the kept states; their gradients take over shares of the dropped ones'.
 
     Args:
-        rank (`int`): Rows of the time step.
-        kept (`torch.Tensor` of shape `(..., r)`, int64): The kept states.
-        size (`int`): The present state size N.
+        axis ([`StateAxis`]): The axis of `A_log`, whose entries are its states alone.
+        A_log (`torch.nn.Parameter`): The parameter.
+        truncation ([`~systems.Truncation`]): The cut.
+        kept (`torch.Tensor` of shape `(r,)` or `(groups, r)`, int64): The kept states.
     """
-    time_step = torch.arange(rank, device=kept.device).expand(*kept.shape[:-1], rank)
-    return torch.cat([time_step, rank + kept, rank + size + kept], dim=-1)
+    shares = variance_shares(truncation, kept).expand(*kept.shape, -1)
+    return ParameterChange(A_log, successor(A_log, axis.take(A_log.detach(), kept)), AxisMap(axis.axis, shares, kept))
 
 
-def projection_maps(rank: int, kept: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
+def folded(layout: StateLayout, module: nn.Module, truncation: Truncation, kept: Tensor) -> list[ParameterChange]:
     r"""
-    How the rows of `x_proj` move: the weights with diag(I, E_S, T^T), their gradients with diag(I, T^T, E_S).
+    The changes of a layer whose B and C are linear in one projection: \\( \tilde C_t = T^\top C_t \\) in its weights.
+
+    The weights of a projection move with the kept rows for B and \\( T^\top \\) for C; their gradients the other way
+    round.
 
     Args:
-        rank (`int`): Rows of the time step.
-        kept (`torch.Tensor` of shape `(r,)`, int64): The kept states.
-        T (`torch.Tensor` of shape `(N, r)`, float64): The reconstruction of the full state.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Two `(rank + 2 r, rank + 2 N)` float64 matrices.
+        layout ([`StateLayout`]): Where the state lies; the roles of its runs are `"A"`, `"B"` and `"C"`.
+        module (`torch.nn.Module`): The layer's module.
+        truncation ([`~systems.Truncation`]): The cut.
+        kept (`torch.Tensor` of shape `(r,)` or `(groups, r)`, int64): The kept states.
     """
-    time_step = torch.eye(rank, dtype=torch.float64, device=T.device)
-    picked = rows_of_identity(kept, T.shape[0])
-    return torch.block_diag(time_step, picked, T.mT), torch.block_diag(time_step, T.mT, picked)
+    N = truncation.full_size
+    picked = rows_of_identity(kept, N)
+    T = truncation.T.to(device=kept.device, dtype=torch.float64).expand(*kept.shape[:-1], N, -1)
+    changes = []
+    for axis, old in zip(layout.axes, layout.parameters(module).values()):
+        if axis.parameter == "A_log":
+            changes.append(sliced_dynamics(axis, old, truncation, kept))
+            continue
+        weights = axis.matrix({"B": picked, "C": T.mT})
+        moments = AxisMap(axis.axis, axis.matrix({"B": T.mT, "C": picked}), axis.kept(kept, N))
+        changes.append(ParameterChange(old, successor(old, weights @ old.detach().double()), moments))
+    return changes

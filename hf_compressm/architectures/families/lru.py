@@ -21,7 +21,8 @@ from ...systems import DiagonalLTI, Truncation
 from ..moment_maps.axis import AxisMap
 from ..moment_maps.modal import ModalMap
 from ..registry import register
-from .time_invariant import TimeInvariantLayer, clamped_poles, picked
+from ..state_layout import StateAxis, runs
+from .time_invariant import TimeInvariantLayer, clamped_poles
 
 
 @register
@@ -30,12 +31,13 @@ class LRULayer(TimeInvariantLayer):
 
     family = "lru"
     parameter_names = ("nu_log", "theta_log", "gamma_log", "B", "C")
+    complex_parameters = ("B", "C")
 
-    def state_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of the parameters at a state size."""
+    def axes(self) -> tuple[StateAxis, ...]:
+        """The rows of B, the columns of C, and the vectors."""
         width = self.module.D.shape[0]
-        vectors = dict.fromkeys(("nu_log", "theta_log", "gamma_log"), (size,))
-        return {**vectors, "B": (size, width, 2), "C": (width, size, 2)}
+        vectors = [StateAxis(name, 0, runs()) for name in ("nu_log", "theta_log", "gamma_log")]
+        return (*vectors, StateAxis("B", 0, runs(), others=(width, 2)), StateAxis("C", 1, runs(), others=(width, 2)))
 
     def system_of(self, module: nn.Module) -> DiagonalLTI:
         """The system that a module of this family computes, without its feedthrough D, which no cut changes."""
@@ -92,11 +94,3 @@ class LRULayer(TimeInvariantLayer):
         to_B = (scale * new_gamma).unsqueeze(-1) * truncation.T.mH / gamma
         to_C = truncation.W.mT / scale.unsqueeze(-1)
         return {"B": ModalMap(0, to_B, has_pairs=True), "C": ModalMap(1, to_C, has_pairs=True)}
-
-    def selected(self, indices: Tensor) -> tuple[dict[str, Tensor], dict[str, AxisMap]]:
-        """The values of the parameters that keep some of the states as they are, and how their gradients move."""
-        rows = picked(indices, self.state_size)
-        values = {name: getattr(self.module, name).detach() for name in self.parameter_names}
-        axes = {name: 1 if name == "C" else 0 for name in values}
-        maps = {name: ModalMap(axis, rows, indices, has_pairs=name in ("B", "C")) for name, axis in axes.items()}
-        return {name: value.index_select(axes[name], indices) for name, value in values.items()}, maps

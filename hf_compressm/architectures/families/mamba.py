@@ -12,18 +12,14 @@ Source of the layer: Gu and Dao, 2023, "Mamba: Linear-Time Sequence Modeling wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...systems import Truncation, reductor_names
-from ..changes import AttributeChange, LayerReduction, ParameterChange
-from ..moment_maps.axis import AxisMap
-from ..parameters import successor
+from ..changes import LayerReduction
 from ..registry import register
 from ..scans.selective import register_selective_scan
-from .folding import projection_maps, projection_rows, variance_shares
+from ..state_layout import SizeAttribute, StateAxis, StateLayout, runs
+from .folding import folded
 from .selective import SelectiveLayer, named_size
 
 # The two libraries' names for the same size.
@@ -55,34 +51,17 @@ class MambaLayer(SelectiveLayer):
         """The number of rows of `x_proj` that make the time step."""
         return getattr(self.module, named_size(self.module, _TIME_STEP_RANK_NAMES))
 
-    def state_parameters(self) -> dict[str, nn.Parameter]:
-        """`A_log` and `x_proj.weight` (and `x_proj.bias` where a module has one)."""
-        parameters = {"A_log": self.module.A_log, "x_proj.weight": getattr(self.module.x_proj, "weight", None)}
+    @property
+    def layout(self) -> StateLayout:
+        """The columns of `A_log` and the rows of `x_proj`: those of the time step, of B and of C."""
+        rows = (self.time_step_rank, *runs("B"), *runs("C"))
+        axes = [
+            StateAxis("A_log", 1, runs("A"), others=(self.module.D.shape[0],)),
+            StateAxis("x_proj.weight", 0, rows, others=(self.module.x_proj.in_features,)),
+        ]
         if getattr(self.module.x_proj, "bias", None) is not None:
-            parameters["x_proj.bias"] = self.module.x_proj.bias
-        return parameters
-
-    def saved_state_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
-        """The state size that the rows of `x_proj` or the columns of `A_log` in a state dict tell."""
-        if prefix + "A_log" in state_dict:
-            return state_dict[prefix + "A_log"].shape[1]
-        if prefix + "x_proj.weight" in state_dict:
-            return (state_dict[prefix + "x_proj.weight"].shape[0] - self.time_step_rank) // 2
-        return None
-
-    def state_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of `A_log` and `x_proj` at a state size."""
-        rows = self.time_step_rank + 2 * size
-        return {
-            "A_log": (self.module.D.shape[0], size),
-            "x_proj.weight": (rows, self.module.x_proj.in_features),
-            "x_proj.bias": (rows,),
-        }
-
-    def size_changes(self, size: int) -> list[AttributeChange]:
-        """The mixer's state size and the rows of `x_proj`."""
-        rows = AttributeChange(self.module.x_proj, "out_features", self.time_step_rank + 2 * size)
-        return [*super().size_changes(size), rows]
+            axes.append(StateAxis("x_proj.bias", 0, rows))
+        return StateLayout(tuple(axes), (self.size_attribute, SizeAttribute("x_proj", "out_features", rows)))
 
     def _reduction(self, truncation: Truncation) -> LayerReduction:
         r"""
@@ -94,22 +73,8 @@ class MambaLayer(SelectiveLayer):
         of each dropped state's variance. That is exact where the dropped states are multiples of kept ones.
         """
         kept = self._require_kept_states(truncation)
-        T, size = truncation.T.to(device=kept.device, dtype=torch.float64), truncation.state_size
-        weights, moments = projection_maps(self.time_step_rank, kept, T)
-        rows = projection_rows(self.time_step_rank, kept, self.state_size)
-
-        parameters = [
-            ParameterChange(
-                self.module.A_log,
-                successor(self.module.A_log, self.module.A_log.detach()[:, kept]),
-                AxisMap(1, variance_shares(truncation, kept), kept),
-            )
-        ]
-        for name, old in self.state_parameters().items():
-            if name != "A_log":
-                values = weights @ old.detach().double()
-                parameters.append(ParameterChange(old, successor(old, values), AxisMap(0, moments, rows)))
-        return LayerReduction(self, parameters, self.size_changes(size), size)
+        changes = folded(self.layout, self.module, truncation, kept)
+        return LayerReduction(self, changes, self.size_changes(truncation.state_size), truncation.state_size)
 
 
 register_selective_scan("transformers.models.mamba.modeling_mamba")

@@ -8,6 +8,7 @@ classes of such modules are in `models/compressed`.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -15,10 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import DimensionError, TruncationError
+from ...models.compressed.mixing import mix, mixed_classes, mixing_sites, stock_classes
 from ...systems import Truncation
-from ..changes import ABSENT, AttributeChange, LayerReduction, ParameterAddition, ParameterChange, ParameterRemoval
-from ..contract import successor
+from ..changes import (
+    ABSENT,
+    AttributeChange,
+    LayerReduction,
+    ParameterAddition,
+    ParameterChange,
+    ParameterRemoval,
+    StateForm,
+)
 from ..moment_maps.mixing import MixingMap
+from ..parameters import successor
+from ..state_layout import StateAxis, StateLayout, runs
 from .selective import STATE_SIZE_NAMES, SelectiveLayer, named_size
 
 
@@ -44,41 +55,40 @@ class MixableLayer(SelectiveLayer):
         """How many entries B and C have where they are projected."""
         return getattr(self.module, named_size(self.module, STATE_SIZE_NAMES))
 
-    def state_parameters(self) -> dict[str, nn.Parameter]:
-        """The mixing matrices of a mixed layer, with what else has its state size; else what the projections have."""
-        return self._mixed_parameters() if self.is_mixed else self._stock_parameters()
+    @property
+    @abstractmethod
+    def stock_layout(self) -> StateLayout:
+        """Where the projected entries lie, and what else has the state size while the layer is not mixed."""
 
-    def state_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of the state parameters at a state size."""
-        return self._mixed_shapes(size, self.projected_size) if self.is_mixed else self._stock_shapes(size)
+    @property
+    def layout(self) -> StateLayout:
+        """That of the mixing matrices of a mixed layer, with what else has its state size; else the stock one."""
+        return self._mixed_layout(self.projected_size) if self.is_mixed else self.stock_layout
 
-    def size_changes(self, size: int) -> list[AttributeChange]:
-        """What tells the state size; in a mixed layer the shapes of its matrices alone do."""
-        return [] if self.is_mixed else self._stock_changes(size)
-
-    def saved_form(self, state_dict: Mapping[str, Tensor], prefix: str) -> tuple[int, int] | None:
+    def saved_form(self, state_dict: Mapping[str, Tensor], prefix: str) -> StateForm | None:
         """State size and projected size of this layer in a state dict, or None where it does not tell."""
         paths = self._site_paths()
-        projected = self._saved_projected_size(state_dict, prefix)
+        # What a mixed layer keeps of its dynamics has the size of the scan: it tells the projected one only by itself.
+        layout = self.stock_layout
+        axes = sorted(layout.axes, key=lambda axis: axis.parameter in self._dynamics)
+        projected = StateLayout(tuple(axes)).size_in(state_dict, prefix)
         if projected is None or not paths or prefix + paths[0] not in state_dict:
-            return None if projected is None else (projected, projected)
-        return state_dict[prefix + paths[0]].shape[-1], projected
+            return None if projected is None else StateForm(projected, projected)
+        return StateForm(state_dict[prefix + paths[0]].shape[-1], projected)
 
-    def shapes_of_form(self, form: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def shapes_of_form(self, form: StateForm) -> dict[str, tuple[int, ...]]:
         """The shapes that a state dict has in a form, by parameter name."""
         size, projected = form
-        stock = self._stock_shapes(projected)
-        return stock if size == projected else {**stock, **self._mixed_shapes(size, projected)}
+        stock = self.stock_layout.shapes(projected)
+        return stock if size == projected else {**stock, **self._mixed_layout(projected).shapes(size)}
 
     def saved_state_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
         """The state size that a state dict tells."""
         form = self.saved_form(state_dict, prefix)
-        return None if form is None else form[0]
+        return None if form is None else form.size
 
-    def take_form(self, form: tuple[int, int]) -> None:
+    def take_form(self, form: StateForm) -> None:
         """Give the layer another form, in place, before a load; its state parameters hold NaN until then."""
-        from ...models.compressed.mixing import mix, stock_classes
-
         size, projected = form
         if self.is_mixed and (size == projected or projected != self.projected_size):
             for module, name in self._sites():
@@ -123,7 +133,7 @@ class MixableLayer(SelectiveLayer):
         return LayerReduction(self, changes, [], truncation.state_size, self.projected_size)
 
     def restoration(
-        self, values: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]], form: tuple[int, int]
+        self, values: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]], form: StateForm
     ) -> LayerReduction:
         """
         What takes the layer back to a form that it had, with tensors from then. Nothing is written.
@@ -131,35 +141,33 @@ class MixableLayer(SelectiveLayer):
         Args:
             values (`Mapping[str, torch.Tensor]`): What a cut replaced, by name inside the module.
             states (`Mapping[str, Mapping]`): The optimizer's state of each, by the same names.
-            form (`tuple[int, int]`): State size and projected size.
+            form ([`StateForm`]): State size and projected size.
         """
-        mixed = form[0] < form[1]
-        if self.is_mixed == mixed:
+        if self.is_mixed == form.is_mixed:
             return super().restoration(values, states, form)
-        if mixed:
+        if form.is_mixed:
             return self._mixed_again(values, states, form)
-        from ...models.compressed.mixing import stock_classes
-
         removed = [ParameterRemoval(module, name) for module, name in self._sites()]
         classes = [AttributeChange(module, "__class__", cls) for module, cls in stock_classes(self.module)]
-        kept = {name: p for name, p in self._stock_parameters().items() if name in values}
-        changes = self._put_back(kept, values, states, self._stock_shapes(form[1]))
-        return LayerReduction(self, changes, classes, form[0], form[1], removed=removed)
+        layout = self.stock_layout
+        kept = {name: p for name, p in layout.parameters(self.module).items() if name in values}
+        changes = self._put_back(kept, values, states, layout.shapes(form.projected))
+        return LayerReduction(self, changes, classes, *form, removed=removed)
 
     def _mixed_again(
-        self, values: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]], form: tuple[int, int]
+        self, values: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]], form: StateForm
     ) -> LayerReduction:
         """What gives a stock layer the matrices of a mixed one, as where a checkpoint of an adapter brings its base."""
-        if form[1] != self.projected_size:
+        if form.projected != self.projected_size:
             raise DimensionError(
-                f"the snapshot of {self.name} projects B and C to {form[1]} entries; the layer, to "
+                f"the snapshot of {self.name} projects B and C to {form.projected} entries; the layer, to "
                 f"{self.projected_size}."
             )
         matrices = [values.get(path) for path in self._site_paths()]
         if any(matrix is None for matrix in matrices):
             raise DimensionError(f"the snapshot of {self.name} has no mixing matrices.")
-        kept = {name: p for name, p in self._stock_parameters().items() if name in self._dynamics}
-        changes = self._put_back(kept, values, states, self._stock_shapes(form[0]))
+        dynamics = self._dynamics_layout()
+        changes = self._put_back(dynamics.parameters(self.module), values, states, dynamics.shapes(form.size))
         return LayerReduction(self, changes, self._mixed_classes(), *form, added=self._additions(matrices))
 
     def _additions(self, matrices: Sequence[Tensor]) -> list[ParameterAddition]:
@@ -172,8 +180,6 @@ class MixableLayer(SelectiveLayer):
         return added
 
     def _mixed_classes(self) -> list[AttributeChange]:
-        from ...models.compressed.mixing import mixed_classes
-
         changes = []
         for module, cls in mixed_classes(self.module):
             if hasattr(module, "_hf_hook"):
@@ -188,24 +194,22 @@ class MixableLayer(SelectiveLayer):
         return changes
 
     def _sites(self) -> list[tuple[nn.Module, str]]:
-        from ...models.compressed.mixing import mixing_sites
-
         return mixing_sites(self.module)
 
     def _site_paths(self) -> list[str]:
         names = {id(module): name for name, module in self.module.named_modules()}
         return [f"{names[id(module)]}.{name}".lstrip(".") for module, name in self._sites()]
 
-    def _mixed_parameters(self) -> dict[str, nn.Parameter]:
-        dynamics = {name: p for name, p in self._stock_parameters().items() if name in self._dynamics}
-        sites = zip(self._site_paths(), self._sites())
-        return {**dynamics, **{path: module._parameters[name] for path, (module, name) in sites}}
+    def _dynamics_layout(self) -> StateLayout:
+        by_name = self.stock_layout.by_name
+        return StateLayout(tuple(by_name[name] for name in self._dynamics))
 
-    def _mixed_shapes(self, size: int, projected: int) -> dict[str, tuple[int, ...]]:
-        stock = self._stock_shapes(size)
-        shapes = {name: stock[name] for name in self._dynamics}
+    def _mixed_layout(self, projected: int) -> StateLayout:
         groups = () if self.mixing_groups is None else (self.mixing_groups,)
-        return {**shapes, **dict.fromkeys(self._site_paths(), (*groups, projected, size))}
+        matrices = [
+            StateAxis(path, len(groups) + 1, runs(), others=(*groups, projected)) for path in self._site_paths()
+        ]
+        return StateLayout((*self._dynamics_layout().axes, *matrices))
 
     def _grouped(self, matrix: Tensor) -> Tensor:
         return matrix if self.mixing_groups is None else matrix.expand(self.mixing_groups, -1, -1)
@@ -220,25 +224,13 @@ class MixableLayer(SelectiveLayer):
         """How many pairs of mixing matrices the layer has; None where they have no axis for it."""
         return None
 
-    def _stock_parameters(self) -> dict[str, nn.Parameter]:
-        raise NotImplementedError
-
-    def _stock_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
-        raise NotImplementedError
-
-    def _stock_changes(self, size: int) -> list[AttributeChange]:
-        raise NotImplementedError
-
-    def _saved_projected_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
-        raise NotImplementedError
-
+    @abstractmethod
     def _selected(self, kept: Tensor, squares: Tensor | None) -> LayerReduction:
         """The reduction that keeps some states; `squares` as in a truncation."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _beside(self) -> nn.Parameter:
         """The parameter that the mixing matrices are trained like."""
-        raise NotImplementedError
 
     def _changes_of_dynamics(self, truncation: Truncation) -> list[ParameterChange]:
         """The changes of the parameters in `_dynamics`."""

@@ -13,18 +13,17 @@ skip and the output projection do.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from ...systems import Truncation, reductor_names
-from ..changes import AttributeChange, LayerReduction, ParameterChange
-from ..moment_maps.axis import AxisMap, AxisSelection, Rescaling
+from ..changes import LayerReduction, ParameterChange
+from ..moment_maps.axis import AxisMap, Rescaling
 from ..parameters import successor
-from .folding import projection_rows, variance_shares
+from ..state_layout import SizeAttribute, StateAxis, StateLayout, rows_of_identity, runs
+from .folding import sliced_dynamics
 from .mamba import MambaLayer
 from .mixable import MixableLayer
-from .selective import rows_of_identity
 
 _NORMS = ("b_layernorm", "c_layernorm")
 
@@ -47,11 +46,14 @@ class NormedMambaLayer(MixableLayer, MambaLayer):
 
     _dynamics = ("A_log",)
 
-    def _stock_parameters(self) -> dict[str, nn.Parameter]:
-        """`A_log`, `x_proj.weight`, and the weights of the norms of B and C where they are trained."""
-        weights = {f"{name}.weight": getattr(self.module, name).weight for name in _NORMS}
-        trained = {name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter)}
-        return {**MambaLayer.state_parameters(self), **trained}
+    @property
+    def stock_layout(self) -> StateLayout:
+        """That of a Mamba mixer, with the weights of the norms of B and C, which are constants where not trained."""
+        layout = MambaLayer.layout.fget(self)
+        trained = [name for name in _NORMS if isinstance(getattr(self.module, name).weight, nn.Parameter)]
+        weights = [StateAxis(f"{name}.weight", 0, runs()) for name in trained]
+        constants = [SizeAttribute(name, "weight", runs()) for name in _NORMS if name not in trained]
+        return StateLayout((*layout.axes, *weights), (*layout.attributes, *constants))
 
     def rescaled_parameters(self) -> dict[str, nn.Parameter]:
         """`D` and `out_proj.weight` where the norms are not trained and an adapter does not hold the projection."""
@@ -62,53 +64,25 @@ class NormedMambaLayer(MixableLayer, MambaLayer):
             return {}
         return {"D": module.D, "out_proj.weight": module.out_proj.weight}
 
-    def _stock_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of `A_log`, `x_proj` and the norms' weights at a state size."""
-        return {**MambaLayer.state_shapes(self, size), **{f"{name}.weight": (size,) for name in _NORMS}}
-
-    def _stock_changes(self, size: int) -> list[AttributeChange]:
-        """The sizes of a Mamba mixer, and the constant weights of norms that are not trained."""
-        norms = [getattr(self.module, name) for name in _NORMS]
-        constants = [
-            AttributeChange(norm, "weight", norm.weight.new_ones(size))
-            for norm in norms
-            if not isinstance(norm.weight, nn.Parameter)
-        ]
-        return [*MambaLayer.size_changes(self, size), *constants]
-
-    def _saved_projected_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
-        """The size that `x_proj`, a norm's weight or `A_log` in a state dict tells."""
-        if prefix + "x_proj.weight" in state_dict:
-            return (state_dict[prefix + "x_proj.weight"].shape[0] - self.time_step_rank) // 2
-        names = (prefix + f"{name}.weight" for name in _NORMS)
-        found = next((state_dict[name].shape[0] for name in names if name in state_dict), None)
-        return MambaLayer.saved_state_size(self, state_dict, prefix) if found is None else found
-
     def _beside(self) -> nn.Parameter:
         # Without weight decay, as everything whose name tells of a norm.
         return self.module.dt_proj.bias
 
     def _changes_of_dynamics(self, truncation: Truncation) -> list[ParameterChange]:
-        A_log, kept = self.module.A_log, self._require_kept_states(truncation)
-        shares = AxisMap(1, variance_shares(truncation, kept), kept)
-        return [ParameterChange(A_log, successor(A_log, A_log.detach()[:, kept]), shares)]
+        kept, axis = self._require_kept_states(truncation), self.stock_layout.by_name["A_log"]
+        return [sliced_dynamics(axis, self.module.A_log, truncation, kept)]
 
     def _selected(self, kept: Tensor, squares: Tensor | None) -> LayerReduction:
         """The reduction that keeps some of the states."""
-        size, rank = len(kept), self.time_step_rank
-        A_log, rows = self.module.A_log, projection_rows(rank, kept, self.state_size)
-        changes = [ParameterChange(A_log, successor(A_log, A_log[:, kept]), AxisSelection(1, kept, self.state_size))]
-        factors = {name: self._lost_scale(name, kept, squares) for name in _NORMS}
-        weights = {name: getattr(self.module, name).weight for name in _NORMS}
-        for name, old in self._stock_parameters().items():
-            if name.startswith("x_proj"):
-                changes.append(ParameterChange(old, successor(old, old[rows]), AxisSelection(0, rows, len(old))))
-        for name, weight in weights.items():
-            if isinstance(weight, nn.Parameter):
-                changes.append(self._rescaled_norm(weight, kept, factors[name]))
-        if not any(isinstance(weight, nn.Parameter) for weight in weights.values()):
+        layout, size = self.stock_layout, len(kept)
+        changes = layout.selected(self.module, kept, self.state_size)
+        factors = {f"{name}.weight": self._lost_scale(name, kept, squares) for name in _NORMS}
+        for number, axis in enumerate(layout.axes):
+            if axis.parameter in factors:
+                changes[number] = self._rescaled_norm(changes[number].old, kept, factors[axis.parameter])
+        if not factors.keys() & layout.by_name.keys():
             changes += self._rescaled_output(math.prod(factors.values()))
-        return LayerReduction(self, changes, self._stock_changes(size), size)
+        return LayerReduction(self, changes, layout.size_changes(self.module, size), size)
 
     def _lost_scale(self, norm_name: str, kept: Tensor, squares: Tensor | None) -> float:
         """

@@ -20,7 +20,8 @@ from ...systems import DiagonalLTI, Truncation
 from ..moment_maps.axis import AxisMap
 from ..moment_maps.modal import ModalMap
 from ..registry import register
-from .time_invariant import TimeInvariantLayer, clamped_poles, picked
+from ..state_layout import StateAxis, runs
+from .time_invariant import TimeInvariantLayer, clamped_poles
 
 
 @register
@@ -29,16 +30,20 @@ class S4DLayer(TimeInvariantLayer):
 
     family = "s4d"
     parameter_names = ("A_real_log", "A_imag", "C")
+    complex_parameters = ("C",)
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether the module has the family's parameters and sizes, and a discretisation that is known."""
         return super().matches(module) and getattr(module, "discretization", None) in ("zoh", "bilinear")
 
-    def state_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of the parameters at a state size."""
+    def axes(self) -> tuple[StateAxis, ...]:
+        """The second axis of each parameter; every channel has states of its own."""
         channels = self.module.D.shape[0]
-        return {"A_real_log": (channels, size), "A_imag": (channels, size), "C": (channels, size, 2)}
+        return tuple(
+            StateAxis(name, 1, runs(), others=(channels, 2) if name == "C" else (channels,), batched=True)
+            for name in self.parameter_names
+        )
 
     def system_of(self, module: nn.Module) -> DiagonalLTI:
         """The systems that a module of this family computes, a batch of channels, with the gradient cut off."""
@@ -88,14 +93,3 @@ class S4DLayer(TimeInvariantLayer):
         factor = torch.where(present, new_weight / torch.where(present, input_weight, 1), 0).conj()
         to_C = factor.unsqueeze(-1) * truncation.W.mT / old_weight.conj().unsqueeze(-2)
         return {"C": ModalMap(1, to_C, has_pairs=True)}
-
-    def selected(self, indices: Tensor) -> tuple[dict[str, Tensor], dict[str, AxisMap]]:
-        """The values of the parameters that keep some of the states of each channel, and how their gradients move."""
-        rows = picked(indices, self.state_size)
-        values = {name: getattr(self.module, name).detach() for name in self.parameter_names}
-        maps = {name: ModalMap(1, rows, indices, has_pairs=name == "C") for name in values}
-        kept = {
-            name: value.take_along_dim(indices if value.ndim == 2 else indices.unsqueeze(-1), dim=1)
-            for name, value in values.items()
-        }
-        return kept, maps

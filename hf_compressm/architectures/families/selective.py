@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...errors import DimensionError, TruncationError, UnsupportedModelError
+from ...errors import TruncationError, UnsupportedModelError
 from ...systems import Truncation
 from ..changes import AttributeChange, LayerReduction
+from ..config_size import ConfigSize
 from ..contract import ScanObserver, StateSpaceLayer
 from ..scans.switch import calls_registered_scan, watching
+from ..state_layout import SizeAttribute, runs
 
 # The names that transformers and mamba-ssm have for the same sizes of a mixer.
 STATE_SIZE_NAMES = ("ssm_state_size", "d_state")
@@ -68,9 +70,10 @@ class SelectiveLayer(StateSpaceLayer):
         """The present number of states per channel, N."""
         return getattr(self.module, named_size(self.module, STATE_SIZE_NAMES))
 
-    def size_changes(self, size: int) -> list[AttributeChange]:
-        """The mixer's state size."""
-        return [AttributeChange(self.module, named_size(self.module, STATE_SIZE_NAMES), size)]
+    @property
+    def size_attribute(self) -> SizeAttribute:
+        """The attribute of the mixer that tells how many entries B and C have where they are projected."""
+        return SizeAttribute("", named_size(self.module, STATE_SIZE_NAMES), runs())
 
     def check_reducible(self) -> None:
         """
@@ -89,13 +92,6 @@ class SelectiveLayer(StateSpaceLayer):
                     "first."
                 )
         super().check_reducible()
-        n_states, expected = self.state_size, self.state_shapes(self.state_size)
-        for name, parameter in self.state_parameters().items():
-            if tuple(parameter.shape) != expected[name]:
-                raise UnsupportedModelError(
-                    f"{self.name}.{name} has shape {tuple(parameter.shape)}; a state size of {n_states} needs "
-                    f"{expected[name]}. The parameter may be sharded or flattened by a wrapper."
-                )
 
     @classmethod
     def config_changes(cls, layers: Sequence[StateSpaceLayer], sizes: Sequence[int]) -> list[AttributeChange]:
@@ -111,8 +107,14 @@ class SelectiveLayer(StateSpaceLayer):
     def _config_change(cls, config: Any, size: int) -> AttributeChange | None:
         if isinstance(getattr(config, "ssm_cfg", None), dict):  # mamba-ssm
             return AttributeChange(config, "ssm_cfg", {**config.ssm_cfg, "d_state": size})
-        known = isinstance(getattr(config, cls.config_size_name, None), int)
-        return AttributeChange(config, cls.config_size_name, size) if known else None
+        told = cls.config_size()
+        known = told.read(config) is not None
+        return AttributeChange(config, told.name, told.value(config, size)) if known else None
+
+    @classmethod
+    def config_size(cls) -> ConfigSize:
+        """How the family's config tells the state size."""
+        return ConfigSize(cls.config_size_name)
 
     @contextmanager
     def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:
@@ -133,10 +135,7 @@ class SelectiveLayer(StateSpaceLayer):
             [`~errors.DimensionError`]: the truncation is for another state size.
             [`~errors.TruncationError`]: the layer cannot hold it, or a new weight is not finite in its dtype.
         """
-        if truncation.full_size != self.state_size:
-            raise DimensionError(
-                f"the truncation is for {truncation.full_size} states; {self.name} has {self.state_size}."
-            )
+        self.require_own_size(truncation)
         with torch.no_grad():
             reduction = self._reduction(truncation)
         for change in (*reduction.parameters, *reduction.added):
@@ -184,8 +183,3 @@ class SelectiveLayer(StateSpaceLayer):
 def named_size(module: nn.Module, names: tuple[str, ...]) -> str | None:
     """The first of several names under which a module holds a whole number, or None."""
     return next((name for name in names if isinstance(getattr(module, name, None), int)), None)
-
-
-def rows_of_identity(indices: Tensor, size: int) -> Tensor:
-    """The rows of the identity that pick the given entries, `(..., len(indices), size)` float64."""
-    return torch.eye(size, dtype=torch.float64, device=indices.device)[indices]

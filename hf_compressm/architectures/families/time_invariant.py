@@ -15,13 +15,15 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from ...errors import DimensionError, TruncationError, UnsupportedModelError
+from ...errors import TruncationError
 from ...systems import COARSE_RESOLUTION, DiagonalLTI, Truncation, project, reductor_names, require_error_bound
 from ..changes import AttributeChange, LayerReduction, ParameterChange
 from ..contract import ScanObserver, StateSpaceLayer
 from ..moment_maps.axis import AxisMap
+from ..moment_maps.modal import ModalMap
 from ..parameters import successor
 from ..scans.time_invariant import watching_system
+from ..state_layout import SizeAttribute, StateAxis, StateLayout, rows_of_identity, runs
 
 # Share of a response's size that rounding the written parameters may change; 1e-3 is a tenth of the error that a
 # tolerance of 1% stands for.
@@ -36,6 +38,9 @@ class TimeInvariantLayer(StateSpaceLayer):
 
     parameter_names: tuple[str, ...]
     """The parameters whose shape depends on the state size."""
+
+    complex_parameters: tuple[str, ...]
+    """Those of them that hold complex numbers, as pairs along their last axis."""
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -65,36 +70,14 @@ class TimeInvariantLayer(StateSpaceLayer):
         """The present number of complex states, N."""
         return self.module.state_size
 
-    def state_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters whose shape depends on the state size, by their names inside the module."""
-        return {name: getattr(self.module, name) for name in self.parameter_names}
+    @property
+    def layout(self) -> StateLayout:
+        """The axes of the parameters, and the module's own state size."""
+        return StateLayout(self.axes(), (SizeAttribute("", "state_size", runs()),))
 
-    def check_reducible(self) -> None:
-        """
-        Raise when the layer cannot be cut.
-
-        Raises:
-            [`~errors.UnsupportedModelError`]: a parameter is sharded or quantised, or its shape disagrees with the
-                layer's state size.
-        """
-        super().check_reducible()
-        expected = self.state_shapes(self.state_size)
-        for name, parameter in self.state_parameters().items():
-            if tuple(parameter.shape) != expected[name]:
-                raise UnsupportedModelError(
-                    f"{self.name}.{name} has shape {tuple(parameter.shape)}; a state size of {self.state_size} needs "
-                    f"{expected[name]}. The parameter may be sharded or flattened by a wrapper."
-                )
-
-    def saved_state_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
-        """The state size that the layer's parameters in a state dict tell."""
-        axes = {name: shape.index(-1) for name, shape in self.state_shapes(-1).items()}
-        sizes = (state_dict[prefix + name].shape[axis] for name, axis in axes.items() if prefix + name in state_dict)
-        return next(sizes, None)
-
-    def size_changes(self, size: int) -> list[AttributeChange]:
-        """The module's own state size."""
-        return [AttributeChange(self.module, "state_size", size)]
+    @abstractmethod
+    def axes(self) -> tuple[StateAxis, ...]:
+        """The axis of each of the parameters along which the states lie."""
 
     @classmethod
     def config_changes(cls, layers: Sequence[StateSpaceLayer], sizes: Sequence[int]) -> list[AttributeChange]:
@@ -127,9 +110,16 @@ class TimeInvariantLayer(StateSpaceLayer):
             values (`Mapping[str, torch.Tensor]`): What [`~TimeInvariantLayer.written`] gave.
         """
 
-    @abstractmethod
     def selected(self, indices: Tensor) -> tuple[dict[str, Tensor], dict[str, AxisMap]]:
         """The values of the parameters that keep some of the states as they are, and how their gradients move."""
+        rows = rows_of_identity(indices, self.state_size)
+        parameters, axes = self.state_parameters(), self.layout.by_name
+        values = {name: axes[name].take(old.detach(), indices) for name, old in parameters.items()}
+        maps = {
+            name: ModalMap(axis.axis, rows, indices, has_pairs=name in self.complex_parameters)
+            for name, axis in axes.items()
+        }
+        return values, maps
 
     @torch.no_grad()
     def system(self) -> DiagonalLTI:
@@ -165,10 +155,7 @@ class TimeInvariantLayer(StateSpaceLayer):
         return self._reduction(truncation, neglect_coupling=True)
 
     def _reduction(self, truncation: Truncation, neglect_coupling: bool) -> LayerReduction:
-        if truncation.full_size != self.state_size:
-            raise DimensionError(
-                f"the truncation is for {truncation.full_size} states; {self.name} has {self.state_size}."
-            )
+        self.require_own_size(truncation)
         reduced = project(self.system(), truncation, neglect_coupling)
         if truncation.is_selection:
             values, maps = self.selected(truncation.indices)
@@ -220,8 +207,3 @@ def clamped_poles(lam: Tensor) -> Tensor:
     """Poles with their absolute value at least 1e-6: families hold the logarithm, and a pole at 0 acts in one step."""
     radius = lam.abs().clamp_min(_SMALLEST_POLE)
     return torch.polar(radius, lam.angle())
-
-
-def picked(indices: Tensor, size: int) -> Tensor:
-    """The rows of the identity that pick the given entries, `(..., len, size)` float64."""
-    return torch.nn.functional.one_hot(indices, size).to(torch.float64)

@@ -10,22 +10,19 @@ Source of the layer: Glorioso et al., 2024, "Zamba: A Compact 7B SSM Hybrid Mode
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...systems import Truncation, reductor_names
-from ..changes import LayerReduction, ParameterChange
+from ..changes import LayerReduction
 from ..contract import ScanObserver
-from ..moment_maps.axis import AxisMap
-from ..parameters import successor
 from ..registry import register
 from ..scans.inputs import ScanInputs
 from ..scans.selective import register_selective_scan
-from .folding import projection_maps, projection_rows, variance_shares
+from ..state_layout import StateAxis, StateLayout, runs
+from .folding import folded
 from .selective import SelectiveLayer
 
 
@@ -53,23 +50,16 @@ class ZambaLayer(SelectiveLayer):
         """The number of heads."""
         return self.module.n_mamba_heads
 
-    def state_parameters(self) -> dict[str, nn.Parameter]:
-        """`A_log` and `x_proj_weight`."""
-        return {"A_log": self.module.A_log, "x_proj_weight": self.module.x_proj_weight}
-
-    def saved_state_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
-        """The state size that `A_log` or `x_proj_weight` in a state dict tells."""
-        if prefix + "A_log" in state_dict:
-            return state_dict[prefix + "A_log"].shape[2]
-        if prefix + "x_proj_weight" in state_dict:
-            return (state_dict[prefix + "x_proj_weight"].shape[1] - self.module.time_step_rank) // 2
-        return None
-
-    def state_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of `A_log` and `x_proj_weight` at a state size."""
+    @property
+    def layout(self) -> StateLayout:
+        """The last axis of `A_log` and the rows of `x_proj_weight`, in each head."""
         head_dim = self.module.mamba_head_dim
-        rows = self.module.time_step_rank + 2 * size
-        return {"A_log": (self.heads, head_dim, size), "x_proj_weight": (self.heads, rows, head_dim)}
+        rows = (self.module.time_step_rank, *runs("B"), *runs("C"))
+        axes = (
+            StateAxis("A_log", 2, runs("A"), others=(self.heads, head_dim), batched=True),
+            StateAxis("x_proj_weight", 1, rows, others=(self.heads, head_dim), batched=True),
+        )
+        return StateLayout(axes, (self.size_attribute,))
 
     def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:
         """While the context is open, each forward pass shows the scans of its heads, as parts, to the observer."""
@@ -77,20 +67,9 @@ class ZambaLayer(SelectiveLayer):
 
     def _reduction(self, truncation: Truncation) -> LayerReduction:
         """The tensors and sizes for a smaller state, folded and with moments as in Mamba, head by head."""
-        rank, size = self.module.time_step_rank, truncation.state_size
+        size = truncation.state_size
         kept = self._require_kept_states(truncation).expand(self.heads, size)
-        T = truncation.T.to(device=kept.device, dtype=torch.float64).expand(self.heads, -1, size)
-        A_log, projection = self.module.A_log, self.module.x_proj_weight
-        weights, moments = (torch.stack(maps) for maps in zip(*(projection_maps(rank, *pair) for pair in zip(kept, T))))
-        rows = projection_rows(rank, kept, self.state_size)
-        shares = variance_shares(truncation, kept).expand(self.heads, size, -1)
-        columns = kept[:, None].expand(-1, A_log.shape[1], -1)
-        changes = [
-            ParameterChange(A_log, successor(A_log, A_log.gather(2, columns)), AxisMap(2, shares, kept)),
-            ParameterChange(
-                projection, successor(projection, weights @ projection.double()), AxisMap(1, moments, rows)
-            ),
-        ]
+        changes = folded(self.layout, self.module, truncation, kept)
         return LayerReduction(self, changes, self.size_changes(size), size)
 
 

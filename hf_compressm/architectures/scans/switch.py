@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...errors import ConfigurationError
 from ..contract import ScanObserver
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,7 @@ Replacement = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Takes the stock function and returns the one that stands in its place."""
 
 _lock = threading.RLock()
-_replacements: dict[str, Replacement] = {}
-_default_modules: list[str] = []
+_replacements: dict[str, dict[str, Replacement]] = {}
 _installed: dict[tuple[int, str], tuple[dict[str, Any], Callable[..., Any], int]] = {}
 _enabled_for_good = False
 _enabled_by_contexts = 0
@@ -47,10 +47,33 @@ def register_scan(module_name: str, replacements: dict[str, Replacement]) -> Non
     Args:
         module_name (`str`): The module whose global names the family's forward pass uses. It is imported only when the
             switch is first used.
-        replacements (`dict[str, Replacement]`): For each global name, what makes the function that replaces it.
+        replacements (`dict[str, Replacement]`): For each global name, what makes the function that replaces it. Other
+            modules may have other functions by the same name.
+
+    Raises:
+        [`~errors.ConfigurationError`]: another replacement is known for a name in that module.
     """
-    _default_modules.append(module_name)
-    _replacements.update(replacements)
+    known = _replacements.setdefault(module_name, {})
+    for name, replacement in replacements.items():
+        if known.get(name, replacement) is not replacement:
+            raise ConfigurationError(
+                f"{module_name}.{name} is already replaced by {known[name].__module__}.{known[name].__qualname__}, so "
+                f"{replacement.__module__}.{replacement.__qualname__} can't be; register one of them."
+            )
+    known.update(replacements)
+
+
+def _replacements_in(namespace: dict[str, Any]) -> dict[str, Replacement]:
+    """
+    The names in a module's globals that can be replaced, and by what.
+
+    A module that nobody has registered, such as mamba-ssm's or one that came with a checkpoint, calls scans by names
+    that others have; where several have one, the first that was registered counts.
+    """
+    own = _replacements.get(namespace.get("__name__"))
+    if own is None:
+        own = {name: found for known in reversed(_replacements.values()) for name, found in known.items()}
+    return {name: replacement for name, replacement in own.items() if name in namespace}
 
 
 def is_packed(**kwargs: Any) -> bool:
@@ -143,7 +166,7 @@ def watching(module: nn.Module, observer: ScanObserver) -> Iterator[None]:
         observer ([`~architectures.contract.ScanObserver`]): Is asked at each of the module's scans.
     """
     namespace = _forward_globals(module)
-    names = [name for name in _replacements if name in namespace]
+    names = list(_replacements_in(namespace))
     tokens = []
 
     def enter(*_: Any) -> None:
@@ -168,8 +191,7 @@ def watching(module: nn.Module, observer: ScanObserver) -> Iterator[None]:
 
 def calls_registered_scan(module: nn.Module) -> bool:
     """Whether the module's forward pass uses a name that the switch can replace."""
-    namespace = _forward_globals(module)
-    return any(name in namespace for name in _replacements)
+    return bool(_replacements_in(_forward_globals(module)))
 
 
 def plain_eager_call(*tensors: torch.Tensor) -> bool:
@@ -185,14 +207,14 @@ def _forward_globals(module: nn.Module) -> dict[str, Any]:
     forwards = [inspect.unwrap(vars(cls)["forward"]) for cls in type(module).__mro__ if "forward" in vars(cls)]
     for forward in forwards:
         calls_further_up = "__class__" in forward.__code__.co_freevars
-        if any(name in forward.__globals__ for name in _replacements) or not calls_further_up:
+        if _replacements_in(forward.__globals__) or not calls_further_up:
             return forward.__globals__
     return forwards[0].__globals__
 
 
 def _default_sites() -> list[tuple[dict[str, Any], str]]:
-    namespaces = [vars(importlib.import_module(name)) for name in _default_modules]
-    return [(namespace, name) for namespace in namespaces for name in _replacements if name in namespace]
+    namespaces = [vars(importlib.import_module(name)) for name in _replacements]
+    return [(namespace, name) for namespace in namespaces for name in _replacements_in(namespace)]
 
 
 def _install_defaults() -> None:
@@ -209,7 +231,7 @@ def _install(namespace: dict[str, Any], name: str) -> None:
     key = (id(namespace), name)
     _, stock, users = _installed.get(key, (namespace, namespace[name], 0))
     if users == 0:
-        namespace[name] = _replacements[name](stock)
+        namespace[name] = _replacements_in(namespace)[name](stock)
     _installed[key] = (namespace, stock, users + 1)
 
 

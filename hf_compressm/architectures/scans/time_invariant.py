@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ...ops import default_sample_count, diagonal_adjoint_gramian, diagonal_state_gramian, sample_times
 from ...systems import DiagonalLTI
-from ..contract import ScanObserver
+
+if TYPE_CHECKING:
+    from ..contract import ScanObserver
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...architectures import LayerReduction, StateSpaceLayer
+from ...architectures import LayerReduction, StateForm, StateSpaceLayer
 from .optimizer import unwrap_optimizer
 
 SNAPSHOT_NAME = "compressm_snapshot.safetensors"
@@ -32,12 +32,12 @@ class Snapshot:
     it costs is that they stay in memory.
 
     Args:
-        forms (`Mapping[str, tuple[int, int]]`): State size and projected size of each layer, by the layer's name.
+        forms (`Mapping[str, StateForm]`): State size and projected size of each layer, by the layer's name.
         parameters (`Mapping[str, torch.Tensor]`): The parameters' values, by `layer.parameter`.
         states (`Mapping[str, Mapping[str, Any]]`): The optimizer's state of each parameter, by the same names.
     """
 
-    forms: Mapping[str, tuple[int, int]]
+    forms: Mapping[str, StateForm]
     parameters: Mapping[str, Tensor]
     states: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -68,7 +68,7 @@ class Snapshot:
         kept = {} if optimizer is None else unwrap_optimizer(optimizer).state
         states = {name: _own_scalars(kept[parameter]) for name, parameter in held.items() if parameter in kept}
         parameters = {name: parameter.detach() for name, parameter in held.items()}
-        forms = {layer.name: (layer.state_size, layer.projected_size) for layer in layers}
+        forms = {layer.name: layer.form for layer in layers}
         return cls(forms, parameters, states)
 
     def reductions(self, layers: Sequence[StateSpaceLayer]) -> list[LayerReduction]:
@@ -170,8 +170,8 @@ class Snapshot:
                     states.setdefault(parameter, {})[key] = file.get_tensor(name)
         forms = json.loads(metadata["forms"]) if "forms" in metadata else json.loads(metadata["sizes"])
         # Before layers could mix states, a size was all there was to tell.
-        pairs = {name: (form, form) if isinstance(form, int) else tuple(form) for name, form in forms.items()}
-        return cls(pairs, parameters, states)
+        told = {name: StateForm(*((form, form) if isinstance(form, int) else form)) for name, form in forms.items()}
+        return cls(told, parameters, states)
 
 
 def _own_scalars(state: Mapping[str, Any]) -> dict[str, Any]:

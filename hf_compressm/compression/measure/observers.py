@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...architectures import ScanInputs, SumOverProcesses
+from ...architectures import ScanInputs, SumOverProcesses, TimeAverages
 from ...errors import CalibrationError
 from ...systems import DiagonalLTI
 from .layer_gramians import EmpiricalGramians
@@ -191,6 +191,11 @@ class AveragedObserver(GramianObserver):
 
     def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
         """Sum the time steps of each channel, and B and C of each state."""
+        if not isinstance(inputs, TimeAverages):
+            raise CalibrationError(
+                f"the recurrence of {type(inputs).__name__} has no means over time that make it a time-invariant "
+                "system; use gramians='loss_gradient' or 'white_noise'."
+            )
         self._systems[inputs.part] = inputs.averaged_systems()
         self._sums[inputs.part] = self._sums.get(inputs.part, 0.0) + inputs.sums()
         return output

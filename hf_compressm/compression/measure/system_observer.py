@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...architectures import SumOverProcesses
-from ...architectures.scans.time_invariant import SystemInputs
+from ...architectures import SumOverProcesses, SystemInputs
 from ...errors import CalibrationError
 from .layer_gramians import ClosedFormGramians, WeightedGramians
 from .observers import LOSS_SCALE, AdjointTap, GramianObserver

@@ -14,21 +14,12 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .stock_families import STOCK_FAMILIES
+
 PREFIX = "Compressed"
 
 # The stock configurations, and the name that each has for the state size.
-STATE_SIZE_NAMES = {
-    "BambaConfig": "mamba_d_state",
-    "FalconH1Config": "mamba_d_state",
-    "FalconMambaConfig": "state_size",
-    "GraniteMoeHybridConfig": "mamba_d_state",
-    "JambaConfig": "mamba_d_state",
-    "Mamba2Config": "state_size",
-    "MambaConfig": "state_size",
-    "NemotronHConfig": "ssm_state_size",
-    "Zamba2Config": "mamba_d_state",
-    "ZambaConfig": "mamba_d_state",
-}
+STATE_SIZE_NAMES = {row.config: row.config_size_name for row in STOCK_FAMILIES.values()}
 
 LARGEST_STATE_SIZE = 65536
 

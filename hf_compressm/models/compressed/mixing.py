@@ -16,21 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from .mixed_multi_head import MixedMultiHead
+from .stock_families import STOCK_FAMILIES
 
 PREFIX = "Mixed"
 
 # Where transformers has each class that can be mixed, and which classes share Mamba-2's forward pass.
-MULTI_HEAD_MIXERS = {
-    "BambaMixer": "bamba",
-    "FalconH1Mixer": "falcon_h1",
-    "GraniteMoeHybridMambaLayer": "granitemoehybrid",
-    "Mamba2Mixer": "mamba2",
-    "NemotronHMamba2Mixer": "nemotron_h",
-    "Zamba2MambaMixer": "zamba2",
-}
-NORMED_MIXERS = {"FalconMambaMixer": "falcon_mamba", "JambaMambaMixer": "jamba"}
-NORMS = {"FalconMambaWeightlessRMSNorm": "falcon_mamba", "JambaRMSNorm": "jamba"}
-FOLDED_MIXERS = {"MambaMixer": "mamba", "ZambaMambaMixer": "zamba"}
+_ROWS = STOCK_FAMILIES.values()
+MULTI_HEAD_MIXERS = {row.mixer: row.module for row in _ROWS if row.kind == "multi_head"}
+NORMED_MIXERS = {row.mixer: row.module for row in _ROWS if row.kind == "normed"}
+NORMS = {row.norm: row.module for row in _ROWS if row.norm is not None}
+FOLDED_MIXERS = {row.mixer: row.module for row in _ROWS if row.kind == "folded"}
 
 _made: dict[type, type] = {}
 
