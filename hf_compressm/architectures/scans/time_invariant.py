@@ -64,11 +64,9 @@ def watching_system(module: nn.Module, system: DiagonalLTI, observer: ScanObserv
     """
     Show the forward passes of a time-invariant module to an observer while the context is open.
 
-    What the observer sees as the output still holds the feedthrough, whose gradient is that of the readout.
-
     Args:
         module (`torch.nn.Module`): Called with `hidden_states` `(batch, length, H)` and, where there is padding, with
-            `mask` `(batch, length)`; returns the output.
+            `mask` `(batch, length)`; returns the output, the feedthrough of each channel, `D`, in it.
         system ([`~systems.DiagonalLTI`]): The system that it computes.
         observer ([`~architectures.contract.ScanObserver`]): Is asked at each pass.
     """
@@ -78,7 +76,8 @@ def watching_system(module: nn.Module, system: DiagonalLTI, observer: ScanObserv
         u, mask = arguments["hidden_states"], arguments.get("mask")
         if mask is not None:
             u = u * mask.unsqueeze(-1).to(u.dtype)
-        return observer.observe(SystemInputs(u, system, mask), output)
+        skip = u * module.D.to(u.dtype)
+        return observer.observe(SystemInputs(u, system, mask), output - skip) + skip
 
     handle = module.register_forward_hook(show, with_kwargs=True)
     try:
