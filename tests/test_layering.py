@@ -13,6 +13,7 @@ PACKAGE = Path(hf_compressm.__file__).parent
 
 # From the ground up; a module may import from its own floor's package and from lower floors.
 FLOORS = [
+    "_registration",
     "errors",
     "validation",
     "files",
@@ -27,6 +28,7 @@ FLOORS = [
 FLOORS += ["saving", "hub", "api", "training", "cli", "__main__"]
 
 ALLOWED_OUTSIDE = {
+    "_registration": set(),
     "errors": set(),
     "validation": set(),
     "config": set(),
