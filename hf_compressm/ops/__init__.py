@@ -1,5 +1,6 @@
 """Fast recurrences, each with its slow reference beside it."""
 
+from ._derivatives import is_transformed
 from .diagonal_convolution import channel_systems, channel_systems_reference, convolution_kernel
 from .diagonal_scan import diagonal_recurrence, diagonal_recurrence_reference, diagonal_scan, diagonal_scan_reference
 from .multi_head_gramians import multi_head_adjoint_gramian, multi_head_state_gramian
@@ -19,6 +20,7 @@ __all__ = [
     "diagonal_recurrence_reference",
     "diagonal_scan",
     "diagonal_scan_reference",
+    "is_transformed",
     "multi_head_adjoint_gramian",
     "multi_head_scan",
     "multi_head_scan_reference",
