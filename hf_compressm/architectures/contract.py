@@ -228,6 +228,18 @@ class StateSpaceLayer(ABC):
         """
         return self.reduce(truncation)
 
+    def check_form(self, stock: bool, reductor: str) -> None:
+        """
+        Raise when the layer cannot be cut with these settings; what no setting can cut, `check_reducible` refuses.
+
+        Args:
+            stock (`bool`): Whether the stock model class has to load the result.
+            reductor (`str`): The reductor's name.
+
+        Raises:
+            [`~errors.UnsupportedModelError`]: an adapter holds a module that would be cut.
+        """
+
     def check_reducible(self) -> None:
         """
         Raise when the layer's parameters are in a form that cannot be cut.

@@ -97,6 +97,7 @@ class Compressor:
                 f"{' in a stock model class' if name in layer.reductors(False) else ''}; "
                 f"choose one of {', '.join(sorted(layer.reductors(stock)))}."
             )
+        layer.check_form(stock, name)
         return name
 
     def _needs_stock(self, layer: StateSpaceLayer) -> bool:
