@@ -151,9 +151,3 @@ def test_an_adapter_on_a_projection_that_the_form_cuts_is_refused_before_the_fir
     callback = CompreSSMCallback(CompreSSMConfig(strategy="fixed", keep_ratio=0.5, **settings))
     with pytest.raises(UnsupportedModelError, match=f"Leave {module} out of the adapter's target modules"):
         make_trainer(tmp_path, callback, model, Rows(token_batch(batch=64))).train()
-
-
-def test_an_adapter_on_a_convolution_is_refused_in_every_form(tmp_path) -> None:
-    model = peft.get_peft_model(tiny_bamba(), peft.LoraConfig(r=2, target_modules=["conv1d"], task_type="CAUSAL_LM"))
-    with pytest.raises(UnsupportedModelError, match="Leave conv1d out"):
-        make_trainer(tmp_path, CompreSSMCallback(HALF), model, Rows(token_batch(batch=64))).train()

@@ -1,0 +1,46 @@
+"""The shapes of all tensors of a checkpoint in several files, while transformers loads it file by file."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers.trainer_utils import load_sharded_checkpoint
+
+
+def shapes_of_whole_checkpoint() -> dict[str, Tensor] | None:
+    """
+    Tensors without values in the shapes of a sharded checkpoint that is being loaded on this thread; None where none
+    is.
+
+    transformers hands a model one file after another, and none of them tells the form of a layer whose tensors lie in
+    several. Which folder they are from, only the calling function knows.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not load_sharded_checkpoint.__code__:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    index = Path(frame.f_locals["load_index"])
+    return _shapes(index, os.stat(index).st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _shapes(index: Path, modified: int) -> dict[str, Tensor]:
+    files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    shapes: dict[str, Tensor] = {}
+    for name in files:
+        path = index.parent / name
+        if path.suffix != ".safetensors":
+            shapes.update(torch.load(path, map_location="meta", weights_only=True))
+            continue
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                shapes[key] = torch.empty(file.get_slice(key).get_shape(), device="meta")
+    return shapes
