@@ -200,7 +200,7 @@ class StateSpaceLayer(ABC):
         Returns:
             [`~systems.DiagonalLTI`] or `None`: None for a selective layer, whose Gramians have to be measured on data.
         """
-        return None
+        return
 
     def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:
         """While the context is open, each forward pass of a selective layer shows its scan to the observer."""
@@ -239,6 +239,7 @@ class StateSpaceLayer(ABC):
         Raises:
             [`~errors.UnsupportedModelError`]: an adapter holds a module that would be cut.
         """
+        return
 
     def check_reducible(self) -> None:
         """

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import sys
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers.trainer_utils import load_sharded_checkpoint
+
+from ..saving.weight_shapes import weight_shapes
 
 
 def shapes_of_whole_checkpoint() -> dict[str, Tensor] | None:
@@ -28,19 +26,4 @@ def shapes_of_whole_checkpoint() -> dict[str, Tensor] | None:
     if frame is None:
         return None
     index = Path(frame.f_locals["load_index"])
-    return _shapes(index, os.stat(index).st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=1)
-def _shapes(index: Path, modified: int) -> dict[str, Tensor]:
-    files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    shapes: dict[str, Tensor] = {}
-    for name in files:
-        path = index.parent / name
-        if path.suffix != ".safetensors":
-            shapes.update(torch.load(path, map_location="meta", weights_only=True))
-            continue
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():
-                shapes[key] = torch.empty(file.get_slice(key).get_shape(), device="meta")
-    return shapes
+    return weight_shapes(index, os.stat(index).st_mtime_ns)
