@@ -212,7 +212,7 @@ class StateSpaceLayer(ABC):
         Returns:
             [`~systems.DiagonalLTI`] or `None`: None for a selective layer, whose Gramians have to be measured on data.
         """
-        return None
+        return
 
     @abstractmethod
     def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:
@@ -239,6 +239,19 @@ class StateSpaceLayer(ABC):
             [`~errors.TruncationError`]: the layer's parameters cannot hold it.
         """
         return self.reduce(truncation)
+
+    def check_form(self, stock: bool, reductor: str) -> None:
+        """
+        Raise when the layer cannot be cut with these settings; what no setting can cut, `check_reducible` refuses.
+
+        Args:
+            stock (`bool`): Whether the stock model class has to load the result.
+            reductor (`str`): The reductor's name.
+
+        Raises:
+            [`~errors.UnsupportedModelError`]: an adapter holds a module that would be cut.
+        """
+        return
 
     def check_reducible(self) -> None:
         """

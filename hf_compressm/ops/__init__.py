@@ -1,5 +1,6 @@
 """Fast recurrences, each with its slow reference beside it."""
 
+from ._derivatives import is_transformed
 from .diagonal_convolution import channel_systems, channel_systems_reference, convolution_kernel
 from .diagonal_gramians import diagonal_adjoint_gramian, diagonal_state_gramian
 from .diagonal_scan import diagonal_recurrence, diagonal_recurrence_reference, diagonal_scan, diagonal_scan_reference
@@ -22,6 +23,7 @@ __all__ = [
     "diagonal_scan",
     "diagonal_scan_reference",
     "diagonal_state_gramian",
+    "is_transformed",
     "multi_head_adjoint_gramian",
     "multi_head_scan",
     "multi_head_scan_reference",

@@ -28,8 +28,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     A check follows the optimizer step that the schedule names and precedes the Trainer's logging, evaluation and saving
     of the same step, which already see the smaller model. Each check adds an entry to `compressm_history.json` in
-    `args.output_dir`, to the Trainer's log history and to its trackers. On a CPU the fused scan is switched on and
-    stays on after training, for the evaluation (see [`disable_fast_cpu_scan`]).
+    `args.output_dir`, to the Trainer's log history and to its trackers. On a CPU the fused scan is on while the
+    Trainer trains (see [`fast_cpu_scan`] for the evaluation afterwards).
 
     A run resumes from its checkpoints, at whatever size they are, with a model that was built at the original size;
     for that the callback must be among the Trainer's `callbacks` when the Trainer is made.

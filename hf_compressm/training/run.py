@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable
 from functools import partial
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..architectures import enable_fast_cpu_scan, unsupported_note
+from ..architectures import fast_cpu_scan, unsupported_note
 from ..compression import (
     HISTORY_NAME,
     LAYERS_NAME,
@@ -126,10 +127,11 @@ class CompressionRun:
             given=calibration_batches,
         )
         self._trackers = trackers_among(self._neighbours)
-        if config.fast_cpu_scan:
-            enable_fast_cpu_scan()
-            if next(model.parameters()).device.type == "cpu":
-                compile_kernels()
+        # Closed at the training's end, or, where that ends by an exception, with this object.
+        self._fast_scan = contextlib.ExitStack()
+        self._fast_scan.enter_context(fast_cpu_scan(config.fast_cpu_scan))
+        if config.fast_cpu_scan and next(model.parameters()).device.type == "cpu":
+            compile_kernels()
         if args.should_save:
             mark_active(args.output_dir)
             if state.global_step == 0:
@@ -199,7 +201,8 @@ class CompressionRun:
         return Path(self._args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self._state.global_step}"
 
     def ended(self) -> None:
-        """Let go of the training data."""
+        """Let go of the training data and of the fast scan."""
+        self._fast_scan.close()
         self._batches.close()
         mark_ended(self._args.output_dir)
         if self._compressor.pending is not None:

@@ -32,6 +32,7 @@ class MultiHeadLayer(MixableLayer):
 
     required_parts = ("A_log", "D", "dt_bias", "in_proj", "conv1d")
     cut_projections = {"in_proj": nn.Linear, "conv1d": nn.Conv1d}
+    adaptable_projections = frozenset({"in_proj"})
 
     @classmethod
     def reductors(cls, stock: bool) -> frozenset[str]:

@@ -33,6 +33,7 @@ class NormedMambaLayer(MixableLayer, MambaLayer):
 
     required_parts = (*MambaLayer.required_parts, *_NORMS)
     foreign_parts = ()
+    adaptable_projections = frozenset({"x_proj"})
 
     @classmethod
     def reductors(cls, stock: bool) -> frozenset[str]:

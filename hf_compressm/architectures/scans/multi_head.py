@@ -60,7 +60,7 @@ def chunk_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
         return_final_states: bool = False,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, ...]:
-        observer = None if torch.compiler.is_compiling() else current_observer()
+        observer = current_observer()
         fast = _fast_scan_applies(hidden_states, dt, A, B, C, **kwargs)
         if observer is None and not fast:
             return stock(
@@ -102,7 +102,7 @@ def fused_function_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(stock)
     def fused(*args: Any, **kwargs: Any) -> Tensor | None:
-        if not torch.compiler.is_compiling() and current_observer() is not None:
+        if current_observer() is not None:
             return None
         return stock(*args, **kwargs)
 

@@ -52,7 +52,7 @@ def selective_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
         return_last_state: bool = False,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        observer = None if torch.compiler.is_compiling() else current_observer()
+        observer = current_observer()
         fast = _fused_scan_applies(hidden_states, dt, A, B, C, **kwargs)
         if observer is None and not fast:
             return stock(

@@ -43,4 +43,5 @@ def _reductor_of(layer: StateSpaceLayer, name: str, stock: bool) -> str:
             f"{' in a stock model class' if name in layer.reductors(False) else ''}; "
             f"choose one of {', '.join(sorted(layer.reductors(stock)))}."
         )
+    layer.check_form(stock, name)
     return name

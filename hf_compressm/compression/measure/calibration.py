@@ -114,6 +114,8 @@ def calibrate(
                     observer.loss_terms = terms
                 with torch.enable_grad():
                     torch.autograd.grad(LOSS_SCALE * loss, trigger, allow_unused=True)
+                for observer in observers:
+                    observer.loss_terms = None
     if selective and not losses:
         raise CalibrationError(
             f"there is no calibration batch; {selective[0].name} ({selective[0].family}) is a selective layer, whose "

@@ -29,8 +29,11 @@ class GramianObserver(ABC):
     needs_loss_gradient: bool = False
     """Whether the pass must propagate the loss back to the scan's output."""
 
-    loss_terms: int = 1
-    """How many terms the mean loss of the present batch has; adjoint states of the sum weigh all examples alike."""
+    loss_terms: int | None = None
+    """
+    How many terms the mean loss of the present batch has; adjoint states of the sum weigh all examples alike. None
+    where no gradient of the loss is on its way: one that the loss function takes for itself is none.
+    """
 
     @abstractmethod
     def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
@@ -158,7 +161,8 @@ class LossGradientObserver(_SampledGramians):
         times = self._add_states(detached)
 
         def receive(grad_output: Tensor) -> None:
-            self._add_adjoint_states(detached, grad_output, times, weight=(self.loss_terms / LOSS_SCALE) ** 2)
+            if self.loss_terms is not None:
+                self._add_adjoint_states(detached, grad_output, times, weight=(self.loss_terms / LOSS_SCALE) ** 2)
 
         return AdjointTap.apply(output, self._trigger, receive)
 
