@@ -60,6 +60,7 @@ def carry(model: nn.Module, provenance: Provenance) -> None:
 
 def _stock_upload(model: nn.Module) -> Callable[..., Any] | None:
     """The upload to check before; a model that can be pushed but does not upload through it is warned of."""
+    # Private API of transformers.
     stock = getattr(model, _UPLOAD, None)
     if stock is None and callable(getattr(model, "push_to_hub", None)):
         logger.warning(

@@ -74,6 +74,7 @@ def state_space_parameter_groups(
 
 def _names_with_weight_decay(model: nn.Module) -> set[str]:
     """The Trainer's own rule, and no copy of it; the method reads nothing of the Trainer and is called without one."""
+    # Private API of transformers.
     return set(Trainer.get_decay_parameter_names(None, model))
 
 

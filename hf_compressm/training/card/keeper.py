@@ -89,6 +89,7 @@ class CardKeeper(TrainerCallback):
         self._trainer = trainer
         self._clock = StepClock()
         self._changes_pushed = 0
+        # Private API of transformers.
         trainer.save_model = self._shadowed(trainer.save_model, self._saving)
         trainer.create_model_card = self._shadowed(trainer.create_model_card, self._writing_a_card)
 
@@ -177,6 +178,7 @@ class CardKeeper(TrainerCallback):
         trainer = self._trainer
         folder = Path(output_dir or trainer.args.output_dir)
         is_checkpoint = CHECKPOINT.fullmatch(folder.name) is not None
+        # Private API of transformers.
         if is_checkpoint and (kwargs.get("_internal_call") or any(args)):
             # By the Trainer, in all processes; another call may come from one of them alone.
             self.owner.saving_checkpoint()

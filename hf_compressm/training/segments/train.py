@@ -148,6 +148,7 @@ def _new_trainer(make_trainer: Callable[[], Trainer]) -> Trainer:
 def _forget_deepspeed_plugin() -> None:
     # Accelerate takes a plugin once, for its first Accelerator. TrainingArguments made anew reset this, those that were
     # made outside of make_trainer do not. The process group stays.
+    # Private API of accelerate.
     if AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED:
         AcceleratorState._reset_state()
 
