@@ -271,6 +271,20 @@ class CompreSSMConfig:
             )
         return cls(**settings)
 
+    @classmethod
+    def coerced(cls, config: CompreSSMConfig | dict[str, Any] | None) -> CompreSSMConfig:
+        """
+        What a caller gave as settings: a configuration as it is, a `dict` of settings, or the defaults for `None`.
+
+        Raises:
+            [`~errors.ConfigurationError`]: it is of another type, or a setting in it is not allowed.
+        """
+        if isinstance(config, dict):
+            return cls.from_dict(config)
+        if config is not None and not isinstance(config, cls):
+            raise ConfigurationError(f"config is a {type(config).__name__}; give a CompreSSMConfig or a dict.")
+        return config or cls()
+
     def to_json_string(self) -> str:
         """The settings as indented JSON text."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"

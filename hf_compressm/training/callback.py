@@ -67,11 +67,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         calibration_batches: Iterable[Any] | None = None,
         averaged_weights: Iterable[Any] = (),
     ) -> None:
-        if isinstance(config, dict):
-            config = CompreSSMConfig.from_dict(config)
-        if config is not None and not isinstance(config, CompreSSMConfig):
-            raise ConfigurationError(f"config is a {type(config).__name__}; give a CompreSSMConfig.")
-        self.config = config or CompreSSMConfig()
+        self.config = CompreSSMConfig.coerced(config)
         self.loss_function = require_function("loss_function", loss_function)
         self.calibration_batches = require_batches("calibration_batches", calibration_batches)
         # One average by itself is meant as a list of one.

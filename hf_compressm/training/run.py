@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -34,14 +33,14 @@ from ..compression.processes import SingleProcess
 from ..config import CompreSSMConfig
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..ops import compile_kernels
-from .batches import training_batches
+from .batches import seed_of_process, training_batches
 from .checkpoints.running_mark import mark_active, mark_ended
 from .data_parallel import ReducerChange, begin_with_a_new_reducer
 from .distributed import processes_of_training, run_facts
 from .evaluation_watch import EvaluationWatch
 from .resume import SavedRun
 from .schedule import check_steps
-from .trackers import report, trackers_among
+from .trackers import report, tell, trackers_among
 from .trainer_lookup import neighbours
 
 logger = logging.getLogger(__name__)
@@ -90,60 +89,60 @@ class CompressionRun:
         self._averaged_weights = averaged_weights
         if any(type(other) is type(callback) for other in self._neighbours):
             raise ConfigurationError("the Trainer has two CompreSSMCallbacks; one has to hold all settings.")
+        self._trackers = trackers_among(self._neighbours)
         self._processes = processes_of_training()
-        alone = isinstance(self._processes, SingleProcess)
-        show = state.is_world_process_zero and not args.disable_tqdm
-        self._compressor = Compressor(
-            model,
-            config,
-            loss_function=loss_function,
-            optimizer=optimizer,
-            find_copies=self._averages,
-            processes=self._processes,
-            followers=[] if alone else [partial(ReducerChange, model)],
-            progress=None if show else False,
-        )
-        self._processes.agree("the training", run_facts(config, self._compressor.sizes))
-        if not alone:
-            begin_with_a_new_reducer(model)
-        layers = self._compressor.layers
-        replaced = [{**layer.state_parameters(), **layer.rescaled_parameters()} for layer in layers]
-        parameters = [parameter for of_layer in replaced for parameter in of_layer.values()]
-        require_trained(optimizer, parameters)
+        self._compressor = self._new_compressor(optimizer, loss_function)
         self._resume(saved)
-        stale = drop_stale_states(optimizer)
-        if stale:
-            logger.warning(
-                "%d parameters changed their size since they were last trained; their optimizer state is reset.",
-                stale,
-            )
+        _drop_stale_states(optimizer)
         self._batches = training_batches(
             model,
             train_dataloader,
             args.train_batch_size,
             config.calibration_batches,
-            # Each process looks at examples of its own.
-            args.seed + config.seed + 7919 * args.process_index,
+            seed_of_process(args, config),
             given=calibration_batches,
         )
-        self._trackers = trackers_among(self._neighbours)
+        self._begin()
+
+    def _new_compressor(self, optimizer: Any, loss_function: LossFunction | None) -> Compressor:
+        """The compressor, of which all processes and the optimizer are known to fit."""
+        alone = isinstance(self._processes, SingleProcess)
+        show = self._state.is_world_process_zero and not self._args.disable_tqdm
+        compressor = Compressor(
+            self._model,
+            self.config,
+            loss_function=loss_function,
+            optimizer=optimizer,
+            find_copies=self._averages,
+            processes=self._processes,
+            followers=[] if alone else [partial(ReducerChange, self._model)],
+            progress=None if show else False,
+        )
+        self._processes.agree("the training", run_facts(self.config, compressor.sizes))
+        if not alone:
+            begin_with_a_new_reducer(self._model)
+        replaced = [{**layer.state_parameters(), **layer.rescaled_parameters()} for layer in compressor.layers]
+        require_trained(optimizer, [parameter for of_layer in replaced for parameter in of_layer.values()])
+        return compressor
+
+    def _begin(self) -> None:
+        """Mark the folder, make the kernels ready and say what will be checked."""
         # Closed at the training's end, or, where that ends by an exception, with this object.
         self._fast_scan = contextlib.ExitStack()
-        self._fast_scan.enter_context(fast_cpu_scan(config.fast_cpu_scan))
-        if config.fast_cpu_scan and next(model.parameters()).device.type == "cpu":
+        self._fast_scan.enter_context(fast_cpu_scan(self.config.fast_cpu_scan))
+        if self.config.fast_cpu_scan and next(self._model.parameters()).device.type == "cpu":
             compile_kernels()
-        if args.should_save:
-            mark_active(args.output_dir)
-            if state.global_step == 0:
-                keep_old_history(args.output_dir)
-        sizes = sorted(set(self._compressor.sizes.values()))
-        self._tell(
-            f"{len(self._compressor.layers)} layers with state size {', '.join(map(str, sizes))}; "
-            f"checks after the steps {', '.join(map(str, self.steps))}"
-        )
-        note = unsupported_note(model, self._compressor.layers)
-        if note is not None:
-            self._tell(note)
+        if self._args.should_save:
+            mark_active(self._args.output_dir)
+            if self._state.global_step == 0:
+                keep_old_history(self._args.output_dir)
+        sizes = ", ".join(map(str, sorted(set(self._compressor.sizes.values()))))
+        steps = ", ".join(map(str, self.steps))
+        layers = self._compressor.layers
+        lines = [f"{len(layers)} layers with state size {sizes}; checks after the steps {steps}"]
+        for line in (*lines, unsupported_note(self._model, layers)):
+            if line is not None:
+                tell(line, self._args, self._state)
 
     @property
     def records(self) -> list[CheckRecord]:
@@ -255,7 +254,7 @@ class CompressionRun:
 
     def _keep(self, records: list[CheckRecord]) -> None:
         for record in records:
-            self._tell(record.summary())
+            tell(record.summary(), self._args, self._state)
             report(record.scalars(), self._trackers, self._args, self._state, self._control, self._model)
         if self._state.is_world_process_zero:
             try:
@@ -264,7 +263,10 @@ class CompressionRun:
                 # The records are in every checkpoint too; a full disk is no reason to lose a run.
                 logger.warning("%s could not be written: %s", HISTORY_NAME, error)
 
-    def _tell(self, line: str) -> None:
-        logger.info(line)
-        if self._state.is_world_process_zero and not self._args.disable_tqdm:
-            tqdm.write(f"[compressm] {line}")
+
+def _drop_stale_states(optimizer: Any) -> None:
+    stale = drop_stale_states(optimizer)
+    if stale:
+        logger.warning(
+            "%d parameters changed their size since they were last trained; their optimizer state is reset.", stale
+        )
