@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigurationError
-from .validation import is_number, require_bool, require_choice, require_integer, require_share, require_window
+from .validation import (
+    is_number,
+    require_bool,
+    require_choice,
+    require_integer,
+    require_pattern,
+    require_share,
+    require_window,
+)
 
 CONFIG_NAME = "compressm_config.json"
 
@@ -68,6 +76,12 @@ class CompreSSMConfig:
             not worth the disturbance.
         uniform (`bool`, *optional*, defaults to `True`):
             Give all layers the size that the most demanding one needs, so that the stock model class loads the result.
+        target_layers (`str` or `list[str]`, *optional*):
+            The only layers that may be cut, all when unset: a regular expression that matches the whole name of a
+            layer's module, or names and ends of names (after a dot), as `target_modules` of peft.
+        exclude_layers (`str` or `list[str]`, *optional*):
+            Layers that keep their state, written in the same way; it goes before `target_layers`. With `uniform`, the
+            others have one size among themselves.
         budget (`str`, *optional*, defaults to `"layer"`):
             What the strategy `"tolerance"` holds the dropped Hankel energy against. `"layer"`: each layer against its
             own. `"model"`: the sum over all layers against the sum of theirs, with the fewest states in the whole model
@@ -160,6 +174,8 @@ class CompreSSMConfig:
     calibration_batches: int = 1
     seed: int = 0
     fast_cpu_scan: bool = True
+    target_layers: str | list[str] | None = None
+    exclude_layers: str | list[str] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.window, list):
@@ -186,6 +202,10 @@ class CompreSSMConfig:
             raise ConfigurationError(
                 f"minimum_reduction is {self.minimum_reduction!r}; give a number in [0, 1), for example 0.05."
             )
+        for name in ("target_layers", "exclude_layers"):
+            require_pattern(name, getattr(self, name))
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         require_window("window", self.window)
         if self.budget == "model" and (self.uniform or self.strategy != "tolerance"):
             raise ConfigurationError(
@@ -247,8 +267,7 @@ class CompreSSMConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as a dictionary that JSON can hold."""
         settings = asdict(self)
-        settings["window"] = list(self.window)
-        return settings
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> CompreSSMConfig:

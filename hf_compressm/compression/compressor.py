@@ -27,6 +27,7 @@ from .cut.changes import Change, DoneLast, ModelChange, UndoneLast, commit_toget
 from .cut.optimizer import OptimizerChange
 from .cut.snapshot import Snapshot
 from .cut.weight_averages import copy_changes
+from .decide.chosen import bound_to_others, chosen_layers
 from .decide.plan import LayerPlan, plan_reduction
 from .decide.progress import is_finished, moment_of, score_correlation
 from .decide.truncations import find_truncations
@@ -85,7 +86,8 @@ class Compressor:
         self._cut_copies: list[Change] = []
         self._progress = progress
         self._scores: dict[str, Tensor] = {}
-        self._reductors = {layer.name: self._reductor_of(layer) for layer in self.layers}
+        self._chosen = chosen_layers(self.layers, config)
+        self._reductors = {layer.name: self._reductor_of(layer) for layer in self._chosen}
         self._require_sizes_that_fit()
 
     def _reductor_of(self, layer: StateSpaceLayer) -> str:
@@ -104,16 +106,23 @@ class Compressor:
         return self.config.stock or not can_hold_forms(self.model, layer)
 
     def _require_sizes_that_fit(self) -> None:
-        fixed = [
-            layer.name
-            for layer in self.layers
-            if not layer.sizes_may_differ(self._needs_stock(layer), self._reductors[layer.name])
-        ]
-        if not self.config.uniform and len(self.layers) > 1 and fixed:
+        fixed = [layer.name for layer in self._chosen if not self._may_differ(layer)]
+        bound = bound_to_others(self.layers, set(self._reductors), self._may_differ)
+        if bound:
+            name, other = next(iter(bound.items()))
+            raise UnsupportedModelError(
+                f"{name} may be cut and {other} may not, but their model class holds one state size for both. Choose "
+                "both or none with target_layers and exclude_layers, or allow another form (stock=False, "
+                "reductor='auto')."
+            )
+        if not self.config.uniform and len(self._chosen) > 1 and fixed:
             raise UnsupportedModelError(
                 f"uniform=False would give each layer its own state size, which the checkpoint of {fixed[0]} "
                 f"({self.layers[0].family}) cannot hold. Leave uniform=True."
             )
+
+    def _may_differ(self, layer: StateSpaceLayer) -> bool:
+        return layer.sizes_may_differ(self._needs_stock(layer), self._reductors[layer.name])
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -123,7 +132,7 @@ class Compressor:
     @property
     def is_finished(self) -> bool:
         """Whether no later check can cut anything."""
-        return is_finished(self.records, self.config, list(self.sizes))
+        return is_finished(self.records, self.config, list(self._reductors))
 
     def check(self, batches: Sequence[Any], step: int | None = None, number: int = 1, total: int = 1) -> CheckRecord:
         """
@@ -159,7 +168,7 @@ class Compressor:
         with torch.inference_mode(False), fast_cpu_scan(self.config.fast_cpu_scan):
             calibration = calibrate(
                 self.model,
-                self.layers,
+                self._chosen,
                 batches,
                 gramians=self.config.gramians,
                 loss_function=self._loss_function,
@@ -168,13 +177,20 @@ class Compressor:
                 progress=self._progress,
             )
             self._require_judge(calibration.loss)
-            measured = calibration.gramians
+            batches = [batch for number, batch in enumerate(batches) if number not in calibration.left_out]
+            bound = bound_to_others(self.layers, calibration.gramians, self._may_differ)
+            measured = {name: found for name, found in calibration.gramians.items() if name not in bound}
+            if not measured:
+                name, other = next(iter(bound.items()))
+                raise CalibrationError(
+                    f"{other} was not reached, and {name} must have the same state size in its model class."
+                )
             spectra = {name: gramians.hankel_singular_values() for name, gramians in measured.items()}
             scores = {name: gramians.state_scores().flatten() for name, gramians in measured.items()}
             spectra, scores = self._processes.first((spectra, scores))
             correlations = {name: score_correlation(self._scores.get(name), scores[name]) for name in scores}
             moment = moment_of(self.records, self.config, correlations, number, total)
-            plan = plan_reduction(spectra, self.sizes, self.config, moment)
+            plan = plan_reduction(spectra, {name: self.sizes[name] for name in measured}, self.config, moment)
             result = self._carry_out(plan, calibration, batches, seed)
         lost = {name: measured[name].lost_energy(truncation) for name, truncation in result.truncations.items()}
         for name, gramians in measured.items():
@@ -287,7 +303,7 @@ class Compressor:
         self, plan: dict[str, LayerPlan], calibration: Calibration, batches: Sequence[Any], seed: int
     ) -> _Result:
         if not any(layer.is_cut for layer in plan.values()):
-            wanted, size = max(layer.wanted for layer in plan.values()), max(self.sizes.values())
+            wanted, size = max(layer.wanted for layer in plan.values()), max(layer.size for layer in plan.values())
             return _Result("kept", f"the spectra ask for {wanted} of {size} states", calibration.loss)
         truncations, reductions, failures = self._prepare(plan, calibration, seed)
         if failures and (self.config.uniform or not reductions):
@@ -317,7 +333,7 @@ class Compressor:
         self, plan: dict[str, LayerPlan], calibration: Calibration, seed: int
     ) -> tuple[dict[str, Truncation], list[LayerReduction], list[str]]:
         """The truncations and reductions of the layers that are to be cut, and why the others failed."""
-        cut = [layer for layer in self.layers if plan[layer.name].is_cut]
+        cut = [layer for layer in self._chosen if layer.name in plan and plan[layer.name].is_cut]
         sizes = {layer.name: plan[layer.name].new_size for layer in cut}
         truncations, failed = find_truncations(
             calibration.gramians, sizes, self._reductors, self.config, seed, self._processes, self._progress
@@ -357,7 +373,7 @@ class Compressor:
         lost: dict[str, float | None],
     ) -> list[LayerRecord]:
         records = []
-        for layer in self.layers:
+        for layer in [layer for layer in self._chosen if layer.name in plan]:
             sigma, layer_plan = spectra[layer.name], plan[layer.name]
             size_after = layer_plan.new_size if layer.name in result.truncations else layer_plan.size
             tail, total = float(sigma[size_after:].sum()), float(sigma.sum())
