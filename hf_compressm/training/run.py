@@ -33,7 +33,7 @@ from ..config import CompreSSMConfig
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..ops import compile_kernels
 from .batches import training_batches
-from .checking import check_or_skip
+from .checking import check_or_skip, makes_up
 from .checkpoints.running_mark import mark_active, mark_ended
 from .data_parallel import ReducerChange, begin_with_a_new_reducer
 from .distributed import processes_of_training, run_facts
@@ -42,6 +42,7 @@ from .resume import SavedRun
 from .schedule import check_steps
 from .trackers import report, trackers_among
 from .trainer_lookup import neighbours
+from .trainer_loss import require_loss, trainer_loss
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class CompressionRun:
             raise ConfigurationError("the Trainer has two CompreSSMCallbacks; one has to hold all settings.")
         self._processes = processes_of_training()
         alone = isinstance(self._processes, SingleProcess)
+        loss_function = loss_function or trainer_loss(callback)
         show = state.is_world_process_zero and not args.disable_tqdm
         self._compressor = Compressor(
             model,
@@ -125,6 +127,9 @@ class CompressionRun:
             args.seed + config.seed + 7919 * args.process_index,
             given=calibration_batches,
         )
+        measured = any(layer.is_selective for layer in layers) and config.gramians == "loss_gradient"
+        batch = self._batches.sample() if measured else None
+        require_loss(model, batch, loss_function, measured, self._processes)
         self._trackers = trackers_among(self._neighbours)
         if config.fast_cpu_scan:
             enable_fast_cpu_scan()
@@ -155,7 +160,9 @@ class CompressionRun:
     def step_begins(self) -> None:
         """Let a stream's batches be kept on the way to a check."""
         horizon = range(self._state.global_step + 1, self._state.global_step + 1 + self.config.calibration_batches)
-        self._batches.arm(not self._compressor.is_finished and any(step in self.steps for step in horizon))
+        self._batches.arm(
+            not self._compressor.is_finished and any(step in self.steps or self._makes_up(step) for step in horizon)
+        )
 
     def step_ended(self) -> None:
         """Check where one is due, and ask for the evaluations that judge it; once a step."""
@@ -163,10 +170,14 @@ class CompressionRun:
         if step == self._latest_step:
             return
         self._latest_step = step
-        if step in self.steps and not self._compressor.is_finished:
+        if (step in self.steps or self._makes_up(step)) and not self._compressor.is_finished:
             self._check(step)
         if self._watch is not None and not self._compressor.is_finished and self._watch.wants_evaluation(step):
             self._control.should_evaluate = True
+
+    def _makes_up(self, step: int) -> bool:
+        # A cut that an evaluation judges was given its time when the run began.
+        return self._watch is None and makes_up(self._compressor.records, self.steps, step)
 
     def evaluated(self, metrics: dict[str, Any]) -> None:
         """Take a cut back where the evaluation says so."""
