@@ -22,13 +22,13 @@ from hf_compressm.training.segments.train import checkpoint as segment_checkpoin
 from tests.cases import tiny_mamba  # noqa: E402
 from tests.distributed.worker import (  # noqa: E402
     JOINT_BATCH,
-    RANK,
     STEPS,
     TWICE,
     WORLD,
     calibration_batch,
     dataset,
     ended,
+    run_cases,
 )
 from tests.selective_models import tiny_mamba2  # noqa: E402
 
@@ -146,8 +146,4 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    target = Path(sys.argv[1])
-    for case in sys.argv[2:]:
-        torch.save(CASES[case](target / f"{case}-{WORLD}"), target / f"{case}-{WORLD}-{RANK}.pt")
-    torch.distributed.destroy_process_group()
+    run_cases(CASES)

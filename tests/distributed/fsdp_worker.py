@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMError, train_in_segments  # noqa: E402
-from hf_compressm.training.segments.train import checkpoint as segment_checkpoint  # noqa: E402
+from hf_compressm.training.segments import checkpoint as segment_checkpoint  # noqa: E402
 from tests.cases import tiny_lru, tiny_mamba  # noqa: E402
 from tests.distributed.worker import (  # noqa: E402
     JOINT_BATCH,
@@ -29,6 +29,7 @@ from tests.distributed.worker import (  # noqa: E402
     calibration_batch,
     dataset,
     ended,
+    run_cases,
 )
 from tests.selective_models import tiny_mamba2  # noqa: E402
 
@@ -154,8 +155,4 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    target = Path(sys.argv[1])
-    for case in sys.argv[2:]:
-        torch.save(CASES[case](target / f"{case}-{WORLD}"), target / f"{case}-{WORLD}-{RANK}.pt")
-    torch.distributed.destroy_process_group()
+    run_cases(CASES)

@@ -11,9 +11,9 @@ from transformers import Trainer, TrainingArguments
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, train_in_segments
 from hf_compressm.errors import ConfigurationError, UnsupportedModelError
+from hf_compressm.training.segments import train as segments
 from hf_compressm.training.segments.checkpoint import fresh_state
 from hf_compressm.training.segments.fsdp import FSDPCheckpoint, nested
-from hf_compressm.training.segments.train import train as segments
 from tests.cases import VOCABULARY, tiny_mamba
 
 SETTINGS = {"strategy": "fixed", "keep_ratio": 0.5, "window": (0, 2)}
