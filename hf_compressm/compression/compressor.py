@@ -27,7 +27,7 @@ from .cut.changes import Change, DoneLast, ModelChange, UndoneLast, commit_toget
 from .cut.optimizer import OptimizerChange
 from .cut.snapshot import Snapshot
 from .cut.weight_averages import copy_changes
-from .decide.chosen import bound_to_others, chosen_layers
+from .decide.chosen import chosen_layers, free_to_change, require_own_sizes
 from .decide.plan import LayerPlan, plan_reduction
 from .decide.progress import is_finished, moment_of, score_correlation
 from .decide.truncations import find_truncations
@@ -107,14 +107,7 @@ class Compressor:
 
     def _require_sizes_that_fit(self) -> None:
         fixed = [layer.name for layer in self._chosen if not self._may_differ(layer)]
-        bound = bound_to_others(self.layers, set(self._reductors), self._may_differ)
-        if bound:
-            name, other = next(iter(bound.items()))
-            raise UnsupportedModelError(
-                f"{name} may be cut and {other} may not, but their model class holds one state size for both. Choose "
-                "both or none with target_layers and exclude_layers, or allow another form (stock=False, "
-                "reductor='auto')."
-            )
+        require_own_sizes(self.layers, self._reductors, self._may_differ)
         if not self.config.uniform and len(self._chosen) > 1 and fixed:
             raise UnsupportedModelError(
                 f"uniform=False would give each layer its own state size, which the checkpoint of {fixed[0]} "
@@ -178,13 +171,7 @@ class Compressor:
             )
             self._require_judge(calibration.loss)
             batches = [batch for number, batch in enumerate(batches) if number not in calibration.left_out]
-            bound = bound_to_others(self.layers, calibration.gramians, self._may_differ)
-            measured = {name: found for name, found in calibration.gramians.items() if name not in bound}
-            if not measured:
-                name, other = next(iter(bound.items()))
-                raise CalibrationError(
-                    f"{other} was not reached, and {name} must have the same state size in its model class."
-                )
+            measured = free_to_change(self.layers, calibration.gramians, self._may_differ)
             spectra = {name: gramians.hankel_singular_values() for name, gramians in measured.items()}
             scores = {name: gramians.state_scores().flatten() for name, gramians in measured.items()}
             spectra, scores = self._processes.first((spectra, scores))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from ...architectures import StateSpaceLayer
 from ...config import CompreSSMConfig
-from ...errors import ConfigurationError
+from ...errors import CalibrationError, ConfigurationError, UnsupportedModelError
+from ..measure.layer_gramians import LayerGramians
 
 
 def chosen_layers(layers: Sequence[StateSpaceLayer], config: CompreSSMConfig) -> list[StateSpaceLayer]:
@@ -45,20 +46,55 @@ def _matches(pattern: str | Sequence[str], name: str) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
 
 
-def bound_to_others(
-    layers: Sequence[StateSpaceLayer], cut: Collection[str], may_differ: Callable[[StateSpaceLayer], bool]
-) -> dict[str, str]:
+def require_own_sizes(
+    layers: Sequence[StateSpaceLayer], chosen: Collection[str], may_differ: Callable[[StateSpaceLayer], bool]
+) -> None:
     """
-    The layers that have to keep their state because one with the same config keeps its own.
+    Raise where a chosen layer and one that keeps its state must have one size.
 
     Args:
         layers (`Sequence[StateSpaceLayer]`): All layers of a model.
-        cut (`Collection[str]`): Names of those that may be cut; the others keep their state.
+        chosen (`Collection[str]`): Names of those that may be cut.
         may_differ (`Callable`): Whether the checkpoint of a layer can hold another state size in each layer.
 
-    Returns:
-        `dict[str, str]`: The name of one such other layer, by the name of the layer that is bound to it.
+    Raises:
+        [`~errors.UnsupportedModelError`]: there is such a layer.
     """
+    for name, other in _bound_to_others(layers, chosen, may_differ).items():
+        raise UnsupportedModelError(
+            f"{name} may be cut and {other} may not, but their model class holds one state size for both. Choose both "
+            "or none with target_layers and exclude_layers, or allow another form (stock=False, reductor='auto')."
+        )
+
+
+def free_to_change(
+    layers: Sequence[StateSpaceLayer],
+    measured: Mapping[str, LayerGramians],
+    may_differ: Callable[[StateSpaceLayer], bool],
+) -> dict[str, LayerGramians]:
+    """
+    The measured layers that need not keep the size of one that was not measured.
+
+    Args:
+        layers (`Sequence[StateSpaceLayer]`): All layers of a model.
+        measured (`Mapping[str, LayerGramians]`): The Gramians of those that the calibration reached, by name.
+        may_differ (`Callable`): Whether the checkpoint of a layer can hold another state size in each layer.
+
+    Raises:
+        [`~errors.CalibrationError`]: none is left.
+    """
+    bound = _bound_to_others(layers, measured, may_differ)
+    free = {name: found for name, found in measured.items() if name not in bound}
+    if not free:
+        name, other = next(iter(bound.items()))
+        raise CalibrationError(f"{other} was not reached, and {name} must have its state size in their model class.")
+    return free
+
+
+def _bound_to_others(
+    layers: Sequence[StateSpaceLayer], cut: Collection[str], may_differ: Callable[[StateSpaceLayer], bool]
+) -> dict[str, str]:
+    """The name of a layer that keeps its state, by the name of one that may be cut and must have the same size."""
     keepers = {id(config): layer.name for layer in layers if layer.name not in cut for config in layer.configs[:1]}
     return {
         layer.name: keepers[id(layer.configs[0])]
