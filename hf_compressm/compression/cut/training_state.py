@@ -44,6 +44,24 @@ class TrainingState:
         """The candidates that are copies of the model's present weights."""
         return find_copies(self.candidates(), self.model, self.layers)
 
+    def with_cut(self, reductions: Sequence[LayerReduction], measure: Callable[[], float]) -> float:
+        """
+        What the model alone would measure with a cut, which is taken back.
+
+        Args:
+            reductions (`Sequence[LayerReduction]`): What the layers built.
+            measure (`Callable`): Looks at the model.
+
+        Raises:
+            [`~errors.UnsupportedModelError`]: a parameter would be replaced that no module holds.
+        """
+        change = ModelChange(self.model, reductions, all_changes(self.model, self.layers, reductions))
+        commit_together([change])
+        try:
+            return measure()
+        finally:
+            roll_back_together([change])
+
     def commit(
         self,
         reductions: Sequence[LayerReduction],
