@@ -24,7 +24,7 @@ from .attempt import CutMaker, attempt_cut
 from .cut.pending_cut import PendingCut
 from .cut.snapshot import Snapshot
 from .cut.training_state import Follow, TrainingState
-from .decide.chosen import Chosen, free_to_change
+from .decide.chosen import Chosen, free_to_change, split_in_half
 from .decide.plan import LayerPlan, plan_reduction
 from .decide.progress import Moment, check_number, combined_seed, is_finished, moment_of, score_correlation
 from .history import CheckRecord
@@ -33,6 +33,8 @@ from .measure.calibration import Calibration, calibrate
 from .measure.model_pass import LossFunction, evaluate_loss
 from .measure.output_error import OutputsOf
 from .processes import Processes, SingleProcess
+from .size_table import measure_sizes
+from .spectrum import Spectrum
 from .trials import Trials
 
 logger = logging.getLogger(__name__)
@@ -159,6 +161,30 @@ class Compressor:
             trials=trials.records,
         )
         return self._judged(record)
+
+    def measure_sizes(self, batches: Sequence[Any], sizes: Sequence[int]) -> Spectrum:
+        """
+        The spectra, and what the model would be with these state sizes in every layer. Nothing is changed.
+
+        Args:
+            batches (`Sequence`): Two or more; the losses are those of the second half, which makes no cut.
+            sizes (`Sequence[int]`): State sizes below the present one.
+
+        Raises:
+            [`~errors.CalibrationError`]: there are too few batches, or they give no finite loss or Gramians.
+            [`~errors.ConfigurationError`]: a size is not possible.
+        """
+        seed = combined_seed(self.config.seed, None)
+        with torch.inference_mode(False), fast_cpu_scan(self.config.fast_cpu_scan):
+            batches, others = split_in_half(batches, "a table of sizes")
+            calibration = self._calibrate(batches, seed)
+            seen = self._see(calibration)
+            maker = CutMaker(
+                self._state, seen.gramians, self._chosen.reductors, self.config, self._processes, seed, self._progress
+            )
+            layers = [layer for layer in self._chosen.layers if layer.name in seen.gramians]
+            rows = measure_sizes(maker, layers, sizes, lambda: self._loss_on(others), others[0])
+        return Spectrum(seen.spectra, calibration.loss, tuple(rows))
 
     def _calibrate(self, batches: Sequence[Any], seed: int) -> Calibration:
         calibration = calibrate(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compressm import CompreSSMConfig, compress
+from hf_compressm import CompreSSMConfig, analyze, compress
 from hf_compressm.compression.measure.model_pass import evaluate_loss
-from hf_compressm.errors import CalibrationError
+from hf_compressm.errors import CalibrationError, ConfigurationError
 from tests.cases import VOCABULARY, tiny_lru, tiny_mamba
 from tests.selective_models import tiny_mamba2
 
@@ -140,3 +140,32 @@ def test_the_error_of_a_time_invariant_layers_output_is_recorded() -> None:
             args, expected = inputs
             error = (after(*args) - expected).norm() / expected.norm()
         assert layer.output_error == pytest.approx(float(error), rel=1e-4) and layer.output_error > 1e-4
+
+
+def test_a_table_of_sizes_tells_what_cuts_would_give(case) -> None:
+    model, batches = case
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.zero_grad(set_to_none=True)
+    spectrum = analyze(model, batches, sizes=[2, 5])
+    assert [row.state_size for row in spectrum.sizes] == [STATE_SIZE, 5, 2]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for row in spectrum.sizes[1:]:
+        cut = copy.deepcopy(model)
+        compress(cut, batches[:3] if "LRU" in type(model).__name__ else batches[:2],
+                 CompreSSMConfig(state_size=row.state_size, minimum_reduction=0.0))  # fmt: skip
+        assert row.parameters == sum(parameter.numel() for parameter in cut.parameters())
+        assert row.loss == pytest.approx(evaluate_loss(cut, batches[2:]), rel=1e-3)
+    whole, *cuts = spectrum.sizes
+    assert whole.loss == pytest.approx(evaluate_loss(model, batches[2:]), rel=1e-6)
+    assert [row.state_bytes * STATE_SIZE for row in cuts] == [row.state_size * whole.state_bytes for row in cuts]
+    assert all(row.step_seconds > 0 for row in spectrum.sizes)
+    table = spectrum.size_table().splitlines()
+    assert len(table) == 5 and f"{whole.loss:.4f}" in table[2] and "+0.00%" in table[2]
+    assert len(spectrum.plot().axes) == 3
+
+
+@pytest.mark.parametrize("size", [0, STATE_SIZE, 2.0, True])
+def test_an_impossible_size_is_refused(size) -> None:
+    with pytest.raises(ConfigurationError, match="give 1 to 7"):
+        analyze(tiny_mamba(), [periodic_batch(0), periodic_batch(1)], sizes=[size])

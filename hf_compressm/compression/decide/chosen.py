@@ -122,20 +122,35 @@ class Chosen:
         """
         batches = list(batches)
         if config.judged_on_other_batches:
-            if len(batches) < 2:
-                setting = "strategy='loss'" if config.strategy == "loss" else "compare_truncations=True"
-                raise CalibrationError(
-                    f"{setting} measures cuts on batches that they were not made with, but there is "
-                    f"{len(batches) or 'no'} batch. Give two batches or more, smaller ones if need be."
-                )
-            apart = len(batches) // 2
-        else:
-            apart = int(self._measures_outputs(config) and len(batches) > 1)
+            return split_in_half(
+                batches, "strategy='loss'" if config.strategy == "loss" else "compare_truncations=True"
+            )
+        apart = int(self._measures_outputs(config) and len(batches) > 1)
         return batches[: len(batches) - apart], batches[len(batches) - apart :]
 
     def _measures_outputs(self, config: CompreSSMConfig) -> bool:
         weighted = config.gramians in ("loss_gradient", "input_weighted")
         return weighted and any(not layer.is_selective for layer in self.layers)
+
+
+def split_in_half(batches: Sequence[Any], purpose: str) -> tuple[list[Any], list[Any]]:
+    """
+    Batches to make cuts with, and others to measure them on.
+
+    Args:
+        batches (`Sequence`): All batches.
+        purpose (`str`): What asks for it, for the message.
+
+    Raises:
+        [`~errors.CalibrationError`]: there are fewer than two.
+    """
+    if len(batches) < 2:
+        raise CalibrationError(
+            f"{purpose} measures cuts on batches that they were not made with, but there is {len(batches) or 'no'} "
+            "batch. Give two batches or more, smaller ones if need be."
+        )
+    apart = len(batches) // 2
+    return list(batches[: len(batches) - apart]), list(batches[len(batches) - apart :])
 
 
 def reductor_of(layer: StateSpaceLayer, name: str, stock: bool) -> str:
