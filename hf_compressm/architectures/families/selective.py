@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import TruncationError, UnsupportedModelError
+from ...models.compressed.stock_families import StockFamily
 from ...systems import Truncation
 from ..changes import AttributeChange, LayerReduction
 from ..config_size import ConfigSize
@@ -34,8 +35,11 @@ class SelectiveLayer(StateSpaceLayer):
         configs (`Sequence`, *optional*): The configs of the models around it, the innermost first.
     """
 
-    mixer_names: ClassVar[frozenset[str]] = frozenset()
-    """Names of the family's mixer classes, or of classes that they derive from; any class where there are none."""
+    stock: ClassVar[StockFamily]
+    """What transformers calls the family's mixer, its module and its config's state size."""
+
+    other_mixers: ClassVar[frozenset[str] | None] = frozenset()
+    """Names of other libraries' mixers of the same form; None where any class that has the parts is one."""
 
     required_parts: ClassVar[tuple[str, ...]] = ("A_log", "D")
     """Attributes that a mixer of the family has."""
@@ -43,17 +47,16 @@ class SelectiveLayer(StateSpaceLayer):
     foreign_parts: ClassVar[tuple[str, ...]] = ()
     """Attributes by which a mixer of another family is told from one of this."""
 
-    config_size_name: ClassVar[str] = "state_size"
-    """What the family's config calls the state size."""
-
     cut_projections: ClassVar[dict[str, type[nn.Module]]] = {}
     """Modules inside the mixer whose rows are cut, and the class that they must have."""
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether the module is a mixer of the family and calls a scan that can be watched."""
-        if cls.mixer_names and not any(base.__name__ in cls.mixer_names for base in type(module).__mro__):
-            return False
+        if cls.other_mixers is not None:
+            known = {cls.stock.mixer, *cls.other_mixers}
+            if not any(base.__name__ in known for base in type(module).__mro__):
+                return False
         if not all(hasattr(module, name) for name in cls.required_parts):
             return False
         if any(hasattr(module, name) for name in cls.foreign_parts):
@@ -114,7 +117,7 @@ class SelectiveLayer(StateSpaceLayer):
     @classmethod
     def config_size(cls) -> ConfigSize:
         """How the family's config tells the state size."""
-        return ConfigSize(cls.config_size_name)
+        return ConfigSize(cls.stock.config_size_name)
 
     @contextmanager
     def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:

@@ -9,6 +9,7 @@ recurrent cache have r entries. In Mamba-2 A is one number a head, so the dynami
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -16,18 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .mixed_multi_head import MixedMultiHead
-from .stock_families import STOCK_FAMILIES
+from .stock_families import family_of, family_of_mixer
 
 PREFIX = "Mixed"
-
-# Where transformers has each class that can be mixed, and which classes share Mamba-2's forward pass.
-_ROWS = STOCK_FAMILIES.values()
-MULTI_HEAD_MIXERS = {row.mixer: row.module for row in _ROWS if row.kind == "multi_head"}
-NORMED_MIXERS = {row.mixer: row.module for row in _ROWS if row.kind == "normed"}
-NORMS = {row.norm: row.module for row in _ROWS if row.norm is not None}
-FOLDED_MIXERS = {row.mixer: row.module for row in _ROWS if row.kind == "folded"}
-
-_made: dict[type, type] = {}
 
 
 class _Hidden:
@@ -65,30 +57,33 @@ class UnfusedFalconMamba:
             self.training = training
 
 
+@functools.cache
 def mixed_class(stock: type[nn.Module]) -> type[nn.Module]:
     """
-    The class of a mixer or norm that combines states; the class itself where it has been made or none is needed.
+    The class of a mixer or norm that combines states, made at its first use; any other class itself.
 
     Args:
         stock (`type`): A class of transformers.
     """
-    if stock in _made.values():
+    mixin = _mixin(stock.__name__)
+    if mixin is None:
         return stock
-    if stock not in _made:
-        mixin = _mixin(stock.__name__)
-        if mixin is None:
-            return stock
-        doc = f"`{stock.__name__}` of transformers that combines states; see `{mixin.__name__}`."
-        _made[stock] = type(PREFIX + stock.__name__, (mixin, stock), {"__module__": __name__, "__doc__": doc})
-    return _made[stock]
+    doc = f"`{stock.__name__}` of transformers that combines states; see `{mixin.__name__}`."
+    namespace = {"__module__": __name__, "__doc__": doc, "stock_class": stock}
+    return type(PREFIX + stock.__name__, (mixin, stock), namespace)
 
 
 def _mixin(name: str) -> type | None:
-    if name in MULTI_HEAD_MIXERS:
-        return MixedMultiHead
-    if name in NORMS:
+    row = family_of(name)
+    if row is None:
+        return None
+    if name == row.norm:
         return MixedNorm
-    return UnfusedFalconMamba if name == "FalconMambaMixer" else None
+    if name != row.mixer:
+        return None
+    if row.kind == "multi_head":
+        return MixedMultiHead
+    return UnfusedFalconMamba if row.has_fused_training else None
 
 
 def mixing_sites(mixer: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -98,10 +93,10 @@ def mixing_sites(mixer: nn.Module) -> list[tuple[nn.Module, str]]:
     Args:
         mixer (`torch.nn.Module`): A mixer of transformers; one that folds its readout has none.
     """
-    names = {cls.__name__ for cls in type(mixer).__mro__}
-    if names & MULTI_HEAD_MIXERS.keys():
+    row = family_of_mixer(type(mixer))
+    if row is not None and row.kind == "multi_head":
         return [(mixer, "input_mixing"), (mixer, "readout_mixing")]
-    if names & NORMED_MIXERS.keys():
+    if row is not None and row.kind == "normed":
         return [(mixer.b_layernorm, "mixing"), (mixer.c_layernorm, "mixing")]
     return []
 
@@ -125,9 +120,8 @@ def stock_classes(mixer: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
     Args:
         mixer (`torch.nn.Module`): A mixer.
     """
-    before = {made: stock for stock, made in _made.items()}
     modules = [mixer, *(module for module, _ in mixing_sites(mixer) if module is not mixer)]
-    return [(module, before[type(module)]) for module in modules if type(module) in before]
+    return [(module, type(module).stock_class) for module in modules if hasattr(type(module), "stock_class")]
 
 
 def mix(mixer: nn.Module, size: int) -> None:
@@ -151,9 +145,7 @@ def mix(mixer: nn.Module, size: int) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    homes = {**MULTI_HEAD_MIXERS, **NORMS, "FalconMambaMixer": "falcon_mamba"}
     stock = name.removeprefix(PREFIX)
-    if stock == name or stock not in homes:
+    if stock == name or _mixin(stock) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"transformers.models.{homes[stock]}.modeling_{homes[stock]}")
-    return mixed_class(getattr(module, stock))
+    return mixed_class(getattr(importlib.import_module(family_of(stock).modeling), stock))

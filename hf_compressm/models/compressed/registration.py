@@ -10,14 +10,15 @@ from __future__ import annotations
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_compressed import PREFIX, STATE_SIZE_NAMES, compressed_config_class, when_first_built
+from .configuration_compressed import PREFIX, compressed_config_class, when_first_built
 from .modeling_compressed import AUTO_CLASSES, compressed_model_class
+from .stock_families import STOCK_FAMILIES
 
 
 def register_configurations() -> None:
     """Let `AutoConfig` read the configurations of compressed models; calling this again changes nothing."""
-    for name in STATE_SIZE_NAMES:
-        config_class = compressed_config_class(getattr(transformers, name))
+    for row in STOCK_FAMILIES.values():
+        config_class = compressed_config_class(getattr(transformers, row.config))
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     if register_models not in when_first_built:
         when_first_built.append(register_models)

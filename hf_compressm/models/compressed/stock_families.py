@@ -17,6 +17,8 @@ class StockFamily(NamedTuple):
         kind (`str`): `"folded"` (B and C are linear in the input), `"normed"` (norms follow the projections of B and C)
             or `"multi_head"` (the form of Mamba-2).
         norm (`str`, *optional*): Name of the class of the norms of B and C.
+        has_fused_training (`bool`, *optional*, defaults to `False`): Whether the mixer trains through one kernel for
+            all of its steps, which knows no mixing.
     """
 
     mixer: str
@@ -25,10 +27,11 @@ class StockFamily(NamedTuple):
     config_size_name: str
     kind: str
     norm: str | None = None
+    has_fused_training: bool = False
 
     @property
     def modeling(self) -> str:
-        """The module with the mixer's class."""
+        """The module with the classes of the mixer and of its norms."""
         return f"transformers.models.{self.module}.modeling_{self.module}"
 
 
@@ -37,7 +40,13 @@ STOCK_FAMILIES = {
     "bamba": StockFamily("BambaMixer", "bamba", "BambaConfig", "mamba_d_state", "multi_head"),
     "falcon_h1": StockFamily("FalconH1Mixer", "falcon_h1", "FalconH1Config", "mamba_d_state", "multi_head"),
     "falcon_mamba": StockFamily(
-        "FalconMambaMixer", "falcon_mamba", "FalconMambaConfig", "state_size", "normed", "FalconMambaWeightlessRMSNorm"
+        "FalconMambaMixer",
+        "falcon_mamba",
+        "FalconMambaConfig",
+        "state_size",
+        "normed",
+        norm="FalconMambaWeightlessRMSNorm",
+        has_fused_training=True,
     ),
     "granite_moe_hybrid": StockFamily(
         "GraniteMoeHybridMambaLayer", "granitemoehybrid", "GraniteMoeHybridConfig", "mamba_d_state", "multi_head"
@@ -49,3 +58,14 @@ STOCK_FAMILIES = {
     "zamba2": StockFamily("Zamba2MambaMixer", "zamba2", "Zamba2Config", "mamba_d_state", "multi_head"),
     "zamba": StockFamily("ZambaMambaMixer", "zamba", "ZambaConfig", "mamba_d_state", "folded"),
 }
+
+
+def family_of(name: str) -> StockFamily | None:
+    """The row of a mixer, norm or configuration of transformers, by the name of its class; None where there is none."""
+    return next((row for row in STOCK_FAMILIES.values() if name in (row.mixer, row.norm, row.config)), None)
+
+
+def family_of_mixer(mixer: type) -> StockFamily | None:
+    """The row of a mixer's class, or of the stock one that it derives from; None where there is none."""
+    names = {base.__name__ for base in mixer.__mro__}
+    return next((row for row in STOCK_FAMILIES.values() if row.mixer in names), None)
