@@ -1,13 +1,16 @@
 """
 hf_compressm: make a state-space model smaller and faster while it trains.
 
-The public names are imported when they are first used, so that `import hf_compressm` is quick.
+The public names are imported when they are first used, so that `import hf_compressm` is quick. It is also enough for
+the Auto classes to find the models of `hf_compressm.models`.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from ._registration import announce_models
 
 __version__ = "0.1.0"
 
@@ -67,3 +70,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+announce_models()

@@ -63,7 +63,7 @@ def analyze(
 
     ```
     """
-    config = _checked(config)
+    config = CompreSSMConfig.coerced(config)
     layers = find_layers(model)
     with fast_cpu_scan(config.fast_cpu_scan):
         calibration = calibrate(
@@ -127,7 +127,7 @@ def compress(
 
     ```
     """
-    config = _checked(config)
+    config = CompreSSMConfig.coerced(config)
     if config.judged_by_evaluation:
         raise ConfigurationError(
             f"rollback_metric is {config.rollback_metric!r}, a metric of the Trainer's evaluation; compress() "
@@ -142,11 +142,3 @@ def compress(
     # A cut that was taken back is two records, and the spectra are in the first.
     carry(model, replace(earlier, records=[*earlier.records, *compressor.records], config=config))
     return record
-
-
-def _checked(config: CompreSSMConfig | dict[str, Any] | None) -> CompreSSMConfig:
-    if isinstance(config, dict):
-        return CompreSSMConfig.from_dict(config)
-    if config is not None and not isinstance(config, CompreSSMConfig):
-        raise ConfigurationError(f"config is a {type(config).__name__}; give a CompreSSMConfig or a dict.")
-    return config or CompreSSMConfig()

@@ -6,19 +6,17 @@ import json
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from .errors import ConfigurationError
+from .systems.reductors.reductor import SelectionRule, SelectionScore, registered_reductors
 from .validation import is_number, require_bool, require_choice, require_integer, require_share, require_window
 
 CONFIG_NAME = "compressm_config.json"
 
 STRATEGIES = ("tolerance", "fixed", "pragmatic", "target")
-REDUCTORS = ("auto", "balanced", "interpolative", "selection")
 BUDGETS = ("layer", "model")
-SELECTION_SCORES = ("greedy", "hankel", "readout_energy")
-SELECTION_RULES = ("largest", "smallest", "random")
-GRAMIANS = ("loss_gradient", "white_noise", "averaged")
+GRAMIANS = ("loss_gradient", "input_weighted", "closed_form", "white_noise", "averaged")
 OPTIMIZER_MOMENTS = ("carry", "slice", "reset")
 AFTER_ROLLBACK = ("stop", "halve")
 CALIBRATION_LOSS = "calibration_loss"
@@ -108,9 +106,14 @@ class CompreSSMConfig:
             Which states `"selection"` keeps: the `"largest"` scores, or, as ablations, the `"smallest"` or `"random"`
             ones.
         gramians (`str`, *optional*, defaults to `"loss_gradient"`):
-            How the Gramians of selective layers are estimated. `"loss_gradient"`: states and adjoint states of the
-            training loss; `"white_noise"`: states, and adjoint states of random outputs (needs no labels and no
-            backward pass); `"averaged"`: the closed form of the system with its time-varying parts averaged.
+            How Gramians are found. `"loss_gradient"`: from states, and adjoint states of the training loss, on the
+            calibration batches. For selective layers there are two more: `"white_noise"`, states, and adjoint states of
+            random outputs (needs no labels and no backward pass), and `"averaged"`, the closed form of the system with
+            its time-varying parts averaged. For time-invariant layers too: `"input_weighted"`, states on the
+            calibration batches and the closed form of the observability Gramian (needs no labels), and `"closed_form"`,
+            both in closed form, which assumes white noise at the layer's input and needs no data. Where batches have no
+            loss a time-invariant layer takes `"input_weighted"` for `"loss_gradient"`, and without batches
+            `"closed_form"`.
         calibration_batches (`int`, *optional*, defaults to 1):
             Batches that one check looks at, in every process.
         seed (`int`, *optional*, defaults to 0):
@@ -168,6 +171,7 @@ class CompreSSMConfig:
             object.__setattr__(self, "rollback_tolerance", _PRAGMATIC_ROLLBACK_TOLERANCE)
         for name, choices in _CHOICES.items():
             require_choice(name, getattr(self, name), choices)
+        require_choice("reductor", self.reductor, ("auto", *registered_reductors()))
         for name in ("tolerance", "keep_ratio"):
             require_share(name, getattr(self, name))
         for name in ("target_ratio", "when_stable"):
@@ -267,6 +271,20 @@ class CompreSSMConfig:
             )
         return cls(**settings)
 
+    @classmethod
+    def coerced(cls, config: CompreSSMConfig | dict[str, Any] | None) -> CompreSSMConfig:
+        """
+        What a caller gave as settings: a configuration as it is, a `dict` of settings, or the defaults for `None`.
+
+        Raises:
+            [`~errors.ConfigurationError`]: it is of another type, or a setting in it is not allowed.
+        """
+        if isinstance(config, dict):
+            return cls.from_dict(config)
+        if config is not None and not isinstance(config, cls):
+            raise ConfigurationError(f"config is a {type(config).__name__}; give a CompreSSMConfig or a dict.")
+        return config or cls()
+
     def to_json_string(self) -> str:
         """The settings as indented JSON text."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -313,10 +331,9 @@ class CompreSSMConfig:
 _CHOICES = {
     "strategy": STRATEGIES,
     "budget": BUDGETS,
-    "reductor": REDUCTORS,
     "optimizer_moments": OPTIMIZER_MOMENTS,
-    "selection_score": SELECTION_SCORES,
-    "selection_rule": SELECTION_RULES,
+    "selection_score": get_args(SelectionScore),
+    "selection_rule": get_args(SelectionRule),
     "gramians": GRAMIANS,
     "after_rollback": AFTER_ROLLBACK,
 }

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+"""What the Trainer calls a checkpoint's folder, with its step."""
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -13,11 +13,12 @@ PACKAGE = Path(hf_compressm.__file__).parent
 
 # From the ground up; a module may import from its own floor's package and from lower floors.
 FLOORS = [
+    "_registration",
     "errors",
     "validation",
     "files",
-    "config",
     "systems",
+    "config",
     "ops",
     "models",
     "architectures",
@@ -27,6 +28,7 @@ FLOORS = [
 FLOORS += ["saving", "hub", "api", "training", "cli", "__main__"]
 
 ALLOWED_OUTSIDE = {
+    "_registration": set(),
     "errors": set(),
     "validation": set(),
     "config": set(),
@@ -102,6 +104,111 @@ def test_the_rule_sees_relative_and_absolute_imports(tmp_path: Path) -> None:
     assert "hf_compressm.systems" in imports(PACKAGE / "compression" / "decide" / "plan.py")
 
 
+# What is still longer than the limits allow; only ever to be shortened.
+LONG_FILES = {
+    "compression/compressor.py",
+    "models/sequence/sequence_blocks.py",
+    "models/sequence/modeling_lru.py",
+    "models/sequence/modeling_s4d.py",
+}
+LONG_FUNCTIONS = {
+    "api.py compress",
+    "ops/multi_head_scan.py multi_head_scan",
+    "systems/reductors/balanced.py balanced_truncation",
+    "systems/reductors/interpolative.py interpolative_truncation",
+    "compression/measure/calibration.py calibrate",
+    "cli/analyze.py analyze",
+    "cli/compress.py compress",
+}
+
+
 def test_no_file_holds_two_concepts() -> None:
-    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
-    assert {name: length for name, length in lengths.items() if length > 400} == {}
+    lengths = {
+        path.relative_to(PACKAGE).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in modules()
+    }
+    assert {name: length for name, length in lengths.items() if length > 350 and name not in LONG_FILES} == {}
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    lengths = {
+        f"{path.relative_to(PACKAGE).as_posix()} {node.name}": node.end_lineno - node.lineno + 1
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+    assert {name: length for name, length in lengths.items() if length > 60 and name not in LONG_FUNCTIONS} == {}
+
+
+def imports_at_load(path: Path, package: Path) -> set[str]:
+    """Names of the modules that importing a file imports: not those inside of functions or for type checkers alone."""
+    found = set()
+    stem = [package.name, *path.relative_to(package).with_suffix("").parts]
+    inside = stem[:-1]
+
+    def visit(nodes: list[ast.stmt]) -> None:
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom):
+                base = inside[: len(inside) - node.level + 1] if node.level else []
+                source = ".".join([*base, *([node.module] if node.module else [])])
+                # A name of a package may be a module in it, or something that its __init__ gives.
+                found.update(f"{source}.{alias.name}" for alias in node.names)
+            elif isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                visit(node.orelse)
+            elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                for block in ("body", "orelse", "finalbody"):
+                    visit(getattr(node, block, []))
+                for handler in getattr(node, "handlers", []):
+                    visit(handler.body)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")).body)
+    return found
+
+
+def import_graph(package: Path) -> dict[str, set[str]]:
+    """Which modules of a package import which others of it when they are imported."""
+    names = {}
+    for path in package.rglob("*.py"):
+        parts = [package.name, *path.relative_to(package).with_suffix("").parts]
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph = {}
+    for name, path in names.items():
+        wanted = imports_at_load(path, package)
+        reached = {other if other in names else other.rpartition(".")[0] for other in wanted}
+        graph[name] = (reached & set(names)) - {name}
+    return graph
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle, the first of them again at the end; empty where there is none."""
+    done: set[str] = set()
+
+    def search(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(graph[name]):
+            if circle := search(other, [*way, name]):
+                return circle
+        done.add(name)
+        return []
+
+    return next((circle for name in sorted(graph) if (circle := search(name, []))), [])
+
+
+def test_no_circle_of_imports() -> None:
+    assert " -> ".join(circle_in(import_graph(PACKAGE))) == ""
+
+
+def test_a_circle_is_found_and_one_for_type_checkers_is_none(tmp_path: Path) -> None:
+    package = tmp_path / "made"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "one.py").write_text("from .two import thing\n")
+    two = package / "two.py"
+    two.write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .one import other\n")
+    assert circle_in(import_graph(package)) == []
+    two.write_text("from . import one\n")
+    assert circle_in(import_graph(package)) == ["made.one", "made.two", "made.one"]

@@ -16,7 +16,7 @@ from .moment_maps.axis import AxisMap, AxisSelection, Rescaling
 from .moment_maps.modal import ModalMap
 from .parameters import successor
 from .registry import config_changes, find_layers, register, registered_families
-from .scans.inputs import ScanInputs
+from .scans.inputs import ScanInputs, TimeAverages
 from .scans.multi_head import MultiHeadScanInputs
 from .scans.selective import SelectiveScanInputs
 from .scans.switch import (
@@ -26,6 +26,7 @@ from .scans.switch import (
     fast_cpu_scan_enabled,
     register_scan,
 )
+from .scans.time_invariant import SystemInputs
 from .unsupported import unsupported_note, unsupported_recurrent_layers
 
 __all__ = [
@@ -48,6 +49,8 @@ __all__ = [
     "StateForm",
     "StateSpaceLayer",
     "SumOverProcesses",
+    "SystemInputs",
+    "TimeAverages",
     "config_changes",
     "disable_fast_cpu_scan",
     "enable_fast_cpu_scan",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -20,13 +20,14 @@ from ..systems import DiagonalLTI, Truncation
 from .changes import AttributeChange, LayerReduction, ParameterChange, StateForm
 from .parameters import successor, why_not_reducible
 from .scans.inputs import ScanInputs
+from .scans.time_invariant import SystemInputs
 from .state_layout import StateLayout
 
 
 class ScanObserver(Protocol):
     """Something that watches the scans of one layer during a calibration pass."""
 
-    def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
+    def observe(self, inputs: ScanInputs | SystemInputs, output: Tensor) -> Tensor:
         """Look at a scan and its raw output, before any skip or gate; what is returned goes on in its place."""
         ...
 
@@ -211,11 +212,11 @@ class StateSpaceLayer(ABC):
         Returns:
             [`~systems.DiagonalLTI`] or `None`: None for a selective layer, whose Gramians have to be measured on data.
         """
-        return None
+        return
 
+    @abstractmethod
     def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:
-        """While the context is open, each forward pass of a selective layer shows its scan to the observer."""
-        return nullcontext()
+        """While the context is open, each forward pass of the layer shows its recurrence to the observer."""
 
     @abstractmethod
     def reduce(self, truncation: Truncation) -> LayerReduction:
@@ -238,6 +239,19 @@ class StateSpaceLayer(ABC):
             [`~errors.TruncationError`]: the layer's parameters cannot hold it.
         """
         return self.reduce(truncation)
+
+    def check_form(self, stock: bool, reductor: str) -> None:
+        """
+        Raise when the layer cannot be cut with these settings; what no setting can cut, `check_reducible` refuses.
+
+        Args:
+            stock (`bool`): Whether the stock model class has to load the result.
+            reductor (`str`): The reductor's name.
+
+        Raises:
+            [`~errors.UnsupportedModelError`]: an adapter holds a module that would be cut.
+        """
+        return
 
     def check_reducible(self) -> None:
         """

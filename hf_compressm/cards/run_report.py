@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..compression.history import HISTORY_NAME, CheckRecord, history_of
 from ..errors import InconsistentModelError
+from ..files import CHECKPOINT
 from .provenance import Provenance, describe_folder
 from .section import checks_table, layers_table
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _STATE_NAME = "trainer_state.json"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def _colour(number: int, count: int) -> Any:
 
 def _log(folder: Path) -> list[dict[str, Any]]:
     """The log history of the folder or of its latest checkpoint; figures only."""
-    checkpoints = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    checkpoints = [(int(match[1]), path) for path in folder.iterdir() if (match := CHECKPOINT.fullmatch(path.name))]
     places = [folder, *(path for _, path in sorted(checkpoints, reverse=True))]
     for place in places:
         path = place / _STATE_NAME

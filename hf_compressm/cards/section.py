@@ -12,6 +12,7 @@ from tabulate import tabulate
 from ..architectures import registered_families
 from ..compression.cut.snapshot import LAYERS_NAME
 from ..compression.history import CheckRecord
+from ..systems import registered_reductors
 from .escaping import code, escaped, one_line, python_string
 from .provenance import Evaluation, Provenance
 
@@ -234,8 +235,14 @@ def _reductors(provenance: Provenance) -> set[str]:
 
 
 def _has_error_bound(provenance: Provenance) -> bool:
-    """Whether every layer was cut by balanced truncation, whose error has a bound."""
-    return bool(provenance.cuts) and _is_time_invariant(provenance) and _reductors(provenance) == {"balanced"}
+    """Whether every layer was cut by balanced truncation on Gramians in closed form, whose error has a bound."""
+    names, known = _reductors(provenance), registered_reductors()
+    cut = [layer for record in provenance.cuts for layer in record.layers]
+    # What was recorded by an earlier version had no other form.
+    if any(layer.gramians not in ("closed_form", None) for layer in cut):
+        return False
+    bounded = bool(names) and all(name in known and known[name].error_bound is not None for name in names)
+    return bool(provenance.cuts) and _is_time_invariant(provenance) and bounded
 
 
 def _is_time_invariant(provenance: Provenance) -> bool:

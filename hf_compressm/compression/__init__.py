@@ -3,7 +3,8 @@
 from .compressor import Compressor
 from .cut.changes import Change, ModelChange, commit_together, roll_back_together
 from .cut.optimizer import OptimizerChange, drop_stale_states, require_trained, unwrap_optimizer
-from .cut.snapshot import LAYERS_NAME, SNAPSHOT_NAME, Snapshot
+from .cut.pending_cut import PendingCut
+from .cut.snapshot import AVERAGES_NAME, LAYERS_NAME, SNAPSHOT_NAME, Snapshot
 from .decide.plan import LayerPlan, plan_reduction
 from .history import (
     HISTORY_NAME,
@@ -21,6 +22,7 @@ from .measure.model_pass import LossFunction, evaluate_loss, model_loss
 from .spectrum import Spectrum
 
 __all__ = [
+    "AVERAGES_NAME",
     "HISTORY_NAME",
     "LAYERS_NAME",
     "SNAPSHOT_NAME",
@@ -36,6 +38,7 @@ __all__ = [
     "LossFunction",
     "ModelChange",
     "OptimizerChange",
+    "PendingCut",
     "Snapshot",
     "Spectrum",
     "calibrate",

@@ -37,6 +37,10 @@ class LayerRecord:
             the next check.
         lost_energy (`float`, *optional*): For a layer whose Gramians are measured, the share of the observable energy
             (the sum of the squared Hankel singular values) that the cut lost, as far as the calibration data tell.
+        reductor (`str`, *optional*): The reductor that made the cut; not the one that was asked for where that one
+            failed its checks. Unset where nothing was cut.
+        gramians (`str`, *optional*): The form of the Gramians behind the cut of a time-invariant layer, a value of
+            `CompreSSMConfig.gramians`; `"measured"` for a selective layer.
     """
 
     name: str
@@ -50,6 +54,8 @@ class LayerRecord:
     rank_correlation: float | None = None
     state_scores: list[float] = field(default_factory=list)
     lost_energy: float | None = None
+    reductor: str | None = None
+    gramians: str | None = None
 
 
 @dataclass(frozen=True)

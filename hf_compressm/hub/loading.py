@@ -193,6 +193,7 @@ def _is_registered(model_type: Any) -> bool:
 
 def _registered_class(auto_class: Any, config: Any) -> Any:
     """The class that an `Auto` class holds for a configuration, or None; its mapping has no public name."""
+    # Private API of transformers.
     mapping = auto_class._model_mapping
     if type(config) not in mapping:
         return None

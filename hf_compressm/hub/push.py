@@ -20,6 +20,8 @@ from ..saving import read_card, write_card, write_model_files
 from .errors import HTTP_ERRORS, is_passing, translated
 from .loading import checked_class
 
+_Tried = Callable[..., Any]
+
 logger = logging.getLogger(__name__)
 
 LEFT_OUT = (".*", "*/.*", "checkpoint-*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.msgpack", "*.h5")
@@ -69,6 +71,16 @@ def push_folder(
             although a private one was asked for. The local files are whole, and another call goes on where this ended.
     """
     folder = Path(folder)
+    _require_pushable(folder, repo_id, trust_remote_code)
+    api = HfApi(token=token)
+
+    def tried(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return _try_again(lambda: call(*args, **kwargs), attempts, wait)
+
+    return _upload(api, folder, repo_id, private, revision, commit_message, tried)
+
+
+def _require_pushable(folder: Path, repo_id: str, trust_remote_code: bool) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -76,11 +88,10 @@ def push_folder(
     require_own_files(folder)
     checked_class(folder, trust_remote_code)
 
-    api = HfApi(token=token)
 
-    def tried(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return _try_again(lambda: call(*args, **kwargs), attempts, wait)
-
+def _upload(
+    api: HfApi, folder: Path, repo_id: str, private: bool | None, revision: str | None, message: str, tried: _Tried
+) -> str:
     with translated(f"pushing to {repo_id}", repo_id):
         repo_id = tried(api.create_repo, repo_id, private=private, exist_ok=True).repo_id
         if private and not tried(api.model_info, repo_id).private:
@@ -96,7 +107,7 @@ def push_folder(
             repo_id=repo_id,
             folder_path=folder,
             revision=revision,
-            commit_message=commit_message,
+            commit_message=message,
             ignore_patterns=list(LEFT_OUT),
             delete_patterns=_REPLACED,
         )

@@ -1,6 +1,8 @@
 """Fast recurrences, each with its slow reference beside it."""
 
+from ._derivatives import is_transformed
 from .diagonal_convolution import channel_systems, channel_systems_reference, convolution_kernel
+from .diagonal_gramians import diagonal_adjoint_gramian, diagonal_state_gramian
 from .diagonal_scan import diagonal_recurrence, diagonal_recurrence_reference, diagonal_scan, diagonal_scan_reference
 from .multi_head_gramians import multi_head_adjoint_gramian, multi_head_state_gramian
 from .multi_head_scan import multi_head_scan, multi_head_scan_reference
@@ -15,10 +17,13 @@ __all__ = [
     "compile_kernels",
     "convolution_kernel",
     "default_sample_count",
+    "diagonal_adjoint_gramian",
     "diagonal_recurrence",
     "diagonal_recurrence_reference",
     "diagonal_scan",
     "diagonal_scan_reference",
+    "diagonal_state_gramian",
+    "is_transformed",
     "multi_head_adjoint_gramian",
     "multi_head_scan",
     "multi_head_scan_reference",

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ._checks import check_shapes
+from ._derivatives import is_transformed, needs_graph, plain_gradients
 from ._diagonal_scan_numba import scan_adjoints, scan_states
 from ._diagonal_scan_torch import scan_by_products
 from ._threads import run_units, split_range
@@ -54,7 +54,7 @@ def diagonal_scan(lam: Tensor, x: Tensor, initial_state: Tensor | None = None) -
             unset.
 
     Returns:
-        `torch.Tensor` of shape `(batch, length, N)`: The states, complex, differentiable once.
+        `torch.Tensor` of shape `(batch, length, N)`: The states, complex, with derivatives of every kind and order.
 
     Raises:
         [`~errors.DimensionError`]: a shape does not fit the others.
@@ -64,6 +64,8 @@ def diagonal_scan(lam: Tensor, x: Tensor, initial_state: Tensor | None = None) -
     dtype = _complex_dtype(lam, x)
     lam, x = lam.to(dtype), x.to(dtype)
     initial_state = x.new_zeros(x.shape[0], x.shape[2]) if initial_state is None else initial_state.to(dtype)
+    if is_transformed():
+        return scan_by_products(lam, x, initial_state)
     states = _DiagonalScan.apply(_planes(lam), _planes(x), _planes(initial_state))
     return torch.complex(states[:, :, 0], states[:, :, 1])
 
@@ -106,7 +108,8 @@ def diagonal_recurrence(
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: y, `(batch, length, H_out)`, in the dtype of `u`, and the state after the
-        last step, `(batch, N)`, complex64 or complex128. Both are differentiable once.
+        last step, `(batch, N)`, complex64 or complex128. Both have derivatives of every kind and order; those that
+        the kernel does not know are computed in plain torch, which keeps all states.
 
     Raises:
         [`~errors.DimensionError`]: a shape does not fit the others.
@@ -120,14 +123,12 @@ def diagonal_recurrence(
         initial_state = lam.new_zeros(u.shape[0], lam.shape[0])
     input_weight = torch.cat([B.real, B.imag])
     output_weight = torch.cat([C.real, -C.imag], dim=1)
-    y, final = _DiagonalRecurrence.apply(
-        torch.is_grad_enabled(),
-        u.to(dtype.to_real()).contiguous(),
-        _planes(lam),
-        input_weight,
-        output_weight,
-        _planes(initial_state.to(dtype)),
-    )
+    initial = _planes(initial_state.to(dtype))
+    arguments = (u.to(dtype.to_real()).contiguous(), _planes(lam), input_weight, output_weight, initial)
+    if is_transformed():
+        y, final = _plain_recurrence(*arguments)
+    else:
+        y, final = _DiagonalRecurrence.apply(torch.is_grad_enabled(), *arguments)
     return y.to(y_dtype), torch.complex(final[:, 0], final[:, 1])
 
 
@@ -137,13 +138,14 @@ class _DiagonalScan(Function):
     @staticmethod
     def forward(ctx, poles, x, initial):
         states = _scan(poles, initial, x.clone(memory_format=torch.contiguous_format))
-        ctx.save_for_backward(poles, initial, states)
+        ctx.save_for_backward(poles, x, initial, states)
         return states
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_states):
-        poles, initial, states = ctx.saved_tensors
+        poles, x, initial, states = ctx.saved_tensors
+        if needs_graph(grad_states):
+            return plain_gradients(_plain_states, (poles, x, initial), (grad_states,))
         adjoints = grad_states.clone(memory_format=torch.contiguous_format)
         grad_poles, grad_initial = _adjoint(poles, initial, states, torch.zeros_like(initial), adjoints)
         return grad_poles, adjoints, grad_initial
@@ -171,13 +173,15 @@ class _DiagonalRecurrence(Function):
             final[sequences] = state
         ctx.steps = (n_sequences, steps)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(u, poles, input_weight, output_weight, boundaries)
+        ctx.save_for_backward(u, poles, input_weight, output_weight, initial, boundaries)
         return y, final
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y, grad_final):
-        u, poles, input_weight, output_weight, boundaries = ctx.saved_tensors
+        *arguments, boundaries = ctx.saved_tensors
+        if needs_graph(grad_y, grad_final):
+            return None, *plain_gradients(_plain_recurrence, arguments, (grad_y, grad_final))
+        u, poles, input_weight, output_weight, _ = arguments
         grad_y = u.new_zeros(*u.shape[:2], output_weight.shape[0]) if grad_y is None else grad_y.contiguous()
         # What comes in from behind the last step; piece by piece it becomes the gradient of the initial state.
         grad_initial = u.new_zeros(u.shape[0], *poles.shape) if grad_final is None else grad_final.clone()
@@ -198,6 +202,20 @@ class _DiagonalRecurrence(Function):
                 grad_input += adjoints.flatten(0, 1).T @ u[sequences, times].flatten(0, 1)
             grad_initial[sequences] = after
         return None, grad_u, grad_poles, grad_input, grad_output, grad_initial
+
+
+def _plain_states(poles: Tensor, x: Tensor, initial: Tensor) -> Tensor:
+    """What [`_DiagonalScan`] computes, in plain torch."""
+    states = scan_by_products(_complex(poles, 0), _complex(x, 2), _complex(initial, 1))
+    return torch.stack([states.real, states.imag], dim=2)
+
+
+def _plain_recurrence(
+    u: Tensor, poles: Tensor, input_weight: Tensor, output_weight: Tensor, initial: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What [`_DiagonalRecurrence`] computes, in plain torch."""
+    states = _plain_states(poles, (u @ input_weight.T).unflatten(2, poles.shape), initial)
+    return states.flatten(2) @ output_weight.T, states[:, -1] if u.shape[1] else initial
 
 
 def _states(u: Tensor, poles: Tensor, input_weight: Tensor, initial: Tensor) -> Tensor:

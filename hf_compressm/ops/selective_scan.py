@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigurationError
 from ._checks import check_shapes, compute_dtype
+from ._derivatives import is_transformed, needs_graph, plain_gradients
 from ._numba import CHANNEL_BLOCK, LOG2_E, TIME_CHUNK
 from ._selective_scan_numba import scan_backward, scan_forward
 from ._threads import run_units, split_range
@@ -69,7 +69,8 @@ def selective_scan(
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: y, `(batch, length, channels)`, in the dtype of `u`, and the state after
-        the last step, `(batch, channels, N)`, in float32 or float64. Both are differentiable once.
+        the last step, `(batch, channels, N)`, in float32 or float64. Both have derivatives of every kind and order;
+        those that the kernel does not know are computed through [`selective_scan_reference`].
 
     Raises:
         [`~errors.DimensionError`]: a shape does not fit the others.
@@ -81,6 +82,8 @@ def selective_scan(
             f"`selective_scan` runs on the CPU and its arguments are on {u.device}. Use mamba_ssm's kernels there, or "
             "`selective_scan_reference`."
         )
+    if is_transformed():
+        return selective_scan_reference(u, delta, A, B, C, initial_state)
     dtype = compute_dtype(u, delta, A, B, C)
     y_dtype = u.dtype
     initial_state = zero_state(u, A) if initial_state is None else initial_state
@@ -105,32 +108,47 @@ class _SelectiveScan(Function):
         sequence_ranges, block_ranges = divide_work(u.shape[0], n_blocks)
         run_units(scan_forward, [(*arrays, s, k) for s in sequence_ranges for k in block_ranges])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(u, delta, A, B, C, boundaries)
+        ctx.save_for_backward(u, delta, A, B, C, initial_state, boundaries)
         return y, final_state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y, grad_final_state):
-        u, delta, A, B, C, boundaries = ctx.saved_tensors
-        grad_y = torch.zeros_like(u) if grad_y is None else grad_y.contiguous()
-        grad_final_state = zero_state(u, A) if grad_final_state is None else grad_final_state.contiguous()
-        A_blocks = channels_to_blocks(A * LOG2_E)
-        sequence_ranges, block_ranges = divide_work(u.shape[0], A_blocks.shape[0])
-        grad_u, grad_delta = torch.empty_like(u), torch.empty_like(u)
-        grad_initial_state = torch.empty_like(grad_final_state)
-        # A gradient that several units contribute to has one copy for each.
-        grad_A_blocks = A.new_zeros(len(sequence_ranges), *A_blocks.shape, dtype=torch.float64)
-        grad_B, grad_C = (B.new_zeros(len(block_ranges), *B.shape) for _ in range(2))
-        inputs = _arrays(u, delta, A_blocks, B, C, boundaries, grad_y, grad_final_state)
-        units = []
-        for i, sequences in enumerate(sequence_ranges):
-            for j, blocks in enumerate(block_ranges):
-                outputs = (grad_u, grad_delta, grad_A_blocks[i], grad_B[j], grad_C[j], grad_initial_state)
-                units.append((*inputs, *_arrays(*outputs), sequences, blocks))
-        run_units(scan_backward, units)
-        grad_A = blocks_to_channels(grad_A_blocks.sum(0), A.shape[0]).to(A.dtype)
-        grad_B, grad_C = (grad[0] if grad.shape[0] == 1 else grad.sum(0) for grad in (grad_B, grad_C))
-        return None, grad_u, grad_delta, grad_A, grad_B, grad_C, grad_initial_state
+        *arguments, boundaries = ctx.saved_tensors
+        if needs_graph(grad_y, grad_final_state):
+            return None, *plain_gradients(selective_scan_reference, arguments, (grad_y, grad_final_state))
+        return None, *_fused_gradients(*arguments[:5], boundaries, grad_y, grad_final_state)
+
+
+def _fused_gradients(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    boundaries: Tensor,
+    grad_y: Tensor | None,
+    grad_final_state: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The gradients of u, delta, A, B, C and the initial state by the kernel."""
+    grad_y = torch.zeros_like(u) if grad_y is None else grad_y.contiguous()
+    grad_final_state = zero_state(u, A) if grad_final_state is None else grad_final_state.contiguous()
+    A_blocks = channels_to_blocks(A * LOG2_E)
+    sequence_ranges, block_ranges = divide_work(u.shape[0], A_blocks.shape[0])
+    grad_u, grad_delta = torch.empty_like(u), torch.empty_like(u)
+    grad_initial_state = torch.empty_like(grad_final_state)
+    # A gradient that several units contribute to has one copy for each.
+    grad_A_blocks = A.new_zeros(len(sequence_ranges), *A_blocks.shape, dtype=torch.float64)
+    grad_B, grad_C = (B.new_zeros(len(block_ranges), *B.shape) for _ in range(2))
+    inputs = _arrays(u, delta, A_blocks, B, C, boundaries, grad_y, grad_final_state)
+    units = []
+    for i, sequences in enumerate(sequence_ranges):
+        for j, blocks in enumerate(block_ranges):
+            outputs = (grad_u, grad_delta, grad_A_blocks[i], grad_B[j], grad_C[j], grad_initial_state)
+            units.append((*inputs, *_arrays(*outputs), sequences, blocks))
+    run_units(scan_backward, units)
+    grad_A = blocks_to_channels(grad_A_blocks.sum(0), A.shape[0]).to(A.dtype)
+    grad_B, grad_C = (grad[0] if grad.shape[0] == 1 else grad.sum(0) for grad in (grad_B, grad_C))
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_initial_state
 
 
 def divide_work(batch: int, n_blocks: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..architectures import find_layers
 from ..cards.provenance import Provenance
 from ..compression.cut.snapshot import LAYERS_NAME, Snapshot
 from ..errors import CardError, UnsupportedModelError
+from ..files import CHECKPOINT
 from .adapters import holds_adapter
 from .files import write_model_files
 from .one_model import INDEX_NAME, WEIGHTS_NAME, require_one_model
@@ -26,9 +26,6 @@ logger = logging.getLogger(__name__)
 # The last thing that transformers calls before it uploads what `model.push_to_hub` or `save_pretrained` wrote.
 _UPLOAD = "_upload_modified_files"
 _CARRIED = "_hf_compressm_carried"
-
-# What the Trainer calls a checkpoint.
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def carry(model: nn.Module, provenance: Provenance) -> None:
@@ -53,12 +50,26 @@ def carry(model: nn.Module, provenance: Provenance) -> None:
     if carried is not None:
         carried.provenance = provenance
         return
-    carried = _Carried(model, provenance, model.save_pretrained, getattr(model, _UPLOAD, None))
+    carried = _Carried(model, provenance, model.save_pretrained, _stock_upload(model))
     # Past nn.Module.__setattr__, which would look for parameters and modules in it.
     vars(model)[_CARRIED] = carried
     vars(model)["save_pretrained"] = carried.save_pretrained
     if carried.stock_upload is not None:
         vars(model)[_UPLOAD] = carried.upload
+
+
+def _stock_upload(model: nn.Module) -> Callable[..., Any] | None:
+    """The upload to check before; a model that can be pushed but does not upload through it is warned of."""
+    # Private API of transformers.
+    stock = getattr(model, _UPLOAD, None)
+    if stock is None and callable(getattr(model, "push_to_hub", None)):
+        logger.warning(
+            "%s has push_to_hub but no %s, as a transformers that this library was not tried with: what it pushes is "
+            "not checked before the upload. Save the model and push the folder with push_folder() instead.",
+            type(model).__name__,
+            _UPLOAD,
+        )
+    return stock
 
 
 def carried_provenance(model: nn.Module) -> Provenance | None:
@@ -96,7 +107,7 @@ class _Carried:
             logger.warning("%s holds the adapter without the cut layers below it: %s", folder, error)
             return
         # A checkpoint is resumed from, which puts the layers back.
-        if self.provenance.cuts and not _CHECKPOINT.fullmatch(folder.name):
+        if self.provenance.cuts and not CHECKPOINT.fullmatch(folder.name):
             logger.warning(
                 "%s holds the adapter alone, of a model whose state was cut; the cut layers lie beside it in %s. "
                 "Loading the adapter puts it on the uncut model, without an error: call load_cut_layers(model, %r) on "

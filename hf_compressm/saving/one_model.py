@@ -67,19 +67,22 @@ def require_one_model(
         for name, saved, wanted in sorted(info["mismatched_keys"], key=lambda entry: entry[0])
     ]
     problems += [f"{name} is missing in the weights" for name in sorted(info["missing_keys"])]
-    if not problems and sizes:
-        found = state_sizes(model)
-        problems = [
-            f"{name} has {found[name]} states and its history says {size}"
-            for name, size in sizes.items()
-            if name in found and found[name] != size
-        ]
+    problems = problems or _other_sizes(model, sizes or {})
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise InconsistentModelError(
             f"{folder} is not one model: {problems[0]}{more}. Save the model again with save_pretrained, which writes "
             "both together."
         )
+
+
+def _other_sizes(model: nn.Module, sizes: Mapping[str, int]) -> list[str]:
+    found = state_sizes(model) if sizes else {}
+    return [
+        f"{name} has {found[name]} states and its history says {size}"
+        for name, size in sizes.items()
+        if name in found and found[name] != size
+    ]
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 Nothing here knows of neural networks: only PyTorch and the errors of this library are imported.
 """
 
-from hf_compressm.systems.gramians import (
+from .gramians import (
     controllability_factor,
     controllability_gramian,
     gramian_factor,
@@ -11,12 +11,15 @@ from hf_compressm.systems.gramians import (
     observability_factor,
     observability_gramian,
 )
-from hf_compressm.systems.hankel import HankelDecomposition, hankel_decomposition, hankel_singular_values
-from hf_compressm.systems.lti import DiagonalLTI
-from hf_compressm.systems.projection import project
-from hf_compressm.systems.ranks import energy_rank, error_bound, joint_energy_ranks, rank_correlation
-from hf_compressm.systems.reductors import (
+from .hankel import HankelDecomposition, hankel_decomposition, hankel_singular_values
+from .lti import DiagonalLTI
+from .projection import project
+from .ranks import energy_rank, error_bound, joint_energy_ranks, rank_correlation
+from .reductors import (
     COARSE_RESOLUTION,
+    KnownGramians,
+    Reductor,
+    StateChoice,
     balanced_truncation,
     balanced_truncation_of_each,
     balancing_truncation,
@@ -25,13 +28,24 @@ from hf_compressm.systems.reductors import (
     greedy_selection_truncation,
     interpolation_residual,
     interpolative_truncation,
+    reductor_names,
+    register_reductor,
+    registered_reductors,
     selection_truncation,
+    weighted_hankel_decomposition,
+    weighted_truncation,
 )
-from hf_compressm.systems.time_domain import TimeDomain
-from hf_compressm.systems.truncation import Truncation
-from hf_compressm.systems.verification import require_error_bound, response_error, verification_frequencies
+from .time_domain import TimeDomain
+from .truncation import Truncation
+from .verification import require_error_bound, response_error, verification_frequencies
 
 __all__ = [
+    "KnownGramians",
+    "Reductor",
+    "StateChoice",
+    "reductor_names",
+    "register_reductor",
+    "registered_reductors",
     "COARSE_RESOLUTION",
     "DiagonalLTI",
     "HankelDecomposition",
@@ -62,4 +76,6 @@ __all__ = [
     "response_error",
     "selection_truncation",
     "verification_frequencies",
+    "weighted_hankel_decomposition",
+    "weighted_truncation",
 ]

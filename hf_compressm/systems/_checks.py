@@ -10,7 +10,7 @@ import operator
 
 import torch
 
-from hf_compressm.errors import ConfigurationError, DimensionError, NotFiniteError
+from ..errors import ConfigurationError, DimensionError, NotFiniteError
 
 
 def to_double(tensor: torch.Tensor) -> torch.Tensor:
@@ -24,7 +24,7 @@ def clear_deviation(tensor: torch.Tensor) -> float:
 
 
 def require_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raises `NotFiniteError` naming the first entry that is NaN or infinite."""
+    """Raise `NotFiniteError` naming the first entry that is NaN or infinite."""
     # A sum is finite only where all entries are; it takes a tenth of the time, and overflow is looked at again.
     if torch.isfinite(tensor.sum()):
         return
@@ -39,7 +39,7 @@ def require_finite(name: str, tensor: torch.Tensor) -> None:
 
 
 def checked_rank(r: int, full_size: int) -> int:
-    """Returns `r` as an int; raises `DimensionError` unless `1 <= r <= full_size`."""
+    """Return `r` as an int; raises `DimensionError` unless `1 <= r <= full_size`."""
     try:
         rank = operator.index(r)
     except TypeError:
@@ -73,7 +73,7 @@ def checked_gramian(name: str, gramian: torch.Tensor) -> torch.Tensor:
 
 
 def require_same_shape(P: torch.Tensor, Q: torch.Tensor) -> None:
-    """Raises `DimensionError` unless both Gramians have the same shape and lie on the same device."""
+    """Raise `DimensionError` unless both Gramians have the same shape and lie on the same device."""
     if P.shape != Q.shape:
         raise DimensionError(f"P has shape {tuple(P.shape)} and Q {tuple(Q.shape)}; both must be the same (..., N, N).")
     if P.device != Q.device:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from hf_compressm.errors import ConfigurationError, DimensionError
-from hf_compressm.systems._checks import checked_gramian, clear_deviation, require_finite
-from hf_compressm.systems._decompositions import cholesky_ex, eigh
-from hf_compressm.systems.time_domain import TimeDomain, lyapunov_denominator, require_stable
+from ..errors import ConfigurationError, DimensionError
+from ._checks import checked_gramian, clear_deviation, require_finite
+from ._decompositions import cholesky_ex, eigh
+from .time_domain import TimeDomain, lyapunov_denominator, require_stable
 
 # The rows of a generator start with length one, so a row this short is zero for every purpose. The limit keeps squared
 # lengths away from underflow, where a normalised direction would no longer have length one.

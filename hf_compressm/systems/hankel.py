@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_compressm.systems._checks import require_finite, require_same_shape
-from hf_compressm.systems._decompositions import eigh, svd
-from hf_compressm.systems.gramians import gramian_factor
+from ._checks import require_finite, require_same_shape
+from ._decompositions import eigh, svd
+from .gramians import gramian_factor
 
 # Products of factors lose half of the digits of double precision; a resolution below this one is not kept by them.
 FINEST_RESOLUTION = 1e-6
@@ -43,7 +43,7 @@ class HankelDecomposition:
 
     @classmethod
     def from_factors(cls, L_P: torch.Tensor, L_Q: torch.Tensor, resolution: float = 0.0) -> HankelDecomposition:
-        """Decomposes the product of two Gramian factors.
+        """Decompose the product of two Gramian factors.
 
         With a `resolution`, the singular values and vectors come from the Hermitian eigenvectors of `M^H M` for the
         product `M`, several times faster than a singular value decomposition: `sigma_i = |M v_i|`, accurate to

@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 
-from hf_compressm.errors import ConfigurationError, DimensionError
-from hf_compressm.systems._checks import require_finite
-from hf_compressm.systems.gramians import cauchy_or_product_factor, controllability_gramian, observability_gramian
-from hf_compressm.systems.hankel import FINEST_RESOLUTION, HankelDecomposition
-from hf_compressm.systems.time_domain import TimeDomain, require_stable, require_time_domain, stable_poles
+from ..errors import ConfigurationError, DimensionError
+from ._checks import require_finite
+from .gramians import cauchy_or_product_factor, controllability_gramian, observability_gramian
+from .hankel import FINEST_RESOLUTION, HankelDecomposition
+from .time_domain import TimeDomain, require_stable, require_time_domain, stable_poles
 
 # Below this order, all digits cost less than a tenth of a second.
 _LARGE_ORDER = 64
@@ -115,7 +115,7 @@ class DiagonalLTI:
         return bool(stable_poles(self.lam, self.time_domain).all())
 
     def require_stable(self) -> None:
-        """Raises `UnstableSystemError` naming the least stable pole, with its index and value, unless all are
+        """Raise `UnstableSystemError` naming the least stable pole, with its index and value, unless all are
         stable."""
         require_stable(self.lam, self.time_domain)
 

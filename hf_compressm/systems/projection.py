@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from hf_compressm.errors import DimensionError, TruncationError
-from hf_compressm.systems._checks import clear_deviation
-from hf_compressm.systems.lti import DiagonalLTI
-from hf_compressm.systems.truncation import Truncation
+from ..errors import DimensionError, TruncationError
+from ._checks import clear_deviation
+from .lti import DiagonalLTI
+from .truncation import Truncation
 
 
 def project(system: DiagonalLTI, truncation: Truncation, neglect_coupling: bool = False) -> DiagonalLTI:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_compressm.errors import ConfigurationError, DimensionError
-from hf_compressm.systems._checks import checked_rank, require_finite, to_double
+from ..errors import ConfigurationError, DimensionError
+from ._checks import checked_rank, require_finite, to_double
 
 
 def energy_rank(sigma: torch.Tensor, tolerance: float) -> int | torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
-from hf_compressm.errors import ConfigurationError, UnstableSystemError
+from ..errors import ConfigurationError, UnstableSystemError
 
 TimeDomain = Literal["discrete", "continuous"]
 
@@ -20,7 +20,7 @@ _ON_UNIT_CIRCLE = 4 * torch.finfo(torch.float64).eps
 
 
 def require_time_domain(time_domain: str) -> None:
-    """Raises `ConfigurationError` unless the time domain is one that this package knows."""
+    """Raise `ConfigurationError` unless the time domain is one that this package knows."""
     if time_domain not in get_args(TimeDomain):
         raise ConfigurationError(f"time_domain is {time_domain!r}; allowed are {list(get_args(TimeDomain))}.")
 
@@ -45,7 +45,7 @@ def stable_poles(lam: torch.Tensor, time_domain: TimeDomain = "discrete") -> tor
 
 
 def require_stable(lam: torch.Tensor, time_domain: TimeDomain = "discrete") -> None:
-    """Raises `UnstableSystemError` naming the index and the value of the least stable pole, unless all are stable."""
+    """Raise `UnstableSystemError` naming the index and the value of the least stable pole, unless all are stable."""
     unstable = ~stable_poles(lam, time_domain)
     if not unstable.any():
         return

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from hf_compressm.errors import DimensionError, TruncationError
-from hf_compressm.systems._checks import clear_deviation, require_finite
+from ..errors import DimensionError, TruncationError
+from ._checks import clear_deviation, require_finite
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from hf_compressm.errors import DimensionError, TruncationError
-from hf_compressm.systems._decompositions import svdvals
-from hf_compressm.systems.lti import DiagonalLTI
+from ..errors import DimensionError, TruncationError
+from ._decompositions import svdvals
+from .lti import DiagonalLTI
 
 _UNIFORM_FREQUENCIES = 64
 # Complex numbers that one chunk of frequencies may hold: 64 MiB, so that wide layers do not exhaust the memory.
@@ -62,7 +62,7 @@ def response_error(system: DiagonalLTI, reduced: DiagonalLTI, omega: torch.Tenso
 def require_error_bound(
     system: DiagonalLTI, reduced: DiagonalLTI, bound: float | torch.Tensor, amplification: float = 1.0
 ) -> None:
-    """Raises `TruncationError` where a reduced system is further from the full one than a bound allows.
+    """Raise `TruncationError` where a reduced system is further from the full one than a bound allows.
 
     Args:
         system ([`DiagonalLTI`]): The full system.

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainingArguments
 
+from ..config import CompreSSMConfig
 from ..errors import ConfigurationError
 
 # Of torch, accelerate and transformers; each of them goes through the whole data set.
@@ -147,6 +149,11 @@ def training_batches(
     if readable and not isinstance(dataset, IterableDataset) and _draws_from_everything(dataloader):
         return SampledBatches(dataloader, batch_size, count, seed)
     return CapturedBatches(model, count)
+
+
+def seed_of_process(args: TrainingArguments, config: CompreSSMConfig) -> int:
+    """The seed of a process's calibration samples; each process looks at examples of its own."""
+    return args.seed + config.seed + 7919 * args.process_index
 
 
 def require_batches(name: str, batches: Any) -> Any:

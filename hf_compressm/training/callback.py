@@ -28,8 +28,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     A check follows the optimizer step that the schedule names and precedes the Trainer's logging, evaluation and saving
     of the same step, which already see the smaller model. Each check adds an entry to `compressm_history.json` in
-    `args.output_dir`, to the Trainer's log history and to its trackers. On a CPU the fused scan is switched on and
-    stays on after training, for the evaluation (see [`disable_fast_cpu_scan`]).
+    `args.output_dir`, to the Trainer's log history and to its trackers. On a CPU the fused scan is on while the
+    Trainer trains (see [`fast_cpu_scan`] for the evaluation afterwards).
 
     A run resumes from its checkpoints, at whatever size they are, with a model that was built at the original size;
     for that the callback must be among the Trainer's `callbacks` when the Trainer is made.
@@ -67,11 +67,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         calibration_batches: Iterable[Any] | None = None,
         averaged_weights: Iterable[Any] = (),
     ) -> None:
-        if isinstance(config, dict):
-            config = CompreSSMConfig.from_dict(config)
-        if config is not None and not isinstance(config, CompreSSMConfig):
-            raise ConfigurationError(f"config is a {type(config).__name__}; give a CompreSSMConfig.")
-        self.config = config or CompreSSMConfig()
+        self.config = CompreSSMConfig.coerced(config)
         self.loss_function = require_function("loss_function", loss_function)
         self.calibration_batches = require_batches("calibration_batches", calibration_batches)
         # One average by itself is meant as a list of one.

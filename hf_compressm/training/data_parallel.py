@@ -57,6 +57,7 @@ def rebuild_reducer(wrapper: DistributedDataParallel) -> None:
     Args:
         wrapper (`torch.nn.parallel.DistributedDataParallel`): The wrapper, between two steps.
     """
+    # Private API of torch.
     _drop_reducer(wrapper)
     hooks = list(wrapper._comm_hooks)
     ignored = wrapper.parameters_to_ignore
@@ -77,6 +78,7 @@ def rebuild_reducer(wrapper: DistributedDataParallel) -> None:
 
 
 def _drop_reducer(wrapper: DistributedDataParallel) -> None:
+    # Private API of torch.
     if wrapper.reducer is not None:
         wrapper._remove_autograd_hooks()
     wrapper.logger = None

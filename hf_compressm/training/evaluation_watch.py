@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
 
+from ..compression import PendingCut
 from ..config import CompreSSMConfig
 from ..errors import ConfigurationError
 
 _PREFIX = "eval_"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    What an evaluation says of a cut.
+
+    Args:
+        accepted (`bool`): Whether the cut may stay.
+        reason (`str`): Why not, where it may not.
+    """
+
+    accepted: bool
+    reason: str = ""
 
 
 class EvaluationWatch:
@@ -41,12 +57,17 @@ class EvaluationWatch:
         self._sign = 1 if _greater_is_better(self.name, args) else -1
         self._before: float | None = None
         self._seen: set[str] = set()
-        self.judge_at: int | None = None
 
-    def wants_evaluation(self, step: int) -> bool:
-        """Whether the model has to be evaluated after this step."""
+    def wants_evaluation(self, step: int, pending: PendingCut | None) -> bool:
+        """
+        Whether the model has to be evaluated after this step.
+
+        Args:
+            step (`int`): The training step.
+            pending ([`~compression.PendingCut`], *optional*): The cut that awaits its judgement.
+        """
         # A run that was stopped between a step and its evaluation makes up for it.
-        return step + 1 in self._due or (self.judge_at is not None and step >= self.judge_at)
+        return step + 1 in self._due or (pending is not None and step >= pending.judge_at)
 
     def require_comparison(self) -> None:
         """
@@ -61,46 +82,51 @@ class EvaluationWatch:
                 f"{': it gives ' + ', '.join(sorted(self._seen)) if self._seen else ''}. Name one of its metrics."
             )
 
-    def cut_made(self, step: int) -> None:
-        """A cut was made after this step; it is judged `rollback_after` steps later."""
-        self.judge_at = step + self._config.rollback_after
-
-    def evaluated(self, metrics: Mapping[str, Any], step: int) -> str | None:
+    def evaluated(self, metrics: Mapping[str, Any], step: int, pending: PendingCut | None) -> Verdict | None:
         """
         Take note of an evaluation.
 
         Args:
             metrics (`Mapping[str, Any]`): What the evaluation gave.
             step (`int`): The training step.
+            pending ([`~compression.PendingCut`], *optional*): The cut that awaits its judgement.
 
         Returns:
-            `str` or `None`: Why the cut has to be taken back, where it has to.
+            [`Verdict`] or `None`: None where no cut is to be judged by this evaluation.
         """
         self._seen |= {name for name, value in metrics.items() if isinstance(value, (int, float))}
         value = metrics.get(self.name)
-        if value is None or (self.judge_at is not None and step < self.judge_at):
+        if value is None or (pending is not None and step < pending.judge_at):
             return None
-        if self.judge_at is None:
+        if pending is None:
             self._before = float(value) if math.isfinite(value) else self._before
             return None
-        self.judge_at = None
         worse = self._sign * (self._before - float(value))
         # Written this way round, a value that is not a number counts as worse.
         if not worse <= self._config.rollback_tolerance:
-            return (
-                f"{self.name} went from {self._before:.4g} to {float(value):.4g}, "
-                f"allowed is {self._config.rollback_tolerance:g}"
-            )
+            reason = f"{self.name} went from {self._before:.4g} to {float(value):.4g}, "
+            return Verdict(False, f"{reason}allowed is {self._config.rollback_tolerance:g}")
         self._before = float(value)
-        return None
+        return Verdict(True)
 
-    def state(self) -> dict[str, Any]:
-        """What a resumed run has to know, as JSON values."""
-        return {"before": self._before, "judge_at": self.judge_at}
+    def state(self, pending: PendingCut | None) -> dict[str, Any]:
+        """
+        What a resumed run has to know, as JSON values.
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from the state of an interrupted run."""
-        self._before, self.judge_at = state.get("before"), state.get("judge_at")
+        Args:
+            pending ([`~compression.PendingCut`], *optional*): The cut that awaits its judgement.
+        """
+        return {"before": self._before, "judge_at": None if pending is None else pending.judge_at}
+
+    def restore(self, state: Mapping[str, Any]) -> int | None:
+        """
+        Go on from the state of an interrupted run.
+
+        Returns:
+            `int` or `None`: The step from which on the cut is judged that was pending then, where one was.
+        """
+        self._before = state.get("before")
+        return state.get("judge_at")
 
 
 def _greater_is_better(name: str, args: TrainingArguments) -> bool:

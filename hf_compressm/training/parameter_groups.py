@@ -51,16 +51,9 @@ def state_space_parameter_groups(
 
     ```
     """
-    for name, value, least in (
-        ("learning_rate", learning_rate, "above 0"),
-        ("weight_decay", weight_decay, "0 or more"),
-        ("state_space_lr_factor", state_space_lr_factor, "above 0"),
-    ):
-        if not is_number(value) or value < 0 or (value == 0 and least == "above 0"):
-            raise ConfigurationError(f"{name} is {value!r}; give a number {least}.")
+    _require_rates(learning_rate, weight_decay, state_space_lr_factor)
     dynamics = _state_space_parameters(model)
-    # The method reads nothing of the Trainer; it is called without one to have its rule and no copy of it.
-    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    decayed = _names_with_weight_decay(model)
     members: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "dynamics": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -77,6 +70,22 @@ def state_space_parameter_groups(
         for kind, parameters in members.items()
         if parameters
     ]
+
+
+def _names_with_weight_decay(model: nn.Module) -> set[str]:
+    """The Trainer's own rule, and no copy of it; the method reads nothing of the Trainer and is called without one."""
+    # Private API of transformers.
+    return set(Trainer.get_decay_parameter_names(None, model))
+
+
+def _require_rates(learning_rate: Any, weight_decay: Any, state_space_lr_factor: Any) -> None:
+    for name, value, least in (
+        ("learning_rate", learning_rate, "above 0"),
+        ("weight_decay", weight_decay, "0 or more"),
+        ("state_space_lr_factor", state_space_lr_factor, "above 0"),
+    ):
+        if not is_number(value) or value < 0 or (value == 0 and least == "above 0"):
+            raise ConfigurationError(f"{name} is {value!r}; give a number {least}.")
 
 
 def _state_space_parameters(model: nn.Module) -> set[int]:

@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..architectures import StateSpaceLayer, all_changes, find_layers
 from ..compression import CheckRecord
+from .shards import shapes_of_whole_checkpoint
 
 _FOLLOWS = "_hf_compressm_follows_checkpoints"
 
@@ -45,6 +46,8 @@ def _take_saved_form(
     prefix: str,
     *_: Any,
 ) -> None:
+    # One file of several does not tell the form.
+    state_dict = shapes_of_whole_checkpoint() or state_dict
     # Tensors of another kind of model are left to the load, which refuses them and changes nothing.
     if not _fits_some_size(layer, state_dict, prefix):
         return

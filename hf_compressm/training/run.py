@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable
 from functools import partial
@@ -10,17 +11,17 @@ from typing import Any
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..architectures import enable_fast_cpu_scan, unsupported_note
+from ..architectures import fast_cpu_scan, unsupported_note
 from ..compression import (
     HISTORY_NAME,
     LAYERS_NAME,
     CheckRecord,
     Compressor,
     LossFunction,
+    PendingCut,
     Snapshot,
     drop_stale_states,
     keep_old_history,
@@ -32,15 +33,14 @@ from ..compression.processes import SingleProcess
 from ..config import CompreSSMConfig
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..ops import compile_kernels
-from .batches import training_batches
-from .checking import check_or_skip
+from .batches import seed_of_process, training_batches
 from .checkpoints.running_mark import mark_active, mark_ended
 from .data_parallel import ReducerChange, begin_with_a_new_reducer
 from .distributed import processes_of_training, run_facts
 from .evaluation_watch import EvaluationWatch
 from .resume import SavedRun
 from .schedule import check_steps
-from .trackers import report, trackers_among
+from .trackers import report, tell, trackers_among
 from .trainer_lookup import neighbours
 
 logger = logging.getLogger(__name__)
@@ -89,59 +89,60 @@ class CompressionRun:
         self._averaged_weights = averaged_weights
         if any(type(other) is type(callback) for other in self._neighbours):
             raise ConfigurationError("the Trainer has two CompreSSMCallbacks; one has to hold all settings.")
+        self._trackers = trackers_among(self._neighbours)
         self._processes = processes_of_training()
-        alone = isinstance(self._processes, SingleProcess)
-        show = state.is_world_process_zero and not args.disable_tqdm
-        self._compressor = Compressor(
-            model,
-            config,
-            loss_function=loss_function,
-            optimizer=optimizer,
-            find_copies=self._averages,
-            processes=self._processes,
-            followers=[] if alone else [partial(ReducerChange, model)],
-            progress=None if show else False,
-        )
-        self._processes.agree("the training", run_facts(config, self._compressor.sizes))
-        if not alone:
-            begin_with_a_new_reducer(model)
-        layers = self._compressor.layers
-        replaced = [{**layer.state_parameters(), **layer.rescaled_parameters()} for layer in layers]
-        parameters = [parameter for of_layer in replaced for parameter in of_layer.values()]
-        require_trained(optimizer, parameters)
+        self._compressor = self._new_compressor(optimizer, loss_function)
         self._resume(saved)
-        stale = drop_stale_states(optimizer)
-        if stale:
-            logger.warning(
-                "%d parameters changed their size since they were last trained; their optimizer state is reset.",
-                stale,
-            )
+        _drop_stale_states(optimizer)
         self._batches = training_batches(
             model,
             train_dataloader,
             args.train_batch_size,
             config.calibration_batches,
-            # Each process looks at examples of its own.
-            args.seed + config.seed + 7919 * args.process_index,
+            seed_of_process(args, config),
             given=calibration_batches,
         )
-        self._trackers = trackers_among(self._neighbours)
-        if config.fast_cpu_scan:
-            enable_fast_cpu_scan()
-            if next(model.parameters()).device.type == "cpu":
-                compile_kernels()
-        if args.should_save:
-            mark_active(args.output_dir)
-            if state.global_step == 0:
-                keep_old_history(args.output_dir)
-        sizes = sorted(set(self._compressor.sizes.values()))
-        self._tell(
-            f"{len(self._compressor.layers)} layers with state size {', '.join(map(str, sizes))}; "
-            f"checks after the steps {', '.join(map(str, self.steps))}"
+        self._begin()
+
+    def _new_compressor(self, optimizer: Any, loss_function: LossFunction | None) -> Compressor:
+        """The compressor, of which all processes and the optimizer are known to fit."""
+        alone = isinstance(self._processes, SingleProcess)
+        show = self._state.is_world_process_zero and not self._args.disable_tqdm
+        compressor = Compressor(
+            self._model,
+            self.config,
+            loss_function=loss_function,
+            optimizer=optimizer,
+            find_copies=self._averages,
+            processes=self._processes,
+            followers=[] if alone else [partial(ReducerChange, self._model)],
+            progress=None if show else False,
         )
-        note = unsupported_note(model, self._compressor.layers)
-        if note is not None:
-            self._tell(note)
+        self._processes.agree("the training", run_facts(self.config, compressor.sizes))
+        if not alone:
+            begin_with_a_new_reducer(self._model)
+        replaced = [{**layer.state_parameters(), **layer.rescaled_parameters()} for layer in compressor.layers]
+        require_trained(optimizer, [parameter for of_layer in replaced for parameter in of_layer.values()])
+        return compressor
+
+    def _begin(self) -> None:
+        """Mark the folder, make the kernels ready and say what will be checked."""
+        # Closed at the training's end, or, where that ends by an exception, with this object.
+        self._fast_scan = contextlib.ExitStack()
+        self._fast_scan.enter_context(fast_cpu_scan(self.config.fast_cpu_scan))
+        if self.config.fast_cpu_scan and next(self._model.parameters()).device.type == "cpu":
+            compile_kernels()
+        if self._args.should_save:
+            mark_active(self._args.output_dir)
+            if self._state.global_step == 0:
+                keep_old_history(self._args.output_dir)
+        sizes = ", ".join(map(str, sorted(set(self._compressor.sizes.values()))))
+        steps = ", ".join(map(str, self.steps))
+        layers = self._compressor.layers
+        lines = [f"{len(layers)} layers with state size {sizes}; checks after the steps {steps}"]
+        for line in (*lines, unsupported_note(self._model, layers)):
+            if line is not None:
+                tell(line, self._args, self._state)
 
     @property
     def records(self) -> list[CheckRecord]:
@@ -150,7 +151,7 @@ class CompressionRun:
 
     def pending(self) -> dict[str, Any] | None:
         """What a resumed run has to know of a cut that is still to be judged, as JSON values."""
-        return None if self._watch is None else self._watch.state()
+        return None if self._watch is None else self._watch.state(self._compressor.pending)
 
     def step_begins(self) -> None:
         """Let a stream's batches be kept on the way to a check."""
@@ -165,19 +166,21 @@ class CompressionRun:
         self._latest_step = step
         if step in self.steps and not self._compressor.is_finished:
             self._check(step)
-        if self._watch is not None and not self._compressor.is_finished and self._watch.wants_evaluation(step):
-            self._control.should_evaluate = True
+        if self._watch is not None and not self._compressor.is_finished:
+            self._control.should_evaluate |= self._watch.wants_evaluation(step, self._compressor.pending)
 
     def evaluated(self, metrics: dict[str, Any]) -> None:
         """Take a cut back where the evaluation says so."""
         if self._watch is None:
             return
-        reason = self._processes.first(self._watch.evaluated(metrics, self._state.global_step))
-        if reason is not None:
-            record = self._compressor.take_back(reason, step=self._state.global_step)
-            self._keep([record])
-        elif self._watch.judge_at is None:
-            self._compressor.snapshot = None
+        step = self._state.global_step
+        verdict = self._processes.first(self._watch.evaluated(metrics, step, self._compressor.pending))
+        if verdict is None:
+            return
+        if verdict.accepted:
+            self._compressor.accept()
+        else:
+            self._keep([self._compressor.take_back(verdict.reason, step=step)])
 
     def saving_checkpoint(self) -> None:
         """Make a check that is due before its step is saved, where the save comes from before this callback's turn."""
@@ -190,39 +193,44 @@ class CompressionRun:
         Args:
             folder (`Path`): The checkpoint.
         """
-        if self._compressor.snapshot is not None:
-            self._compressor.snapshot.save(folder)
+        if self._compressor.pending is not None:
+            self._compressor.pending.save(folder)
 
     def _checkpoint_folder(self) -> Path:
         return Path(self._args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self._state.global_step}"
 
     def ended(self) -> None:
-        """Let go of the training data."""
+        """Let go of the training data and of the fast scan."""
+        self._fast_scan.close()
         self._batches.close()
         mark_ended(self._args.output_dir)
-        if self._compressor.snapshot is not None:
-            self._compressor.snapshot = None
+        if self._compressor.pending is not None:
+            self._compressor.accept()
             logger.warning("the training ended before the latest cut was judged; the cut stays.")
 
-    def _averages(self) -> list[Any]:
+    def _averages(self) -> dict[str, Any]:
         """What the user named, and every averaged model that another callback holds."""
-        held = [value for other in self._neighbours for value in vars(other).values()]
-        return [*self._averaged_weights, *(value for value in held if isinstance(value, AveragedModel))]
+        named = {f"averaged_weights {number}": value for number, value in enumerate(self._averaged_weights)}
+        held = {
+            f"callback {number} {name}": value
+            for number, other in enumerate(self._neighbours)
+            for name, value in vars(other).items()
+            if isinstance(value, AveragedModel)
+        }
+        return {**named, **held}
 
     def _resume(self, saved: SavedRun) -> None:
-        snapshot = None
-        if self._watch is not None and saved.pending is not None:
-            self._watch.restore(saved.pending)
-            if self._watch.judge_at is not None:
-                try:
-                    snapshot = Snapshot.load(self._checkpoint_folder())
-                except FileNotFoundError:
-                    self._watch.judge_at = None
-                    logger.warning(
-                        "%s holds no snapshot; the cut made before it can no longer be taken back.",
-                        self._checkpoint_folder(),
-                    )
-        self._compressor.restore(saved.records, snapshot)
+        pending = None
+        judge_at = None if self._watch is None or saved.pending is None else self._watch.restore(saved.pending)
+        if judge_at is not None:
+            try:
+                pending = PendingCut.load(self._checkpoint_folder(), judge_at)
+            except FileNotFoundError:
+                logger.warning(
+                    "%s holds no snapshot; the cut made before it can no longer be taken back.",
+                    self._checkpoint_folder(),
+                )
+        self._compressor.restore(saved.records, pending)
         expected = sizes_after(saved.records)
         if any(self._compressor.sizes.get(name, size) != size for name, size in expected.items()):
             self._put_base_in(expected)
@@ -242,14 +250,11 @@ class CompressionRun:
     def _check(self, step: int) -> None:
         if self._watch is not None:
             self._watch.require_comparison()
-        records = check_or_skip(self._compressor, self._batches.draw(step), step, self.steps)
-        if self._watch is not None and records[-1].outcome == "cut":
-            self._watch.cut_made(step)
-        self._keep(records)
+        self._keep(self._compressor.check_or_skip(self._batches.draw(step), step, self.steps))
 
     def _keep(self, records: list[CheckRecord]) -> None:
         for record in records:
-            self._tell(record.summary())
+            tell(record.summary(), self._args, self._state)
             report(record.scalars(), self._trackers, self._args, self._state, self._control, self._model)
         if self._state.is_world_process_zero:
             try:
@@ -258,7 +263,10 @@ class CompressionRun:
                 # The records are in every checkpoint too; a full disk is no reason to lose a run.
                 logger.warning("%s could not be written: %s", HISTORY_NAME, error)
 
-    def _tell(self, line: str) -> None:
-        logger.info(line)
-        if self._state.is_world_process_zero and not self._args.disable_tqdm:
-            tqdm.write(f"[compressm] {line}")
+
+def _drop_stale_states(optimizer: Any) -> None:
+    stale = drop_stale_states(optimizer)
+    if stale:
+        logger.warning(
+            "%d parameters changed their size since they were last trained; their optimizer state is reset.", stale
+        )

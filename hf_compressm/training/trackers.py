@@ -1,11 +1,15 @@
-"""Figures of a check into the Trainer's own trackers (TensorBoard, trackio, W&B, ...), whichever `report_to` names."""
+"""What a check says: a line into the log, figures into the Trainer's own trackers (TensorBoard, W&B, ...)."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+logger = logging.getLogger(__name__)
 
 
 def trackers_among(callbacks: list[TrainerCallback]) -> list[TrainerCallback]:
@@ -34,3 +38,16 @@ def report(
     state.log_history.append({**scalars, **epoch, "step": state.global_step})
     for tracker in trackers:
         tracker.on_log(args, state, control, logs={**scalars, **epoch}, model=model)
+
+
+def tell(line: str, args: TrainingArguments, state: TrainerState) -> None:
+    """
+    Log a line, and print it between the Trainer's progress bars where there are any.
+
+    Args:
+        line (`str`): What to say.
+        args, state: What the Trainer gave to the callback's event.
+    """
+    logger.info(line)
+    if state.is_world_process_zero and not args.disable_tqdm:
+        tqdm.write(f"[compressm] {line}")

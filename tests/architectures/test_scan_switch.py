@@ -18,6 +18,7 @@ from hf_compressm.architectures.scans import selective as selective_scan_switch
 from hf_compressm.architectures.scans import switch
 from hf_compressm.errors import ConfigurationError
 from tests.cases import logits_of, tiny_mamba, token_batch
+from tests.selective_models import tiny_bamba, tiny_falcon_mamba, tiny_jamba, tiny_mamba2, tiny_zamba
 
 NAMES = ("mamba_selective_scan", "mamba_inner_fn")
 STOCK = {name: getattr(modeling_mamba, name) for name in NAMES}
@@ -223,3 +224,54 @@ def test_a_second_replacement_of_one_name_in_one_module_is_refused(two_modules) 
         switch.register_scan("first_family", {"scan": replacement_that_says("another")})
     with hf_compressm.fast_cpu_scan():
         assert two_modules[0].scan() == "ours of first_family for first_family"
+
+
+def model_penalty(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradient of a gradient penalty."""
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    score = model(inputs_embeds=embeds, use_cache=False).logits.logsumexp(-1).mean()
+    (slope,) = torch.autograd.grad(score, embeds, create_graph=True)
+    names, parameters = zip(*model.named_parameters())
+    return dict(zip(names, torch.autograd.grad((slope.norm() - 1) ** 2, parameters, materialize_grads=True)))
+
+
+def model_functional(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradient by `torch.func`."""
+
+    def loss(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, values, (ids,), {"use_cache": False}).logits.logsumexp(-1).mean()
+
+    return torch.func.grad(loss)({name: p.detach() for name, p in model.named_parameters()})
+
+
+def model_tangent(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A directional derivative by dual numbers."""
+    embeds = model.get_input_embeddings()(ids).detach()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(embeds, torch.ones_like(embeds))
+        logits = model(inputs_embeds=dual, use_cache=False).logits
+        return {"tangent": torch.autograd.forward_ad.unpack_dual(logits).tangent}
+
+
+@pytest.mark.parametrize("derivative", [model_penalty, model_functional, model_tangent], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("build", [tiny_mamba, tiny_falcon_mamba, tiny_jamba, tiny_zamba, tiny_mamba2, tiny_bamba])
+def test_every_derivative_of_a_model_is_that_of_the_stock_path(build, derivative) -> None:
+    model, ids = build().eval(), token_batch(batch=2, length=12)["input_ids"]
+    model.set_attn_implementation("eager")  # the fused attention has no such derivatives
+    expected = derivative(model, ids)
+    with hf_compressm.fast_cpu_scan():
+        found = derivative(model, ids)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()) + 1e-8, msg=name)
+
+
+def test_tracing_records_the_stock_path(fused_calls) -> None:
+    """A kernel behind numpy would be a constant of the traced graph."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    u = torch.rand(2, 4, 6)
+    A, B = -torch.rand(4, 3), torch.rand(2, 3, 6)
+    with hf_compressm.fast_cpu_scan():
+        graph = make_fx(lambda x: modeling_mamba.mamba_selective_scan(x, u, A, B, B))(u.clone())
+    assert not fused_calls
+    torch.testing.assert_close(graph(2 * u), modeling_mamba.mamba_selective_scan(2 * u, u, A, B, B))

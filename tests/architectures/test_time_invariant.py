@@ -27,6 +27,7 @@ from hf_compressm.systems import (
     selection_truncation,
     verification_frequencies,
 )
+from tests.cases import logits_of, real_valued_batch, tiny_lru, tiny_s4d, token_batch
 
 FAMILIES = {
     "lru": lambda **s: LRUForSequenceClassification(LRUConfig(**s)),
@@ -372,3 +373,33 @@ def test_selection_of_a_system_needs_scores_of_its_shape() -> None:
     scores = ClosedFormGramians(system).state_scores()
     torch.testing.assert_close(scores, system.controllability_gramian().diagonal(dim1=-2, dim2=-1).real)
     assert selection_truncation(scores, 1).indices.tolist() == [[1]]
+
+
+@pytest.mark.parametrize("build, batch", [(tiny_lru, token_batch), (tiny_s4d, real_valued_batch)])
+def test_a_layer_shows_its_input_and_its_output_before_the_skip(build, batch) -> None:
+    """Also in a batch with padding, which the recurrence does not see."""
+    model, seen, shown = build().eval(), [], []
+    layer = find_layers(model)[0]
+
+    class Watcher:
+        def observe(self, inputs, output):
+            seen.append((inputs.u, output))
+            return output
+
+    hook = layer.module.register_forward_hook(lambda module, args, output: shown.append(output))
+    logits = logits_of(model, batch())
+    hidden = torch.randn(2, 7, 16)
+    mask = torch.arange(7).expand(2, 7) > 2
+    with layer.observed(Watcher()):
+        torch.testing.assert_close(logits_of(model, batch()), logits)
+        layer.module(hidden, mask=mask)
+    assert len(seen) == 2 and seen[0][0].shape == (4, 20, 16)
+    u, output = seen[1]
+    assert torch.equal(u, hidden * mask[..., None])
+    torch.testing.assert_close(output + u * layer.module.D, shown[-1])
+    hook.remove()
+    with torch.no_grad():
+        layer.module.D.zero_()
+    torch.testing.assert_close(layer.module(hidden, mask=mask), output, rtol=1e-5, atol=1e-5)
+    logits_of(model, batch())
+    assert len(seen) == 2, "nothing is seen after the context"

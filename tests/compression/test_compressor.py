@@ -264,7 +264,7 @@ def test_a_cut_that_the_calibration_loss_accepts_stays(monkeypatch) -> None:
     monkeypatch.setattr(compressor_module, "evaluate_loss", lambda *args: 0.0)
     compressor = Compressor(tiny_mamba(), CompreSSMConfig(strategy="pragmatic"), progress=False)
     assert compressor.check([token_batch()]).outcome == "cut"
-    assert compressor.snapshot is None and not compressor.is_finished
+    assert compressor.pending is None and not compressor.is_finished
 
 
 def test_a_settled_order_is_cut_before_the_window_ends() -> None:

@@ -13,7 +13,7 @@ from hf_compressm.architectures import find_layers
 from hf_compressm.compression import LAYERS_NAME
 from hf_compressm.errors import UnsupportedModelError
 from tests.cases import logits_of, tiny_mamba, token_batch
-from tests.selective_models import tiny_falcon_mamba, tiny_mamba2
+from tests.selective_models import tiny_bamba, tiny_falcon_mamba, tiny_jamba, tiny_mamba2
 from tests.training.test_callback import HALF, Rows, make_trainer
 
 peft = pytest.importorskip("peft")
@@ -123,3 +123,31 @@ def test_an_adapter_without_a_cut_has_no_layers_beside_it(tmp_path) -> None:
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "adapter_config.json").is_file()
     assert not (tmp_path / "saved" / LAYERS_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    "build, module",
+    [(tiny_mamba2, "in_proj"), (tiny_bamba, "in_proj"), (tiny_falcon_mamba, "x_proj"), (tiny_jamba, "x_proj")],
+)
+def test_an_adapter_on_a_projection_that_a_mixed_cut_keeps_is_trained_on(build, module, tmp_path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=[module], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(build(), config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    make_trainer(tmp_path, CompreSSMCallback(HALF), model, Rows(token_batch(batch=64))).train()
+    assert {layer.state_size for layer in find_layers(model)} == {4}
+    after = dict(model.named_parameters())
+    assert before and all(not torch.equal(values, after[name]) for name, values in before.items())
+    expected = logits_of(model.eval(), token_batch())
+    torch.testing.assert_close(logits_of(model.merge_and_unload().eval(), token_batch()), expected)
+
+
+@pytest.mark.parametrize("build, module", [(tiny_mamba2, "in_proj"), (tiny_falcon_mamba, "x_proj")])
+@pytest.mark.parametrize("settings", [{"stock": True}, {"reductor": "selection"}], ids=str)
+def test_an_adapter_on_a_projection_that_the_form_cuts_is_refused_before_the_first_step(
+    build, module, settings, tmp_path
+) -> None:
+    config = peft.LoraConfig(r=2, target_modules=[module], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(build(), config)
+    callback = CompreSSMCallback(CompreSSMConfig(strategy="fixed", keep_ratio=0.5, **settings))
+    with pytest.raises(UnsupportedModelError, match=f"Leave {module} out of the adapter's target modules"):
+        make_trainer(tmp_path, callback, model, Rows(token_batch(batch=64))).train()

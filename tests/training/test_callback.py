@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -13,8 +14,8 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import MambaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, read_history
-from hf_compressm.architectures import find_layers
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, fast_cpu_scan, read_history
+from hf_compressm.architectures import fast_cpu_scan_enabled, find_layers
 from hf_compressm.errors import ConfigurationError, UnsupportedModelError
 from tests.cases import CASES, case_id, logits_of, tiny_mamba, token_batch
 
@@ -310,3 +311,33 @@ def test_nothing_is_left_on_the_model_after_training(tmp_path) -> None:
     model = tiny_mamba()
     make_trainer(tmp_path, CompreSSMCallback(HALF), model, rows=Stream(Rows(token_batch(batch=64)))).train()
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_fast_scan_is_on_in_training_and_off_afterwards_unless_asked_for(asked: bool, tmp_path) -> None:
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(fast_cpu_scan_enabled())
+
+    with fast_cpu_scan(asked):
+        trainer = make_trainer(tmp_path, CompreSSMCallback(HALF), callbacks=[Watch()])
+        trainer.train()
+        assert all(seen) and fast_cpu_scan_enabled() is asked
+        trainer.train()
+        assert all(seen) and fast_cpu_scan_enabled() is asked
+    assert not fast_cpu_scan_enabled()
+
+
+def test_the_fast_scan_is_off_when_a_failed_training_is_let_go_of(tmp_path) -> None:
+    class Fail(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("of the user's own")
+
+    trainer = make_trainer(tmp_path, CompreSSMCallback(HALF), callbacks=[Fail()])
+    with pytest.raises(RuntimeError, match="own"):
+        trainer.train()
+    del trainer
+    gc.collect()
+    assert not fast_cpu_scan_enabled()

@@ -10,12 +10,15 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMCallback
+from hf_compressm.training.checkpoints import running_mark
 from hf_compressm.training.checkpoints.integrity import problem_with
 from hf_compressm.training.checkpoints.replacing import before_replacing, set_aside_incomplete, wait_until_set_aside
 from hf_compressm.training.checkpoints.running_mark import LOCK_NAME, _start_of, is_active, mark_active
@@ -131,10 +134,33 @@ def test_a_process_that_got_the_number_of_one_that_was_killed_is_no_training(che
         other.wait()
 
 
+def test_a_live_run_is_seen_without_a_signal(tmp_path, monkeypatch) -> None:
+    """On Windows `os.kill(pid, 0)` sends Ctrl+C, and raises for most processes; psutil knows how to ask there."""
+    sent = []
+
+    class WindowsOs:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(os, name)
+
+        def kill(self, pid: int, signal_number: int) -> None:
+            sent.append(signal_number)
+            raise OSError(22, "[WinError 87] The parameter is incorrect")
+
+    owner = {"pid": os.getppid(), "host": socket.gethostname(), "start": _start_of(os.getppid())}
+    (tmp_path / LOCK_NAME).write_text(json.dumps(owner), encoding="utf-8")
+    monkeypatch.setattr(running_mark, "os", WindowsOs())
+    assert is_active(tmp_path) and sent == []
+    (tmp_path / LOCK_NAME).write_text(json.dumps({**owner, "pid": 2**22 + 1}), encoding="utf-8")
+    assert not is_active(tmp_path) and sent == []
+
+
 def test_where_a_system_has_no_proc_the_start_is_known_too(monkeypatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *args, **kwargs: (_ for _ in ()).throw(FileNotFoundError()))
     start = _start_of(os.getpid())
-    assert start is not None and start == _start_of(os.getpid()) != _start_of(os.getppid())
+    assert start is not None and start == _start_of(os.getpid())
+    # By their own count: two processes may start in the same tick of the clock.
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: float(process.pid))
+    assert _start_of(os.getpid()) != _start_of(os.getppid())
     assert _start_of(2**22 + 1) is None, "no process has this number"
 
 

@@ -8,11 +8,13 @@ import math
 import pytest
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import load_sharded_checkpoint
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress
 from hf_compressm.architectures import find_layers
 from hf_compressm.training.resume import follow_checkpoints
 from tests.cases import TRAINED_CASES, case_id, logits_of, tiny_mamba, token_batch
+from tests.selective_models import tiny_falcon_mamba, tiny_mamba2
 from tests.training.test_callback import Notes, Rows, make_trainer
 
 TWO_CUTS = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, window=(0.0, 0.5), interval=5)
@@ -149,3 +151,23 @@ def test_a_copied_model_follows_checkpoints_by_itself() -> None:
     twin.load_state_dict(tiny_mamba(state_size=3).state_dict())
     assert twin.config.state_size == 3 and model.config.state_size == 8
     assert model.backbone.layers[0].mixer.A_log.shape[1] == 8
+
+
+@pytest.mark.parametrize("shard_size", ["1KB", "4KB"])
+@pytest.mark.parametrize("stock", [True, False])
+@pytest.mark.parametrize("build", [tiny_mamba, tiny_falcon_mamba, tiny_mamba2], ids=lambda build: build.__name__)
+def test_a_checkpoint_in_shards_brings_the_form_of_its_whole_index(build, stock, shard_size, tmp_path) -> None:
+    """Whatever order the shards come in, and wherever the tensors of one layer lie."""
+    batch = token_batch()
+    model = build()
+    compress(model, [batch], CompreSSMConfig(strategy="fixed", keep_ratio=0.5, stock=stock))
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    again = build(seed=1)
+    follow_checkpoints(again)
+    load_sharded_checkpoint(again, str(tmp_path), strict=False)
+    assert {layer.state_size for layer in find_layers(again)} == {4}
+    assert type(again) is type(model)
+    assert torch.equal(logits_of(again, batch), logits_of(model, batch))
+    load_sharded_checkpoint(again, str(tmp_path), strict=False)
+    assert torch.equal(logits_of(again, batch), logits_of(model, batch))

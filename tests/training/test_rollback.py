@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, read_history
 from hf_compressm.architectures import find_layers
-from hf_compressm.compression import SNAPSHOT_NAME
+from hf_compressm.compression import AVERAGES_NAME, SNAPSHOT_NAME
 from hf_compressm.errors import ConfigurationError
 from tests.cases import TRAINED_CASES, case_id, token_batch
 from tests.training.test_callback import Notes, Rows, make_trainer
+from tests.training.test_features import KeepsAverage
 from tests.training.test_resume import StopAt
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 100, "logging_steps": 1}
@@ -132,6 +134,64 @@ def test_a_judgement_that_is_still_due_survives_a_restart(least: int, size: int,
     assert [r.outcome for r in resumed.records] == [r.outcome for r in callback.records]
     assert rest.losses[-14:] == pytest.approx(whole.losses[6:], rel=1e-5)
     assert not (tmp_path / "parts" / "checkpoint-20" / SNAPSHOT_NAME).exists()
+
+
+class SavesAverage(KeepsAverage):
+    """An average that is saved next to each checkpoint and goes on from there, as a careful user has it."""
+
+    def _file(self, args, state):
+        return os.path.join(args.output_dir, f"average-{state.global_step}.pt")
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        super().on_train_begin(args, state, control, model=model)
+        if state.global_step:
+            saved = torch.load(self._file(args, state))
+            self.tensors.update(saved) if self.plain else self.average.load_state_dict(saved)
+
+    def on_save(self, args, state, control, **kwargs):
+        torch.save(self.tensors if self.plain else self.average.state_dict(), self._file(args, state))
+
+    def state_dict(self):
+        return self.tensors if self.plain else self.average.module.state_dict()
+
+
+def averaged_run(folder, case, keeper, least=8, **overrides):
+    callback = CompreSSMCallback(judged(**SLOW), averaged_weights=[keeper.tensors] if keeper.plain else ())
+    callbacks = [Judge(least), keeper, callback]
+    settings = {**EVALUATED, "save_strategy": "steps", "save_steps": 6, **overrides}
+    trainer = make_trainer(folder, None, case.build(), Rows(case.batch(batch=64)), callbacks, **settings)
+    trainer.eval_dataset = Rows(case.batch(batch=4, seed=3))
+    return callback, trainer
+
+
+@pytest.mark.parametrize("case", TRAINED_CASES, ids=case_id)
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_average_of_the_weights_is_taken_back_after_a_restart_too(case, plain: bool, tmp_path) -> None:
+    whole, first, second = (SavesAverage(plain) for _ in range(3))
+    averaged_run(tmp_path / "whole", case, whole)[1].train()
+    _, trainer = averaged_run(tmp_path / "parts", case, first)
+    trainer.add_callback(StopAt(6))
+    trainer.train()
+    callback, trainer = averaged_run(tmp_path / "parts", case, second)
+    trainer.train(resume_from_checkpoint=True)
+    assert [r.outcome for r in callback.records] == ["cut", "rolled_back"]
+    assert second.state_dict().keys() == whole.state_dict().keys()
+    for name, expected in whole.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_an_average_that_no_checkpoint_knows_goes_back_to_the_model_s_own_weights(tmp_path, caplog) -> None:
+    """As in a checkpoint of an earlier version, and where the average was begun after the cut."""
+    case, first, second = TRAINED_CASES[0], SavesAverage(False), SavesAverage(False)
+    _, trainer = averaged_run(tmp_path, case, first)
+    trainer.add_callback(StopAt(6))
+    trainer.train()
+    (tmp_path / "checkpoint-6" / AVERAGES_NAME).unlink()
+    _, trainer = averaged_run(tmp_path, case, second)
+    trainer.train(resume_from_checkpoint=True)
+    sizes = {layer.state_size for layer in find_layers(second.average.module)}
+    assert sizes == {layer.state_size for layer in find_layers(trainer.model)} == {8}
+    assert "no average of the weights from before the cut" in caplog.text
 
 
 def test_a_lost_snapshot_leaves_the_cut_as_it_is_and_says_so(tmp_path, caplog) -> None:

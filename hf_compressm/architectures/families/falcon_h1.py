@@ -14,6 +14,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ...models.compressed.stock_families import STOCK_FAMILIES
+from ...systems import registered_reductors
 from ..registry import register
 from ..scans.multi_head import register_chunk_scan
 from ..state_layout import SizeAttribute, StateLayout, runs
@@ -30,7 +31,8 @@ class FalconH1Layer(MultiHeadLayer):
     @classmethod
     def sizes_may_differ(cls, stock: bool, reductor: str) -> bool:
         """Only where states are mixed: transformers sets the multipliers of all layers for one projected size."""
-        return reductor != "selection" and super().sizes_may_differ(stock, reductor)
+        mixes = not registered_reductors()[reductor].only_selects
+        return mixes and super().sizes_may_differ(stock, reductor)
 
     @property
     def stock_layout(self) -> StateLayout:

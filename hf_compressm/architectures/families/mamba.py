@@ -15,7 +15,7 @@ from __future__ import annotations
 from torch import nn
 
 from ...models.compressed.stock_families import STOCK_FAMILIES
-from ...systems import Truncation
+from ...systems import Truncation, reductor_names
 from ..changes import LayerReduction
 from ..registry import register
 from ..scans.selective import register_selective_scan
@@ -42,7 +42,7 @@ class MambaLayer(SelectiveLayer):
     @classmethod
     def reductors(cls, stock: bool) -> frozenset[str]:
         """Interpolative, folded into the weights, and selection."""
-        return frozenset({"interpolative", "selection"})
+        return reductor_names(lambda reductor: reductor.keeps_states)
 
     @classmethod
     def default_reductor(cls, stock: bool) -> str:

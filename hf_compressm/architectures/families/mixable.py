@@ -103,10 +103,22 @@ class MixableLayer(SelectiveLayer):
         if size != projected:
             self.resize(size)
 
+    def check_form(self, stock: bool, reductor: str) -> None:
+        """Raise when an adapter holds a module whose rows would be cut; a mixed layer keeps its projections."""
+        if stock or (reductor == "selection" and not self.is_mixed):
+            super().check_form(stock, reductor)
+
+    def _is_adapted(self) -> bool:
+        """Whether an adapter holds a projection."""
+        return any(
+            not isinstance(getattr(self.module, name), self.cut_projections[name])
+            for name in self.adaptable_projections
+        )
+
     def _reduction(self, truncation: Truncation) -> LayerReduction:
         if self.is_mixed:
             return self._remixed(truncation)
-        if truncation.is_selection:
+        if truncation.is_selection and not self._is_adapted():
             return self._selected(self._require_selection(truncation), truncation.squares)
         return self._mixed(truncation)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ...systems import reductor_names
 from ..changes import LayerReduction
 from ..scans.multi_head import register_chunk_scan
 from ..state_layout import SizeAttribute, StateAxis, StateLayout, attribute_at, runs
@@ -31,11 +32,12 @@ class MultiHeadLayer(MixableLayer):
 
     required_parts = ("A_log", "D", "dt_bias", "in_proj", "conv1d")
     cut_projections = {"in_proj": nn.Linear, "conv1d": nn.Conv1d}
+    adaptable_projections = frozenset({"in_proj"})
 
     @classmethod
     def reductors(cls, stock: bool) -> frozenset[str]:
         """Selection, and without `stock` what a mixed layer can hold."""
-        return frozenset({"selection"} if stock else {"balanced", "interpolative", "selection"})
+        return reductor_names(lambda reductor: reductor.only_selects or not stock)
 
     @classmethod
     def default_reductor(cls, stock: bool) -> str:

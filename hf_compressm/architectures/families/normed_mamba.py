@@ -16,7 +16,7 @@ import math
 
 from torch import Tensor, nn
 
-from ...systems import Truncation
+from ...systems import Truncation, reductor_names
 from ..changes import LayerReduction, ParameterChange
 from ..moment_maps.axis import AxisMap, Rescaling
 from ..parameters import successor
@@ -34,11 +34,12 @@ class NormedMambaLayer(MixableLayer, MambaLayer):
     required_parts = (*MambaLayer.required_parts, *_NORMS)
     other_mixers = frozenset()
     foreign_parts = ()
+    adaptable_projections = frozenset({"x_proj"})
 
     @classmethod
     def reductors(cls, stock: bool) -> frozenset[str]:
         """Selection, and without `stock` the interpolative cut of a mixed layer."""
-        return frozenset({"selection"} if stock else {"interpolative", "selection"})
+        return reductor_names(lambda reductor: reductor.only_selects if stock else reductor.keeps_states)
 
     @classmethod
     def default_reductor(cls, stock: bool) -> str:

@@ -50,6 +50,9 @@ class SelectiveLayer(StateSpaceLayer):
     cut_projections: ClassVar[dict[str, type[nn.Module]]] = {}
     """Modules inside the mixer whose rows are cut, and the class that they must have."""
 
+    adaptable_projections: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that a mixed layer leaves as they are and calls as modules, so that an adapter may hold them."""
+
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether the module is a mixer of the family and calls a scan that can be watched."""
@@ -86,15 +89,31 @@ class SelectiveLayer(StateSpaceLayer):
             [`~errors.UnsupportedModelError`]: a parameter is sharded or quantised, a module whose rows would be cut is
                 of another class (an adapter wraps it), or a parameter's shape disagrees with the layer's state size.
         """
-        for name, expected_class in self.cut_projections.items():
-            found = getattr(self.module, name)
+        self._require_own_projections(*(self.cut_projections.keys() - self.adaptable_projections))
+        super().check_reducible()
+
+    def check_form(self, stock: bool, reductor: str) -> None:
+        """
+        Raise when an adapter holds a module whose rows a cut with these settings would change.
+
+        Args:
+            stock (`bool`): Whether the stock model class has to load the result.
+            reductor (`str`): The reductor's name.
+
+        Raises:
+            [`~errors.UnsupportedModelError`]: it does.
+        """
+        self._require_own_projections(*self.cut_projections)
+
+    def _require_own_projections(self, *names: str) -> None:
+        for name in names:
+            found, expected_class = getattr(self.module, name), self.cut_projections[name]
             if not isinstance(found, expected_class):
                 raise UnsupportedModelError(
                     f"{self.name}.{name} is a {type(found).__name__} and not a torch.nn.{expected_class.__name__}; "
                     f"its rows would be cut. Leave {name} out of the adapter's target modules, or merge the adapter "
                     "first."
                 )
-        super().check_reducible()
 
     @classmethod
     def config_changes(cls, layers: Sequence[StateSpaceLayer], sizes: Sequence[int]) -> list[AttributeChange]:

@@ -10,17 +10,19 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import TruncationError
-from ...systems import COARSE_RESOLUTION, DiagonalLTI, Truncation, project, require_error_bound
+from ...systems import COARSE_RESOLUTION, DiagonalLTI, Truncation, project, reductor_names, require_error_bound
 from ..changes import AttributeChange, LayerReduction, ParameterChange
-from ..contract import StateSpaceLayer
+from ..contract import ScanObserver, StateSpaceLayer
 from ..moment_maps.axis import AxisMap
 from ..moment_maps.modal import ModalMap
 from ..parameters import successor
+from ..scans.time_invariant import watching_system
 from ..state_layout import SizeAttribute, StateAxis, StateLayout, rows_of_identity, runs
 
 # Share of a response's size that rounding the written parameters may change; 1e-3 is a tenth of the error that a
@@ -50,8 +52,8 @@ class TimeInvariantLayer(StateSpaceLayer):
 
     @classmethod
     def reductors(cls, stock: bool) -> frozenset[str]:
-        """Balanced truncation, made diagonal again, and selection."""
-        return frozenset({"balanced", "selection"})
+        """Balanced truncation, made diagonal again, interpolative, which keeps poles, and selection."""
+        return reductor_names(lambda reductor: reductor.reduces_systems)
 
     @classmethod
     def default_reductor(cls, stock: bool) -> str:
@@ -123,6 +125,10 @@ class TimeInvariantLayer(StateSpaceLayer):
     def system(self) -> DiagonalLTI:
         """The layer as a time-invariant system, or a batch of them, with the gradient cut off."""
         return self.system_of(self.module)
+
+    def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:
+        """While the context is open, each forward pass of the layer shows its input and output to the observer."""
+        return watching_system(self.module, self.system(), observer)
 
     @torch.no_grad()
     def reduce(self, truncation: Truncation) -> LayerReduction:

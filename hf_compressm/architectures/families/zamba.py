@@ -16,7 +16,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ...models.compressed.stock_families import STOCK_FAMILIES
-from ...systems import Truncation
+from ...systems import Truncation, reductor_names
 from ..changes import LayerReduction
 from ..contract import ScanObserver
 from ..registry import register
@@ -38,7 +38,7 @@ class ZambaLayer(SelectiveLayer):
     @classmethod
     def reductors(cls, stock: bool) -> frozenset[str]:
         """Interpolative, folded into the weights head by head, and selection."""
-        return frozenset({"interpolative", "selection"})
+        return reductor_names(lambda reductor: reductor.keeps_states)
 
     @classmethod
     def default_reductor(cls, stock: bool) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -18,27 +18,23 @@ from ...systems import DiagonalLTI
 _CHUNK = 2**16
 
 
-@dataclass(frozen=True)
 class ScanInputs(ABC):
     """
     The arguments of one scan.
 
-    Args:
-        u (`torch.Tensor` of shape `(batch, length, ...)`): Input of the recurrence, one entry a channel.
-        delta (`torch.Tensor` of shape `(batch, length, ...)`): Positive time steps, after softplus and limits.
-        A (`torch.Tensor`): Negative decay rates.
-        B (`torch.Tensor` of shape `(batch, length, ..., N)`): Input matrix.
-        C (`torch.Tensor` of shape `(batch, length, ..., N)`): Readout.
-        part (`int`, *optional*): Which of a layer's scans it is, where one forward pass makes several whose states have
-            nothing to do with one another. Their results are put side by side.
+    A kind of recurrence is a frozen dataclass of the tensors that it takes, and last `part`. Whatever they are called
+    there, it tells three, by fields or by properties: `u` (`torch.Tensor` of shape `(batch, length, ...)`), the input,
+    one entry a channel; `B` and `C` (`torch.Tensor` of shape `(batch, length, ..., N)`), what writes to the state and
+    what reads it.
     """
 
     u: Tensor
-    delta: Tensor
-    A: Tensor
     B: Tensor
     C: Tensor
-    part: int | None = None
+
+    part: int | None
+    """Which of a layer's scans it is, where one forward pass makes several whose states have nothing to do with one
+    another. Their results are put side by side."""
 
     @property
     def state_size(self) -> int:
@@ -88,6 +84,10 @@ class ScanInputs(ABC):
     def adjoint_gramian(self, grad_output: Tensor, times: Tensor) -> Tensor:
         """The sum Q of adjoint states, `(..., N, N)` float64, for a gradient of the shape of the scan's raw output."""
 
+
+class TimeAverages(ABC):
+    """What the inputs of a scan tell whose varying arguments may be replaced by their means over time."""
+
     @abstractmethod
     def sums(self) -> Tensor:
         """Sums over sequences and steps of all that varies, and last the number of steps; flat, float64."""
@@ -95,7 +95,7 @@ class ScanInputs(ABC):
     @abstractmethod
     def averaged_systems(self) -> Callable[[Tensor], DiagonalLTI]:
         r"""
-        What makes systems `(..., channels)` of the means that [`~ScanInputs.sums`] give; it holds no sequence.
+        What makes systems `(..., channels)` of the means that [`~TimeAverages.sums`] give; it holds no sequence.
 
         A channel is the system \\( \lambda = e^{\bar\Delta A}, b = \bar\Delta \bar B, c = \bar C \\).
         """

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...ops import multi_head_scan
 from ...ops.multi_head_gramians import multi_head_adjoint_gramian, multi_head_state_gramian
 from ...systems.lti import DiagonalLTI
-from .inputs import ScanInputs, _sums
+from .inputs import ScanInputs, TimeAverages, _sums
 from .switch import current_observer, fast_cpu_scan_enabled, is_packed, plain_eager_call, register_scan, warn_of_packing
 
 
@@ -60,7 +60,7 @@ def chunk_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
         return_final_states: bool = False,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, ...]:
-        observer = None if torch.compiler.is_compiling() else current_observer()
+        observer = current_observer()
         fast = _fast_scan_applies(hidden_states, dt, A, B, C, **kwargs)
         if observer is None and not fast:
             return stock(
@@ -102,7 +102,7 @@ def fused_function_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(stock)
     def fused(*args: Any, **kwargs: Any) -> Tensor | None:
-        if not torch.compiler.is_compiling() and current_observer() is not None:
+        if current_observer() is not None:
             return None
         return stock(*args, **kwargs)
 
@@ -110,14 +110,26 @@ def fused_function_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @dataclass(frozen=True)
-class MultiHeadScanInputs(ScanInputs):
+class MultiHeadScanInputs(TimeAverages, ScanInputs):
     r"""
     The scan of Mamba-2, \\( H_t = e^{\Delta_t A} H_{t-1} + \Delta_t u_t B_t^\top \\): every head has one decay and one
     time step, consecutive heads share the B and C of a group.
 
-    `u` is `(batch, length, heads, head_dim)`, `delta` is `(batch, length, heads)`, `A` is `(heads,)`, `B` and `C` are
-    `(batch, length, groups, N)`.
+    Args:
+        u (`torch.Tensor` of shape `(batch, length, heads, head_dim)`): Input of the recurrence.
+        delta (`torch.Tensor` of shape `(batch, length, heads)`): Positive time steps, after softplus and limits.
+        A (`torch.Tensor` of shape `(heads,)`): Negative decay rates.
+        B (`torch.Tensor` of shape `(batch, length, groups, N)`): Input matrix.
+        C (`torch.Tensor` of shape `(batch, length, groups, N)`): Readout.
+        part (`int`, *optional*): Which of a layer's scans it is.
     """
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    part: int | None = None
 
     @property
     def rows(self) -> int:

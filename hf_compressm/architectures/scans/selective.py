@@ -14,7 +14,7 @@ from torch import Tensor
 from ...ops import selective_scan
 from ...ops.selective_gramians import adjoint_gramian, state_gramian
 from ...systems.lti import DiagonalLTI
-from .inputs import ScanInputs, _sums
+from .inputs import ScanInputs, TimeAverages, _sums
 from .switch import current_observer, fast_cpu_scan_enabled, is_packed, plain_eager_call, register_scan, warn_of_packing
 
 
@@ -52,7 +52,7 @@ def selective_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
         return_last_state: bool = False,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        observer = None if torch.compiler.is_compiling() else current_observer()
+        observer = current_observer()
         fast = _fused_scan_applies(hidden_states, dt, A, B, C, **kwargs)
         if observer is None and not fast:
             return stock(
@@ -105,12 +105,25 @@ def inner_function_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @dataclass(frozen=True)
-class SelectiveScanInputs(ScanInputs):
+class SelectiveScanInputs(TimeAverages, ScanInputs):
     r"""
     The scan of Mamba, \\( h_t = e^{\Delta_t A} h_{t-1} + \Delta_t u_t B_t \\), with an A and a time step a channel.
 
-    `u` and `delta` are `(batch, length, channels)`, `A` is `(channels, N)`, `B` and `C` are `(batch, length, N)`.
+    Args:
+        u (`torch.Tensor` of shape `(batch, length, channels)`): Input of the recurrence.
+        delta (`torch.Tensor` of shape `(batch, length, channels)`): Positive time steps, after softplus and limits.
+        A (`torch.Tensor` of shape `(channels, N)`): Negative decay rates.
+        B (`torch.Tensor` of shape `(batch, length, N)`): Input matrix.
+        C (`torch.Tensor` of shape `(batch, length, N)`): Readout.
+        part (`int`, *optional*): Which of a layer's scans it is.
     """
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    part: int | None = None
 
     @property
     def rows(self) -> int:

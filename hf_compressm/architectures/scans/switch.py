@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigurationError
+from ...ops import is_transformed
 from ..contract import ScanObserver
 
 logger = logging.getLogger(__name__)
@@ -94,8 +95,9 @@ def enable_fast_cpu_scan() -> None:
     """
     Let supported layers on a CPU run through the fused scan of this library, until [`disable_fast_cpu_scan`].
 
-    Layers on other devices, calls under `torch.compile` or `torch.export`, and calls with arguments that the fused
-    scan does not know keep running through transformers' own code.
+    Layers on other devices, calls under `torch.compile`, `torch.export` or a transform of `torch.func`, forward-mode
+    differentiation, and calls with arguments that the fused scan does not know keep running through transformers' own
+    code. A second derivative, as of a gradient penalty, is computed through the plain recurrence.
     """
     global _enabled_for_good
     with _lock:
@@ -153,7 +155,8 @@ def fast_cpu_scan_enabled() -> bool:
 
 def current_observer() -> ScanObserver | None:
     """The observer of the layer whose forward pass is running, if a calibration pass is watching it."""
-    return _observer.get()
+    # What is traced or transformed holds no values that could be measured.
+    return None if torch.compiler.is_compiling() or is_transformed() else _observer.get()
 
 
 @contextmanager
@@ -196,7 +199,10 @@ def calls_registered_scan(module: nn.Module) -> bool:
 
 def plain_eager_call(*tensors: torch.Tensor) -> bool:
     """Whether a call is an ordinary eager one on ordinary tensors, which is all that the replacements handle."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
+        return False
+    # A mode that records or replaces operations (`make_fx`, a counter of operations) does not see into a kernel.
+    if torch._C._len_torch_dispatch_stack() > 0:
         return False
     return all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import nn
@@ -105,62 +105,32 @@ class ModelChange:
             setattr(module, name, old)
 
 
-@dataclass(frozen=True)
-class DoneLast:
-    """
-    The commit of a change that looks at what other changes have written: it stands behind them.
-
-    Args:
-        change (`Change`): The change; [`UndoneLast`] holds its other half.
-    """
-
-    change: Change
-
-    def commit(self) -> None:
-        """Commit the change."""
-        self.change.commit()
-
-    def rollback(self) -> None:
-        """Nothing: what it looks at has not been put back yet."""
-
-
-@dataclass(frozen=True)
-class UndoneLast:
-    """
-    The rollback of a change that looks at what other changes have put back: it stands before them.
-
-    Args:
-        change (`Change`): The change; [`DoneLast`] holds its other half.
-    """
-
-    change: Change
-
-    def commit(self) -> None:
-        """Nothing: what it looks at has not been written yet."""
-
-    def rollback(self) -> None:
-        """Roll the change back."""
-        self.change.rollback()
-
-
-def commit_together(changes: Sequence[Change]) -> None:
+def commit_together(changes: Sequence[Change], then: Sequence[Change] = ()) -> None:
     """
     Commit several changes; where one fails, roll all of them back and raise what it raised.
 
     Args:
         changes (`Sequence[Change]`): Prepared changes, for example of a model and of its optimizer.
+        then (`Sequence[Change]`, *optional*): Changes that look at what the others have written, or have put back: they
+            come after them both ways.
     """
     try:
-        for change in changes:
+        for change in [*changes, *then]:
             change.commit()
     except BaseException:
-        roll_back_together(changes)
+        roll_back_together(changes, then)
         raise
 
 
-def roll_back_together(changes: Sequence[Change]) -> None:
-    """Take several committed changes back, the last one first."""
-    for change in reversed(changes):
+def roll_back_together(changes: Sequence[Change], then: Sequence[Change] = ()) -> None:
+    """
+    Take several committed changes back, the last one first.
+
+    Args:
+        changes (`Sequence[Change]`): The changes.
+        then (`Sequence[Change]`, *optional*): Changes that look at what the others have put back; they come after them.
+    """
+    for change in [*reversed(changes), *reversed(then)]:
         change.rollback()
 
 

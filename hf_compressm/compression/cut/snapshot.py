@@ -17,6 +17,7 @@ from ...architectures import LayerReduction, StateForm, StateSpaceLayer
 from .optimizer import unwrap_optimizer
 
 SNAPSHOT_NAME = "compressm_snapshot.safetensors"
+AVERAGES_NAME = "compressm_snapshot_averages.safetensors"
 LAYERS_NAME = "compressm_layers.safetensors"
 
 _PARAMETER, _STATE = "parameter:", "state:"
@@ -93,6 +94,28 @@ class Snapshot:
     def _of_layer(layer: StateSpaceLayer, found: Mapping[str, Any]) -> dict[str, Any]:
         start = f"{layer.name}."
         return {name.removeprefix(start): value for name, value in found.items() if name.startswith(start)}
+
+    @classmethod
+    def joined(cls, parts: Mapping[str, Snapshot]) -> Snapshot:
+        """
+        Snapshots of several modules in one, without the optimizer's state, for one file.
+
+        Args:
+            parts (`Mapping[str, Snapshot]`): The snapshots by the modules' names, which hold no `/`.
+        """
+        forms = {f"{part}/{name}": form for part, held in parts.items() for name, form in held.forms.items()}
+        values = {f"{part}/{name}": value for part, held in parts.items() for name, value in held.parameters.items()}
+        return cls(forms, values)
+
+    def parts(self) -> dict[str, Snapshot]:
+        """What [`~Snapshot.joined`] was made of."""
+
+        def of(part: str, found: Mapping[str, Any]) -> dict[str, Any]:
+            start = f"{part}/"
+            return {name.removeprefix(start): value for name, value in found.items() if name.startswith(start)}
+
+        names = dict.fromkeys(name.split("/", 1)[0] for name in self.forms)
+        return {part: Snapshot(of(part, self.forms), of(part, self.parameters)) for part in names}
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""

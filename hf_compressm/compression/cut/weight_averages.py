@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,117 +13,199 @@ from ...architectures import StateSpaceLayer, all_changes, find_layers
 from ...errors import UnsupportedModelError
 from ...systems import Truncation
 from .changes import Change, ModelChange
+from .snapshot import Snapshot
 
 
-class ModuleCopyChange(ModelChange):
+class WeightCopy(Protocol):
+    """A copy of the model's weights, at the model's present state sizes."""
+
+    name: str
+
+    def cut(self, truncations: Mapping[str, Truncation]) -> Change:
+        """
+        Prepare the cut that the model gets.
+
+        Args:
+            truncations (`Mapping[str, Truncation]`): What the model's layers are cut with, by layer name.
+
+        Raises:
+            [`~errors.TruncationError`]: the copy's parameters cannot hold a truncation.
+        """
+        ...
+
+    def snapshot_like(self, model: Snapshot) -> Snapshot:
+        """What the copy has in the place of that which a snapshot of the model holds."""
+        ...
+
+    def restored(self, snapshot: Snapshot) -> Change:
+        """
+        Prepare the return to the forms and tensors of a snapshot.
+
+        Raises:
+            [`~errors.DimensionError`]: a tensor of the snapshot has not the shape that its layer needs.
+        """
+        ...
+
+
+class ModuleCopy:
     """
-    The cut of a module that is built like the model, for example `torch.optim.swa_utils.AveragedModel.module`.
+    A module that is built like the model, for example `torch.optim.swa_utils.AveragedModel.module`.
 
     Args:
+        name (`str`): What the copy is called in snapshots.
         module (`torch.nn.Module`): The copy; its layers have the names and sizes of the model's.
-        truncations (`Mapping[str, Truncation]`): What the model's layers are cut with, by layer name.
-
-    Raises:
-        [`~errors.TruncationError`]: the copy's parameters cannot hold a truncation.
     """
 
-    def __init__(self, module: nn.Module, truncations: Mapping[str, Truncation]) -> None:
-        layers = find_layers(module)
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name = name
+        self._module = module
+
+    def cut(self, truncations: Mapping[str, Truncation]) -> Change:
+        """Prepare the cut that the model gets."""
+        layers = find_layers(self._module)
         reductions = [layer.reduce_alike(truncations[layer.name]) for layer in layers if layer.name in truncations]
-        super().__init__(module, reductions, all_changes(module, layers, reductions))
+        return ModelChange(self._module, reductions, all_changes(self._module, layers, reductions))
+
+    def snapshot_like(self, model: Snapshot) -> Snapshot:
+        """What the copy has in the place of that which a snapshot of the model holds."""
+        own = Snapshot.of(find_layers(self._module))
+        return Snapshot(model.forms, {name: own.parameters[name] for name in model.parameters})
+
+    def restored(self, snapshot: Snapshot) -> Change:
+        """Prepare the return to the forms and tensors of a snapshot."""
+        layers = find_layers(self._module)
+        reductions = snapshot.reductions(layers)
+        return ModelChange(self._module, reductions, all_changes(self._module, layers, reductions))
+
+
+class TensorCopy:
+    """
+    A dictionary that holds the model's parameters by name.
+
+    Args:
+        name (`str`): What the copy is called in snapshots.
+        tensors (`MutableMapping[str, torch.Tensor]`): The copy; values of other names are left alone.
+        model (`torch.nn.Module`): The model, at the copy's state sizes.
+        layers (`Sequence[StateSpaceLayer]`): Its layers; one with a parameter that the copy lacks is left out.
+    """
+
+    def __init__(
+        self, name: str, tensors: MutableMapping[str, Tensor], model: nn.Module, layers: Sequence[StateSpaceLayer]
+    ) -> None:
+        self.name = name
+        self._tensors = tensors
+        self._model = model
+        self._layers = [layer for layer in layers if all(n in tensors for n in _names_of(layer))]
+
+    def cut(self, truncations: Mapping[str, Truncation]) -> Change:
+        """Prepare the cut that the model gets."""
+        new: dict[str, Tensor] = {}
+        for layer in self._layers:
+            if layer.name in truncations:
+                new.update(_reduced_tensors(layer, self._tensors, truncations[layer.name]))
+        return TensorCopyChange(self._tensors, new)
+
+    def snapshot_like(self, model: Snapshot) -> Snapshot:
+        """What the copy has in the place of that which a snapshot of the model holds."""
+        forms = {layer.name: model.forms[layer.name] for layer in self._layers if layer.name in model.forms}
+        names = [name for layer in self._layers for name in _names_of(layer)]
+        held = {name: self._tensors[name] for name in names}
+        return Snapshot(forms, {name: held[name.lstrip(".")] for name in model.parameters if name.lstrip(".") in held})
+
+    def restored(self, snapshot: Snapshot) -> Change:
+        """Prepare the return to the forms and tensors of a snapshot."""
+        reductions = snapshot.reductions(self._layers)
+        paths = {id(module): path for path, module in self._model.named_modules()}
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        new = {
+            names[id(change.old)]: change.new.detach().to(self._tensors[names[id(change.old)]])
+            for reduction in reductions
+            for change in reduction.parameters
+        }
+        removed = [gone for reduction in reductions for gone in reduction.removed]
+        return TensorCopyChange(self._tensors, new, [f"{paths[id(g.module)]}.{g.name}".lstrip(".") for g in removed])
 
 
 class TensorCopyChange:
     """
-    The cut of a dictionary that holds the model's parameters by name.
+    New values in a dictionary of tensors.
 
     Args:
-        tensors (`MutableMapping[str, torch.Tensor]`): The copy; values of other names are left alone.
-        layers (`Iterable[StateSpaceLayer]`): The model's layers, before they are cut.
-        truncations (`Mapping[str, Truncation]`): What they are cut with, by layer name.
-
-    Raises:
-        [`~errors.TruncationError`]: the copy's parameters cannot hold a truncation.
+        tensors (`MutableMapping[str, torch.Tensor]`): The dictionary.
+        new (`Mapping[str, torch.Tensor]`): The values that it gets.
+        removed (`Iterable[str]`, *optional*): The names that it loses.
     """
 
     def __init__(
-        self,
-        tensors: MutableMapping[str, Tensor],
-        layers: Iterable[StateSpaceLayer],
-        truncations: Mapping[str, Truncation],
+        self, tensors: MutableMapping[str, Tensor], new: Mapping[str, Tensor], removed: Iterable[str] = ()
     ) -> None:
-        self._tensors = tensors
-        self._new: dict[str, Tensor] = {}
-        for layer in layers:
-            held = {**layer.state_parameters(), **layer.rescaled_parameters()}
-            names = {name: f"{layer.name}.{name}".lstrip(".") for name in held}
-            if layer.name not in truncations or not all(name in tensors for name in names.values()):
-                continue
-            self._new.update(_reduced_tensors(layer, tensors, names, truncations[layer.name]))
-        self._old = {name: tensors[name] for name in self._new if name in tensors}
+        self._tensors, self._new, self._removed = tensors, dict(new), list(removed)
+        self._old = {name: tensors[name] for name in [*self._new, *self._removed] if name in tensors}
 
     def commit(self) -> None:
-        """Put the cut tensors in place."""
+        """Put the new tensors in place."""
         self._tensors.update(self._new)
+        for name in self._removed:
+            self._tensors.pop(name, None)
 
     def rollback(self) -> None:
-        """Put the whole tensors back."""
+        """Put the old tensors back."""
         for name in self._new.keys() - self._old.keys():
             self._tensors.pop(name, None)
         self._tensors.update(self._old)
 
 
+def _names_of(layer: StateSpaceLayer) -> dict[str, nn.Parameter]:
+    """A layer's parameters by their names in the model."""
+    held = {**layer.state_parameters(), **layer.rescaled_parameters()}
+    return {f"{layer.name}.{name}".lstrip("."): parameter for name, parameter in held.items()}
+
+
 def _reduced_tensors(
-    layer: StateSpaceLayer, tensors: Mapping[str, Tensor], names: Mapping[str, str], truncation: Truncation
+    layer: StateSpaceLayer, tensors: Mapping[str, Tensor], truncation: Truncation
 ) -> dict[str, Tensor]:
     twin = type(layer)(layer.name, copy.deepcopy(layer.module))
-    parameters = {**twin.state_parameters(), **twin.rescaled_parameters()}
+    parameters = _names_of(twin)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[names[name]])
-    by_identity = {id(parameter): name for name, parameter in parameters.items()}
+            parameter.copy_(tensors[name])
+    names = {id(parameter): name for name, parameter in parameters.items()}
     reduction = twin.reduce_alike(truncation)
     paths = {id(module): f"{layer.name}.{path}" for path, module in twin.module.named_modules()}
     added = {f"{paths[id(new.module)].strip('.')}.{new.name}": new.new.detach() for new in reduction.added}
     replaced = {
-        names[by_identity[id(change.old)]]: change.new.detach().to(tensors[names[by_identity[id(change.old)]]])
-        for change in reduction.parameters
+        names[id(change.old)]: change.new.detach().to(tensors[names[id(change.old)]]) for change in reduction.parameters
     }
     return {**replaced, **added}
 
 
-def copy_changes(
-    candidates: Iterable[Any],
-    model: nn.Module,
-    layers: Iterable[StateSpaceLayer],
-    truncations: Mapping[str, Truncation],
-) -> list[Change]:
+def find_copies(candidates: Mapping[str, Any], model: nn.Module, layers: Sequence[StateSpaceLayer]) -> list[WeightCopy]:
     """
-    The cuts of those candidates that are copies of the model's weights; all others are left alone.
+    Those candidates that are copies of the model's weights, each once.
 
     Args:
-        candidates (`Iterable`): Modules, or dictionaries of tensors by parameter name, that may be copies.
-        model (`torch.nn.Module`): The model, before it is cut.
-        layers (`Iterable[StateSpaceLayer]`): Its layers.
-        truncations (`Mapping[str, Truncation]`): What they are cut with, by layer name.
-
-    Raises:
-        [`~errors.TruncationError`]: a copy's parameters cannot hold a truncation.
+        candidates (`Mapping[str, Any]`): Modules, or dictionaries of tensors by parameter name, that may be copies, by
+            a name of their own.
+        model (`torch.nn.Module`): The model.
+        layers (`Sequence[StateSpaceLayer]`): Its layers.
     """
-    layers = list(layers)
     sizes = {layer.name: layer.state_size for layer in layers}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    changes: list[Change] = []
-    for candidate in candidates:
-        if isinstance(candidate, nn.Module):
-            changes += [
-                ModuleCopyChange(module, truncations)
-                for module in (candidate, getattr(candidate, "module", None))
-                if isinstance(module, nn.Module) and module is not model and _sizes_of(module) == sizes
-            ]
-        elif isinstance(candidate, MutableMapping) and _holds_parameters(candidate, shapes):
-            changes.append(TensorCopyChange(candidate, layers, truncations))
-    return changes
+    seen = {id(model)}
+    copies: list[WeightCopy] = []
+    for name, candidate in candidates.items():
+        held = [candidate, getattr(candidate, "module", None)] if isinstance(candidate, nn.Module) else [candidate]
+        for thing in held:
+            if id(thing) in seen:
+                continue
+            if isinstance(thing, nn.Module) and _sizes_of(thing) == sizes:
+                copies.append(ModuleCopy(name, thing))
+            elif isinstance(thing, MutableMapping) and _holds_parameters(thing, shapes):
+                copies.append(TensorCopy(name, thing, model, layers))
+            else:
+                continue
+            seen.add(id(thing))
+    return copies
 
 
 def _sizes_of(module: nn.Module) -> dict[str, int] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -13,6 +14,21 @@ from ..measure.layer_gramians import LayerGramians
 from ..processes import Processes
 
 
+class Found(NamedTuple):
+    """
+    A truncation and how it was found.
+
+    Args:
+        truncation ([`~systems.Truncation`]): The truncation.
+        reductor (`str`): The reductor that gave it; not the one that was asked for where that one failed its checks.
+        gramians (`str`): The form of the Gramians behind it; see [`LayerGramians`].
+    """
+
+    truncation: Truncation
+    reductor: str
+    gramians: str
+
+
 def find_truncations(
     gramians: Mapping[str, LayerGramians],
     sizes: Mapping[str, int],
@@ -20,8 +36,9 @@ def find_truncations(
     config: CompreSSMConfig,
     seed: int,
     processes: Processes,
+    require_writable: Callable[[str, Truncation], object],
     progress: bool | None = None,
-) -> tuple[dict[str, Truncation], dict[str, str]]:
+) -> tuple[dict[str, Found], dict[str, str]]:
     """
     Truncate every layer that gets a new size, in all processes alike.
 
@@ -32,22 +49,33 @@ def find_truncations(
         config ([`CompreSSMConfig`]): Names the score and the rule of a selection.
         seed (`int`): Seed of random selections.
         processes ([`~compression.processes.Processes`]): The processes that train the model together.
+        require_writable (`Callable`): Takes a layer's name and a truncation, and raises a
+            [`~errors.TruncationError`] where the layer cannot hold it.
         progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
 
     Returns:
-        `tuple[dict[str, Truncation], dict[str, str]]`: The truncations by layer name, each on the device of the layer's
+        `tuple[dict[str, Found], dict[str, str]]`: The truncations by layer name, each on the device of the layer's
         Gramians, and why those of the other layers failed their checks.
 
     Raises:
         [`~errors.OtherProcessError`]: another process has failed.
     """
-    found: dict[str, Truncation] = {}
+    found: dict[str, Found] = {}
     failed: dict[str, str] = {}
     disable = None if progress is None else not progress
     for number, name in enumerate(tqdm(sizes, desc="cutting", unit="layer", leave=False, disable=disable)):
-        try:
-            found[name] = gramians[name].truncate(sizes[name], reductors[name], config, seed=seed + number)
-        except TruncationError as error:
-            failed[name] = str(error)
+        problems = []
+        for measured, reductor in gramians[name].attempts(reductors[name]):
+            try:
+                truncation = measured.truncate(sizes[name], reductor, config, seed=seed + number)
+                require_writable(name, truncation)
+            except TruncationError as error:
+                problems.append(str(error))
+                continue
+            found[name] = Found(truncation, reductor, measured.form)
+            break
+        else:
+            failed[name] = " Then: ".join(problems)
     found, failed = processes.first((found, failed))
-    return {name: truncation.to(gramians[name].device) for name, truncation in found.items()}, failed
+    moved = {name: item._replace(truncation=item.truncation.to(gramians[name].device)) for name, item in found.items()}
+    return moved, failed

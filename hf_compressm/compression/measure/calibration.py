@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...architectures import StateSpaceLayer, SumOverProcesses
-from ...errors import CalibrationError
+from ...errors import CalibrationError, ConfigurationError
+from ...systems import DiagonalLTI
 from .layer_gramians import ClosedFormGramians, LayerGramians
 from .model_pass import (
     LossFunction,
@@ -25,7 +26,8 @@ from .model_pass import (
     model_loss,
     move_to_device,
 )
-from .observers import LOSS_SCALE, make_observer
+from .observers import LOSS_SCALE, GramianObserver, make_observer
+from .system_observer import SystemObserver
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def calibrate(
     Estimate the Gramians of all layers on a few batches.
 
     One forward pass a batch, and one backward pass where the loss's gradient is asked for. A model whose layers are all
-    time-invariant needs no batch: their Gramians are known in closed form, and batches only give the loss. Weights,
+    time-invariant needs no batch: without one their Gramians are those of the closed form, under white noise. Weights,
     their `.grad`, the training mode and the global random state are left as they were. Peak memory beyond that of
     the passes is the bounded buffer of [`~ops.state_gramian`] and three N x N matrices a layer. Padded positions count
     as steps at which the state decays; batches with little padding give the truest Gramians.
@@ -81,40 +83,62 @@ def calibrate(
     trigger = torch.zeros((), device=device, requires_grad=True)
     systems = {layer.name: layer.system() for layer in layers}
     selective = [layer for layer in layers if systems[layer.name] is None]
-    observers = [make_observer(gramians, generator, trigger) for _ in selective]
-    needs_gradient = any(observer.needs_loss_gradient for observer in observers)
+    observers = {
+        layer.name: _observer_of(layer, systems[layer.name], gramians, generator, trigger)
+        for layer in layers
+        if layer in selective or gramians in ("loss_gradient", "input_weighted")
+    }
+    needs_loss = any(observer.needs_loss_gradient for observer in observers.values())
+    # A time-invariant layer makes use of a loss where there is one.
+    needs_gradient = needs_loss or (bool(observers) and gramians == "loss_gradient")
     total = sum_over_processes or (lambda tensor: tensor)
 
     losses = []
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
-        for layer, observer in zip(selective, observers):
-            stack.enter_context(layer.observed(observer))
+        for layer in layers:
+            if layer.name in observers:
+                stack.enter_context(layer.observed(observers[layer.name]))
         disable = None if progress is None else not progress
         for batch in tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=disable):
             batch = move_to_device(batch, device)
             with torch.set_grad_enabled(needs_gradient):
-                if needs_gradient or loss_function is not None:
+                if needs_loss or loss_function is not None:
                     loss = (loss_function or model_loss)(model, batch)
                 else:
                     loss = _loss_in(_run(model, batch))
             terms = loss_terms(batch)
             losses.append(None if loss is None else (_finite(loss), terms))
-            if needs_gradient and loss.requires_grad:
-                for observer in observers:
+            if needs_gradient and loss is not None and loss.requires_grad:
+                for observer in observers.values():
                     observer.loss_terms = terms
                 with torch.enable_grad():
                     torch.autograd.grad(LOSS_SCALE * loss, trigger, allow_unused=True)
+                for observer in observers:
+                    observer.loss_terms = None
     if selective and not losses:
         raise CalibrationError(
             f"there is no calibration batch; {selective[0].name} ({selective[0].family}) is a selective layer, whose "
             "Gramians are measured on data. Give at least one batch."
         )
-    measured = {layer.name: observer.result(layer.name, total) for layer, observer in zip(selective, observers)}
+    measured = {name: observer.result(name, total) for name, observer in observers.items()}
     results = {
-        name: measured[name] if system is None else ClosedFormGramians(system) for name, system in systems.items()
+        name: measured[name] if name in measured else ClosedFormGramians(system) for name, system in systems.items()
     }
     return Calibration(results, _mean_over_processes(losses, total, device))
+
+
+def _observer_of(
+    layer: StateSpaceLayer, system: DiagonalLTI | None, gramians: str, generator: torch.Generator, trigger: Tensor
+) -> GramianObserver:
+    if system is not None:
+        return SystemObserver(system, generator, trigger if gramians == "loss_gradient" else None)
+    if gramians in ("input_weighted", "closed_form"):
+        raise ConfigurationError(
+            f"gramians is {gramians!r}, which asks for a closed form; {layer.name} ({layer.family}) is a selective "
+            "layer and has none. Choose 'loss_gradient', 'white_noise' or 'averaged'."
+        )
+    return make_observer(gramians, generator, trigger)
 
 
 def _finite(loss: Any) -> float:

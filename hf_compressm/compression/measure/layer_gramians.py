@@ -1,7 +1,8 @@
 """What is known of one layer's input-output energy: its spectrum, a score for each state, and the truncations.
 
-Two kinds share one interface. [`EmpiricalGramians`] are sums over calibration data, for selective layers;
-[`ClosedFormGramians`] are those of a time-invariant layer's own system, which needs no data.
+Three kinds share one interface. [`EmpiricalGramians`] are sums over calibration data, for selective layers;
+[`ClosedFormGramians`] are those of a time-invariant layer's own system, which needs no data; [`WeightedGramians`] are
+those of its system under the inputs of the calibration data.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,16 +20,14 @@ from ...systems import (
     COARSE_RESOLUTION,
     DiagonalLTI,
     HankelDecomposition,
+    StateChoice,
     Truncation,
-    balanced_truncation_of_each,
-    balancing_truncation_of_each,
     diagonal_hankel_scores,
-    greedy_selection_truncation,
     hankel_decomposition,
     interpolation_residual,
-    interpolative_truncation,
     project,
-    selection_truncation,
+    registered_reductors,
+    weighted_hankel_decomposition,
 )
 
 
@@ -55,24 +55,31 @@ class LayerGramians(ABC):
         """The share of the layer's energy that a truncation loses, where it is not told by the spectrum alone."""
         return None
 
-    @abstractmethod
+    form: ClassVar[str]
+    """How the Gramians were found; `"measured"` for a selective layer, else a value of `CompreSSMConfig.gramians`."""
+
+    is_weighted: ClassVar[bool] = False
+    """Whether a known system's Gramians are those of the inputs that it sees, not of white noise."""
+
+    def attempts(self, reductor: str) -> list[tuple[LayerGramians, str]]:
+        """What to truncate by and how, in the order in which to try: the next where one fails its checks."""
+        return [(self, reductor)]
+
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
         """
         Cut the layer's state.
 
         Args:
-            rank (`int`): States to keep, between 1 and N.
-            reductor (`str`): One of the layer's reductors.
+            rank (`int`): States to keep, between 1 and N (in every group).
+            reductor (`str`): The name of one of the layer's reductors.
             config ([`CompreSSMConfig`]): Names the score and the rule of a selection.
             seed (`int`, *optional*, defaults to 0): Seed of the rule `"random"`.
 
         Raises:
             [`~errors.TruncationError`]: the truncation failed one of its own checks.
         """
-
-    def _select(self, scores: Tensor, rank: int, config: CompreSSMConfig, seed: int) -> Truncation:
-        generator = torch.Generator(device=scores.device).manual_seed(seed)
-        return selection_truncation(scores, rank, rule=config.selection_rule, generator=generator)
+        choice = StateChoice(config.selection_score, config.selection_rule, seed)
+        return registered_reductors()[reductor].truncate(self, rank, choice)
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,8 @@ class EmpiricalGramians(LayerGramians):
     readout_energy: Tensor
     R: Tensor
     squares: Tensor | None = None
+    system: ClassVar[None] = None
+    form: ClassVar[str] = "measured"
 
     @property
     def device(self) -> torch.device:
@@ -108,16 +117,13 @@ class EmpiricalGramians(LayerGramians):
         return self.P.device
 
     @cached_property
-    def _decomposition(self) -> HankelDecomposition:
+    def decomposition(self) -> HankelDecomposition:
+        """The square-root decomposition of both Gramians."""
         return hankel_decomposition(self.P, self.Q)
-
-    @property
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        return self._decomposition.L_P, self._decomposition.L_Q
 
     def hankel_singular_values(self) -> Tensor:
         """The layer's joint Hankel singular values, `(N,)` float64, descending."""
-        return self._decomposition.sigma.reshape(-1, self.P.shape[-1]).sum(0)
+        return self.decomposition.sigma.reshape(-1, self.P.shape[-1]).sum(0)
 
     def state_scores(self) -> Tensor:
         """The square root of the product of both Gramians' diagonals, `(..., N)` float64."""
@@ -130,35 +136,11 @@ class EmpiricalGramians(LayerGramians):
 
     def lost_energy(self, truncation: Truncation) -> float | None:
         """The share of the observable energy `trace(P Q)`, summed over groups, that the truncation loses."""
-        shares = interpolation_residual(self.P, self.Q, truncation, self._factors)
-        energies = self._decomposition.sigma.square().sum(-1)
-        total = float(energies.sum())
-        return float((shares * energies).sum()) / total if total else 0.0
+        return _lost_energy(self, truncation)
 
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
-        """
-        Cut to `rank` states in every group.
-
-        Args:
-            rank (`int`): States to keep, between 1 and N.
-            reductor (`str`): `"balanced"`, `"interpolative"` or `"selection"`.
-            config ([`CompreSSMConfig`]): Names the score and the rule of a selection.
-            seed (`int`, *optional*, defaults to 0): Seed of the rule `"random"`.
-
-        Raises:
-            [`~errors.TruncationError`]: the truncation failed one of its own checks.
-        """
-        return replace(self._truncation(rank, reductor, config, seed), squares=self.squares)
-
-    def _truncation(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int) -> Truncation:
-        if reductor == "balanced":
-            return balancing_truncation_of_each(self._decomposition, rank)
-        if reductor == "interpolative":
-            return interpolative_truncation(self.P, self.Q, rank, factors=self._factors)
-        if config.selection_score == "greedy" and config.selection_rule == "largest":
-            return greedy_selection_truncation(self.P, self.R, rank)
-        energy = config.selection_score == "readout_energy"
-        return self._select(self.readout_energy if energy else self.state_scores(), rank, config, seed)
+        """Cut to `rank` states in every group; `reductor`, `config` and `seed` as above. It takes `squares` along."""
+        return replace(super().truncate(rank, reductor, config, seed), squares=self.squares)
 
 
 @dataclass(frozen=True)
@@ -174,6 +156,8 @@ class ClosedFormGramians(LayerGramians):
         system ([`~systems.DiagonalLTI`]): The layer's system, or a batch of them.
     """
 
+    form: ClassVar[str] = "closed_form"
+
     system: DiagonalLTI
 
     @property
@@ -181,13 +165,26 @@ class ClosedFormGramians(LayerGramians):
         """Where the system is."""
         return self.system.lam.device
 
+    R = readout_energy = None
+
     @cached_property
-    def _decomposition(self) -> HankelDecomposition:
+    def P(self) -> Tensor:
+        """The controllability Gramian, `(..., N, N)` complex128."""
+        return self.system.controllability_gramian()
+
+    @cached_property
+    def Q(self) -> Tensor:
+        """The observability Gramian, `(..., N, N)` complex128."""
+        return self.system.observability_gramian()
+
+    @cached_property
+    def decomposition(self) -> HankelDecomposition:
+        """The square-root decomposition of the system."""
         return self.system.hankel_decomposition(COARSE_RESOLUTION)
 
     def hankel_singular_values(self) -> Tensor:
         """The layer's joint Hankel singular values, `(N,)` float64, descending."""
-        return self._decomposition.sigma.reshape(-1, self.system.order).sum(0)
+        return self.decomposition.sigma.reshape(-1, self.system.order).sum(0)
 
     def state_scores(self) -> Tensor:
         """The Hankel singular value of each state alone, `(..., N)` float64."""
@@ -197,11 +194,80 @@ class ClosedFormGramians(LayerGramians):
         """The scores of the states of the reduced system, `(..., r)` float64."""
         return _modal_scores(project(self.system, truncation))
 
-    def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
-        """Cut to `rank` states; `reductor` is `"balanced"` or `"selection"`, `config` and `seed` as above."""
-        if reductor == "balanced":
-            return balanced_truncation_of_each(self.system, rank, self._decomposition)
-        return self._select(self.state_scores(), rank, config, seed)
+
+@dataclass(frozen=True)
+class WeightedGramians(LayerGramians):
+    r"""
+    The Gramians of a time-invariant layer under the inputs that it really sees.
+
+    The joint spectrum of channels is that of [`ClosedFormGramians`].
+
+    Args:
+        system ([`~systems.DiagonalLTI`]): The layer's system, or a batch of them.
+        P (`torch.Tensor` of shape `(..., N, N)`, complex128): Mean of \\( h h^H \\) over the calibration data.
+        measured_Q (`torch.Tensor` of shape `(..., N, N)`, complex128, *optional*): Mean of \\( g g^H \\) over the
+            adjoint states of the loss; the closed form, \\( Q = A^H Q A + C^H C \\), is taken when unset.
+    """
+
+    system: DiagonalLTI
+    P: Tensor
+    measured_Q: Tensor | None = None
+
+    is_weighted: ClassVar[bool] = True
+    R = readout_energy = None
+
+    @property
+    def form(self) -> str:
+        """`"loss_gradient"` with a measured Q, else `"input_weighted"`."""
+        return "input_weighted" if self.measured_Q is None else "loss_gradient"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the system is."""
+        return self.system.lam.device
+
+    @cached_property
+    def Q(self) -> Tensor:
+        """The observability Gramian, `(..., N, N)` complex128."""
+        return self.system.observability_gramian() if self.measured_Q is None else self.measured_Q
+
+    @cached_property
+    def decomposition(self) -> HankelDecomposition:
+        """The square-root decomposition of both Gramians."""
+        return weighted_hankel_decomposition(self.system, self.P, self.measured_Q)
+
+    def hankel_singular_values(self) -> Tensor:
+        """The layer's joint singular values, `(N,)` float64, descending."""
+        return self.decomposition.sigma.reshape(-1, self.system.order).sum(0)
+
+    def state_scores(self) -> Tensor:
+        """The square root of the product of both Gramians' diagonals, `(..., N)` float64."""
+        return diagonal_hankel_scores(self.P, self.Q)
+
+    def scores_after(self, truncation: Truncation) -> Tensor:
+        """The scores of the states that are left, read as the truncation reads them, `(..., r)` float64."""
+        T, W = truncation.T.to(self.P), truncation.W.to(self.P)
+        P, Q = W.mH @ self.P @ W, T.mH @ self.Q @ T
+        return diagonal_hankel_scores((P + P.mH) / 2, (Q + Q.mH) / 2)
+
+    def lost_energy(self, truncation: Truncation) -> float | None:
+        """The share of the energy `trace(P Q)` on the data, summed over channels, that the truncation loses."""
+        return _lost_energy(self, truncation)
+
+    def attempts(self, reductor: str) -> list[tuple[LayerGramians, str]]:
+        """As asked; then with Q in closed form, which is stable for any P; then interpolative, which keeps poles."""
+        if reductor != "balanced":
+            return [(self, reductor)]
+        closed = [] if self.measured_Q is None else [(replace(self, measured_Q=None), reductor)]
+        return [(self, reductor), *closed, (self, "interpolative")]
+
+
+def _lost_energy(gramians: EmpiricalGramians | WeightedGramians, truncation: Truncation) -> float:
+    known = gramians.decomposition
+    shares = interpolation_residual(gramians.P, gramians.Q, truncation, (known.L_P, known.L_Q))
+    energies = known.sigma.square().sum(-1)
+    total = float(energies.sum())
+    return float((torch.as_tensor(shares).to(energies) * energies).sum()) / total if total else 0.0
 
 
 def _modal_scores(system: DiagonalLTI) -> Tensor:

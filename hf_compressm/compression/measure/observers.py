@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...architectures import ScanInputs, SumOverProcesses
+from ...architectures import ScanInputs, SumOverProcesses, TimeAverages
 from ...errors import CalibrationError
 from ...systems import DiagonalLTI
 from .layer_gramians import EmpiricalGramians
@@ -29,8 +29,11 @@ class GramianObserver(ABC):
     needs_loss_gradient: bool = False
     """Whether the pass must propagate the loss back to the scan's output."""
 
-    loss_terms: int = 1
-    """How many terms the mean loss of the present batch has; adjoint states of the sum weigh all examples alike."""
+    loss_terms: int | None = None
+    """
+    How many terms the mean loss of the present batch has; adjoint states of the sum weigh all examples alike. None
+    where no gradient of the loss is on its way: one that the loss function takes for itself is none.
+    """
 
     @abstractmethod
     def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
@@ -118,7 +121,7 @@ def _checked(
     return EmpiricalGramians((P + P.mT) / 2, (Q + Q.mT) / 2, readout_energy, (R + R.mT) / 2, squares)
 
 
-class _AdjointTap(torch.autograd.Function):
+class AdjointTap(torch.autograd.Function):
     """The identity on the scan's output that hands its gradient on to an observer."""
 
     @staticmethod
@@ -158,9 +161,10 @@ class LossGradientObserver(_SampledGramians):
         times = self._add_states(detached)
 
         def receive(grad_output: Tensor) -> None:
-            self._add_adjoint_states(detached, grad_output, times, weight=(self.loss_terms / LOSS_SCALE) ** 2)
+            if self.loss_terms is not None:
+                self._add_adjoint_states(detached, grad_output, times, weight=(self.loss_terms / LOSS_SCALE) ** 2)
 
-        return _AdjointTap.apply(output, self._trigger, receive)
+        return AdjointTap.apply(output, self._trigger, receive)
 
 
 class WhiteNoiseObserver(_SampledGramians):
@@ -191,6 +195,11 @@ class AveragedObserver(GramianObserver):
 
     def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
         """Sum the time steps of each channel, and B and C of each state."""
+        if not isinstance(inputs, TimeAverages):
+            raise CalibrationError(
+                f"the recurrence of {type(inputs).__name__} has no means over time that make it a time-invariant "
+                "system; use gramians='loss_gradient' or 'white_noise'."
+            )
         self._systems[inputs.part] = inputs.averaged_systems()
         self._sums[inputs.part] = self._sums.get(inputs.part, 0.0) + inputs.sums()
         return output

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import torch
 
-from hf_compressm.errors import TruncationError
-from hf_compressm.systems._checks import checked_rank
-from hf_compressm.systems._decompositions import cond, eig, solve, solve_ex
-from hf_compressm.systems.hankel import HankelDecomposition
-from hf_compressm.systems.lti import DiagonalLTI
-from hf_compressm.systems.ranks import error_bound
-from hf_compressm.systems.time_domain import stability_margin, stable_poles
-from hf_compressm.systems.truncation import Truncation
-from hf_compressm.systems.verification import require_error_bound
+from ...errors import TruncationError
+from .._checks import checked_rank
+from .._decompositions import cond, eig, solve, solve_ex
+from ..hankel import HankelDecomposition
+from ..lti import DiagonalLTI
+from ..ranks import error_bound
+from ..time_domain import stability_margin, stable_poles
+from ..truncation import Truncation
+from ..verification import require_error_bound
 
 # A layer stores its reduced system in float32, whose rounding a change of basis amplifies by its condition number: 1e5
 # times 6e-8 is an error of half a percent.
@@ -32,7 +32,7 @@ def balanced_truncation(
     condition_limit: float = DEFAULT_CONDITION_LIMIT,
     decomposition: HankelDecomposition | None = None,
 ) -> tuple[DiagonalLTI, Truncation]:
-    """Reduces a stable system to `r` states by square-root balanced truncation, in diagonal form again.
+    """Reduce a stable system to `r` states by square-root balanced truncation, in diagonal form again.
 
     Source: Moore (1981); square-root method, Laub, Heath, Paige and Ward (1987); Antoulas (2005), chapter 7.
 
@@ -93,14 +93,39 @@ def _diagonalised(
     system: DiagonalLTI, decomposition: HankelDecomposition, r: int, condition_limit: float
 ) -> tuple[DiagonalLTI, Truncation]:
     """The reduced system and its truncation in the basis of the reduced state matrix's eigenvectors, checked."""
-    balanced = balancing_truncation(decomposition, r)
-    lam, X = eig(balanced.W.mH @ (system.lam.unsqueeze(-1) * balanced.T))
-    condition = _checked_condition(X, condition_limit)
-    truncation = Truncation(T=balanced.T @ X, W=solve(X, balanced.W.mH).mH)
-    reduced = DiagonalLTI(lam, truncation.W.mH @ system.B, system.C @ truncation.T, system.D, system.time_domain)
-    _require_stable_result(reduced)
+    reduced, truncation, condition = diagonal_balanced_form(system, decomposition, r, condition_limit)
     require_error_bound(system, reduced, error_bound(decomposition.sigma, r), amplification=condition)
     return reduced, truncation
+
+
+def diagonal_balanced_form(
+    system: DiagonalLTI, decomposition: HankelDecomposition, r: int, condition_limit: float = DEFAULT_CONDITION_LIMIT
+) -> tuple[DiagonalLTI, Truncation, float]:
+    """The reduced system in balanced coordinates of any pair of Gramians, made diagonal, and checked to be stable.
+
+    Args:
+        system ([`DiagonalLTI`]): The full system, or a batch of them.
+        decomposition ([`HankelDecomposition`]): Of the system's own Gramians, or of measured ones.
+        r (`int`): Number of balanced coordinates to keep, from 1 to N.
+        condition_limit (`float`, *optional*, defaults to 1e5): As in [`balanced_truncation`].
+
+    Returns:
+        `tuple[DiagonalLTI, Truncation, float]`: The reduced system, the truncation that leads to it, and the condition
+        number of the eigenvectors that made it diagonal.
+
+    Raises:
+        DimensionError: `r` is not an integer from 1 to N.
+        TruncationError: Fewer than `r` singular values stand above rounding, the reduced state matrix is nearly
+            defective, or the reduced system is not stable.
+    """
+    balanced = balancing_truncation(decomposition, r)
+    T, W = balanced.T.to(torch.complex128), balanced.W.to(torch.complex128)
+    lam, X = eig(W.mH @ (system.lam.unsqueeze(-1) * T))
+    condition = _checked_condition(X, condition_limit)
+    truncation = Truncation(T=T @ X, W=solve(X, W.mH).mH)
+    reduced = DiagonalLTI(lam, truncation.W.mH @ system.B, system.C @ truncation.T, system.D, system.time_domain)
+    _require_stable_result(reduced)
+    return reduced, truncation, condition
 
 
 @torch.no_grad()

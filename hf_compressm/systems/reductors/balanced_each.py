@@ -5,16 +5,17 @@ Error bound: that of [`~systems.reductors.balanced`] for every system, at the ra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from hf_compressm.errors import TruncationError
-from hf_compressm.systems._checks import checked_rank
-from hf_compressm.systems.hankel import HankelDecomposition
-from hf_compressm.systems.lti import DiagonalLTI
-from hf_compressm.systems.reductors.balanced import DEFAULT_CONDITION_LIMIT, balanced_truncation, balancing_truncation
-from hf_compressm.systems.truncation import Truncation
+from ...errors import TruncationError
+from .._checks import checked_rank
+from ..hankel import HankelDecomposition
+from ..lti import DiagonalLTI
+from ..truncation import Truncation
+from .balanced import DEFAULT_CONDITION_LIMIT, balanced_truncation, balancing_truncation
 
 # How far below the wanted rank to look where a truncation fails its checks.
 _NEIGHBOURS = 3
@@ -27,7 +28,7 @@ def balanced_truncation_of_each(
     decomposition: HankelDecomposition | None = None,
     condition_limit: float = DEFAULT_CONDITION_LIMIT,
 ) -> Truncation:
-    """Reduces every system of a batch to `r` states, of which some may be inert.
+    """Reduce every system of a batch to `r` states, of which some may be inert.
 
     A system that has fewer than `r` Hankel singular values above rounding is reduced to those it has, which loses
     nothing; one whose truncation fails a check at `r` is reduced to the next lower rank that passes. What is missing to
@@ -52,27 +53,55 @@ def balanced_truncation_of_each(
     r = checked_rank(r, system.order)
     if r == system.order:
         return balanced_truncation(system, r, condition_limit)[1]
-    batch = _flattened_system(system)
+    batch = flattened_system(system)
     known = system.hankel_decomposition() if decomposition is None else decomposition
     usable = known.usable_rank
     if known.resolution and bool((usable < r).any()):
         known = system.hankel_decomposition()
         usable = known.usable_rank
-    decompositions = _flattened(known, batch.lam.shape[0])
-    ranks = usable.reshape(-1).clamp_max(r)
+    decompositions = flattened_decomposition(known, batch.lam.shape[0])
+    return truncation_of_each(
+        batch,
+        decompositions,
+        r,
+        system.batch_shape,
+        lambda part, known, rank: balanced_truncation(part, rank, condition_limit, known)[1],
+    )
+
+
+def truncation_of_each(
+    batch: DiagonalLTI,
+    decompositions: HankelDecomposition,
+    r: int,
+    shape: tuple[int, ...],
+    truncate: Callable[[DiagonalLTI, HankelDecomposition, int], Truncation],
+) -> Truncation:
+    """Truncate every system of a batch as far as its own spectrum carries, and fill up with inert states.
+
+    Args:
+        batch ([`DiagonalLTI`]): Systems with one batch dimension.
+        decompositions ([`HankelDecomposition`]): What each of them is truncated by.
+        r (`int`): Number of states to keep, from 1 to N.
+        shape (`tuple[int, ...]`): The leading dimensions of the result.
+        truncate (`Callable`): Cuts systems, with their decompositions, to a rank.
+
+    Raises:
+        TruncationError: No system has a usable singular value, or one fails its checks at `r` and at the next lower
+            ranks.
+    """
+    ranks = decompositions.usable_rank.clamp_max(r)
     if not ranks.any():
         raise TruncationError(
             "no Hankel singular value stands above rounding: a response of zero has no balanced state"
         )
-    T = batch.lam.new_zeros(batch.lam.shape[0], system.order, r)
+    T = batch.lam.new_zeros(batch.lam.shape[0], batch.order, r)
     W, active = torch.zeros_like(T), torch.zeros(*T.shape[::2], dtype=torch.bool, device=T.device)
     for rank in ranks.unique().tolist():
         if rank:
             members = (ranks == rank).nonzero().squeeze(-1)
-            for found, truncation in _reduced(batch, decompositions, members, rank, condition_limit):
+            for found, truncation in _reduced(batch, decompositions, members, rank, truncate):
                 size = truncation.state_size
                 T[found, :, :size], W[found, :, :size], active[found, :size] = truncation.T, truncation.W, True
-    shape = system.batch_shape
     T, W, active = T.reshape(*shape, -1, r), W.reshape(*shape, -1, r), active.reshape(*shape, r)
     return Truncation(T=T, W=W, active=None if active.all() else active)
 
@@ -109,7 +138,7 @@ def balancing_truncation_of_each(decomposition: HankelDecomposition, r: int) -> 
         )
     shape = ranks.shape
     ranks = ranks.reshape(-1)
-    pairs = _flattened(decomposition, len(ranks))
+    pairs = flattened_decomposition(decomposition, len(ranks))
     T = pairs.L_P.new_zeros(*pairs.L_P.shape[:-1], r)
     W, active = torch.zeros_like(T), torch.zeros(len(ranks), r, dtype=torch.bool, device=T.device)
     for rank in ranks.unique().tolist():
@@ -130,25 +159,29 @@ def _equally_large(truncation: Truncation) -> Truncation:
 
 
 def _reduced(
-    system: DiagonalLTI, decomposition: HankelDecomposition, members: torch.Tensor, rank: int, condition_limit: float
+    system: DiagonalLTI,
+    decomposition: HankelDecomposition,
+    members: torch.Tensor,
+    rank: int,
+    truncate: Callable[[DiagonalLTI, HankelDecomposition, int], Truncation],
 ) -> list[tuple[torch.Tensor, Truncation]]:
     """Truncations of some members of a batch; those that fail are found by halving, and try the ranks below."""
     try:
         part, known = _members(system, members), _decomposition_of(decomposition, members)
-        return [(members, balanced_truncation(part, rank, condition_limit, known)[1])]
+        return [(members, truncate(part, known, rank))]
     except TruncationError:
         if members.numel() > 1:
             halves = members.tensor_split(2)
-            return [pair for half in halves for pair in _reduced(system, decomposition, half, rank, condition_limit)]
+            return [pair for half in halves for pair in _reduced(system, decomposition, half, rank, truncate)]
         for lower in range(rank - 1, max(0, rank - 1 - _NEIGHBOURS), -1):
             try:
-                return [(members, balanced_truncation(part, lower, condition_limit, known)[1])]
+                return [(members, truncate(part, known, lower))]
             except TruncationError:
                 continue
         raise
 
 
-def _flattened_system(system: DiagonalLTI) -> DiagonalLTI:
+def flattened_system(system: DiagonalLTI) -> DiagonalLTI:
     """The same systems with one batch dimension."""
     D = None if system.D is None else system.D.reshape(-1, *system.D.shape[-2:])
     lam = system.lam.reshape(-1, system.order)
@@ -163,7 +196,8 @@ def _members(system: DiagonalLTI, members: torch.Tensor) -> DiagonalLTI:
     return DiagonalLTI(system.lam[members], system.B[members], system.C[members], D, system.time_domain)
 
 
-def _flattened(known: HankelDecomposition, count: int) -> HankelDecomposition:
+def flattened_decomposition(known: HankelDecomposition, count: int) -> HankelDecomposition:
+    """The same decompositions with one batch dimension of the given length."""
     parts = {name: getattr(known, name) for name in ("L_P", "L_Q", "U", "V")}
     matrices = {name: tensor.reshape(count, *tensor.shape[-2:]) for name, tensor in parts.items()}
     return HankelDecomposition(sigma=known.sigma.reshape(count, -1), resolution=known.resolution, **matrices)

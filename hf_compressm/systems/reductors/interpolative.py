@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from hf_compressm.errors import ConfigurationError, DimensionError
-from hf_compressm.systems._checks import checked_rank, require_same_shape
-from hf_compressm.systems._decompositions import solve
-from hf_compressm.systems.gramians import gramian_factor
-from hf_compressm.systems.truncation import Truncation
+from ...errors import ConfigurationError, DimensionError
+from .._checks import checked_rank, require_same_shape
+from .._decompositions import solve
+from ..gramians import gramian_factor
+from ..truncation import Truncation
+from .reductor import KnownGramians, Reductor, StateChoice, register_reductor
 
 # A state whose variance the kept ones explain up to this share is a combination of them: the rest is rounding.
 _EXPLAINED = 1e-12
@@ -26,7 +27,7 @@ def interpolative_truncation(
     ridge: float = 1e-8,
     factors: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Truncation:
-    """Keeps the `r` states from which the rest can be rebuilt with the least loss of observable energy.
+    """Keep the `r` states from which the rest can be rebuilt with the least loss of observable energy.
 
     With the kept states `S`, the best linear estimate of the full state is `h ~ T h_S`, `T = P[:, S] P[S, S]^{-1}`, so
     `T[S] = I`: an interpolative decomposition of the state, and a Petrov-Galerkin projection whose test functions are
@@ -194,3 +195,15 @@ def _greedy_selection(covariance: torch.Tensor, L_Q: torch.Tensor, r: int) -> to
             observed = observed - torch.outer(observed[:, k], row)
             residual = residual - torch.outer(residual[:, k], row)
     return torch.tensor(sorted(kept), device=covariance.device)
+
+
+def _interpolative(gramians: KnownGramians, rank: int, choice: StateChoice) -> Truncation:
+    known = gramians.decomposition
+    return interpolative_truncation(gramians.P, gramians.Q, rank, factors=(known.L_P, known.L_Q))
+
+
+INTERPOLATIVE = register_reductor(
+    Reductor(
+        "interpolative", _interpolative, error_bound=None, keeps_states=True, only_selects=False, reduces_systems=True
+    )
+)

@@ -6,21 +6,20 @@ comparison.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
-from hf_compressm.errors import ConfigurationError, DimensionError
-from hf_compressm.systems._checks import checked_gramian, checked_rank, require_finite, require_same_shape
-from hf_compressm.systems.truncation import Truncation
-
-SelectionRule = Literal["largest", "smallest", "random"]
+from ...errors import ConfigurationError, DimensionError
+from .._checks import checked_gramian, checked_rank, require_finite, require_same_shape
+from ..truncation import Truncation
+from .reductor import KnownGramians, Reductor, SelectionRule, StateChoice, register_reductor
 
 
 def selection_truncation(
     scores: torch.Tensor, r: int, rule: SelectionRule = "largest", generator: torch.Generator | None = None
 ) -> Truncation:
-    """Keeps the `r` states with the largest (or smallest) scores, or random ones.
+    """Keep the `r` states with the largest (or smallest) scores, or random ones.
 
     Args:
         scores (`torch.Tensor` of shape `(..., N)`): One real score per state; with `rule="random"` only its shape
@@ -64,7 +63,7 @@ def selection_truncation(
 
 @torch.no_grad()
 def greedy_selection_truncation(P: torch.Tensor, Q: torch.Tensor, r: int) -> Truncation:
-    """Drops one state after the other, each time the one whose loss costs least, until `r` are left.
+    """Drop one state after the other, each time the one whose loss costs least, until `r` are left.
 
     Of a selection that drops the states `D`, the lost observable energy is `trace(Q E)` with `E = P[D, D]`, that is the
     sum of the entries of `P * Q` (entry by entry) over `D x D`. Its diagonal alone, which scores of single states are
@@ -133,3 +132,17 @@ def diagonal_hankel_scores(P: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
     variances = (M.diagonal(dim1=-2, dim2=-1).real.clamp_min(0) for M in (P, Q))
     # The root before the product: the product of two small variances would underflow.
     return torch.stack([variance.sqrt() for variance in variances]).prod(dim=0)
+
+
+def _selection(gramians: KnownGramians, rank: int, choice: StateChoice) -> Truncation:
+    if choice.score == "greedy" and choice.rule == "largest" and gramians.R is not None:
+        return greedy_selection_truncation(gramians.P, gramians.R, rank)
+    scores = gramians.readout_energy if choice.score == "readout_energy" else None
+    scores = gramians.state_scores() if scores is None else scores
+    generator = torch.Generator(device=scores.device).manual_seed(choice.seed)
+    return selection_truncation(scores, rank, choice.rule, generator)
+
+
+SELECTION = register_reductor(
+    Reductor("selection", _selection, error_bound=None, keeps_states=True, only_selects=True, reduces_systems=True)
+)

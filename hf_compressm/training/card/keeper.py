@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +19,7 @@ from ...cards import Provenance, merge_trainer_card, render_card
 from ...compression import LAYERS_NAME, CheckRecord
 from ...config import CompreSSMConfig
 from ...errors import CardError
+from ...files import CHECKPOINT
 from ...saving import (
     carry,
     describe,
@@ -35,9 +35,6 @@ from .evaluations import evaluations
 from .step_clock import StepClock
 
 logger = logging.getLogger(__name__)
-
-
-_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
 class _Compressing(Protocol):
@@ -92,6 +89,7 @@ class CardKeeper(TrainerCallback):
         self._trainer = trainer
         self._clock = StepClock()
         self._changes_pushed = 0
+        # Private API of transformers.
         trainer.save_model = self._shadowed(trainer.save_model, self._saving)
         trainer.create_model_card = self._shadowed(trainer.create_model_card, self._writing_a_card)
 
@@ -179,7 +177,8 @@ class CardKeeper(TrainerCallback):
     def _saving(self, stock: Callable[..., Any], output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
         folder = Path(output_dir or trainer.args.output_dir)
-        is_checkpoint = _CHECKPOINT.fullmatch(folder.name) is not None
+        is_checkpoint = CHECKPOINT.fullmatch(folder.name) is not None
+        # Private API of transformers.
         if is_checkpoint and (kwargs.get("_internal_call") or any(args)):
             # By the Trainer, in all processes; another call may come from one of them alone.
             self.owner.saving_checkpoint()

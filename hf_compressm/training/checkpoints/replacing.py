@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ...files import CHECKPOINT
 from .integrity import problem_with
 from .running_mark import is_active
 
@@ -77,11 +78,7 @@ def wait_until_set_aside(output_dir: str | os.PathLike, seconds: float = 60.0) -
 def _incomplete(output_dir: str | os.PathLike) -> list[tuple[Path, str]]:
     """The checkpoints of a run that cannot be resumed from, and why."""
     folders = sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-    checkpoints = [
-        folder
-        for folder in folders
-        if folder.is_dir() and folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdigit()
-    ]
+    checkpoints = [folder for folder in folders if folder.is_dir() and CHECKPOINT.fullmatch(folder.name)]
     problems = [(folder, problem_with(folder)) for folder in checkpoints]
     return [(folder, problem) for folder, problem in problems if problem is not None]
 

@@ -39,8 +39,9 @@ def is_active(output_dir: str | os.PathLike) -> bool:
         if owner["host"] != socket.gethostname() or owner["pid"] == os.getpid():
             return False
         pid, start = int(owner["pid"]), owner.get("start")
-        with contextlib.suppress(PermissionError):  # it runs, as another user
-            os.kill(pid, 0)
+        # Not by signal 0, which on Windows is Ctrl+C.
+        if not psutil.pid_exists(pid):
+            return False
     except (OSError, OverflowError, ValueError, KeyError, TypeError):
         return False
     found = _start_of(pid)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
@@ -18,10 +16,8 @@ from ...errors import ConfigurationError
 from ..checkpoints.running_mark import mark_active, mark_ended
 from ..resume import SavedRun
 from ..schedule import check_steps
-from ..trackers import report, trackers_among
+from ..trackers import report, tell, trackers_among
 from ..trainer_lookup import neighbours
-
-logger = logging.getLogger(__name__)
 
 
 class SegmentRun:
@@ -66,14 +62,16 @@ class SegmentRun:
                 keep_old_history(args.output_dir)
         if state.global_step == 0:
             listed = ", ".join(map(str, sorted(set(sizes.values()))))
-            self._tell(
+            tell(
                 f"{len(sizes)} layers with state size {listed}; checks, between segments, after the steps "
-                f"{', '.join(map(str, self.steps))}"
+                f"{', '.join(map(str, self.steps))}",
+                args,
+                state,
             )
         trackers = trackers_among(neighbours(callback))
         for record in (record for record in self.records if record.step == state.global_step):
             # The check was made before the Trainer and its trackers were there.
-            self._tell(record.summary())
+            tell(record.summary(), self._args, self._state)
             report(record.scalars(), trackers, args, state, control, model)
 
     def pending(self) -> dict[str, Any] | None:
@@ -104,8 +102,3 @@ class SegmentRun:
     def ended(self) -> None:
         """Let other processes have the folder."""
         mark_ended(self._args.output_dir)
-
-    def _tell(self, line: str) -> None:
-        logger.info(line)
-        if self._state.is_world_process_zero and not self._args.disable_tqdm:
-            tqdm.write(f"[compressm] {line}")

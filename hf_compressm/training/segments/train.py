@@ -19,9 +19,8 @@ from ...architectures import find_layers
 from ...compression import CheckRecord, Compressor, write_history
 from ...compression.decide.progress import is_finished
 from ...errors import ConfigurationError
-from ..batches import CapturedBatches, training_batches, unchanged_random_state
+from ..batches import CapturedBatches, seed_of_process, training_batches, unchanged_random_state
 from ..callback import CompreSSMCallback
-from ..checking import check_or_skip
 from ..distributed import processes_of_training, run_facts
 from ..resume import saved_run
 from ..schedule import check_steps
@@ -80,6 +79,10 @@ def train_in_segments(
     ```
     """
     _require_arguments(make_trainer, resume_from_checkpoint)
+    return _train(make_trainer, resume_from_checkpoint)
+
+
+def _train(make_trainer: Callable[[], Trainer], resume_from_checkpoint: str | os.PathLike | bool | None) -> Trainer:
     trainer = _new_trainer(make_trainer)
     callback = _callback_of(trainer)
     # The first process may have set incomplete checkpoints aside just now.
@@ -144,6 +147,7 @@ def _new_trainer(make_trainer: Callable[[], Trainer]) -> Trainer:
 def _forget_deepspeed_plugin() -> None:
     # Accelerate takes a plugin once, for its first Accelerator. TrainingArguments made anew reset this, those that were
     # made outside of make_trainer do not. The process group stays.
+    # Private API of accelerate.
     if AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED:
         AcceleratorState._reset_state()
 
@@ -241,7 +245,7 @@ def _check(
     )
     processes.agree("the training", run_facts(callback.config, compressor.sizes))
     compressor.restore(records)
-    made = check_or_skip(compressor, _batches(trainer, callback, step), step, steps)
+    made = compressor.check_or_skip(_batches(trainer, callback, step), step, steps)
     model.to(home)
     return compressor.records, made[-1].outcome == "cut", optimizer
 
@@ -255,7 +259,7 @@ def _batches(trainer: Trainer, callback: CompreSSMCallback, step: int) -> list[A
             loader,
             args.train_batch_size,
             config.calibration_batches,
-            args.seed + config.seed + 7919 * args.process_index,
+            seed_of_process(args, config),
             given=callback.calibration_batches,
         )
         try:

@@ -289,3 +289,21 @@ def test_equal_seeds_give_equal_gramians() -> None:
     name = layers[0].name
     assert torch.equal(first[name].P, again[name].P) and torch.equal(first[name].Q, again[name].Q)
     assert not torch.equal(first[name].P, other[name].P), "only sampled steps enter, so the seed matters"
+
+
+@pytest.mark.parametrize("create_graph", [True, False])
+def test_gradients_that_the_loss_itself_takes_are_no_adjoint_states(create_graph: bool) -> None:
+    """As in a gradient penalty: the adjoint states are those of the whole loss, and each counts once."""
+
+    def penalised(model, batch):
+        embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+        loss = model(inputs_embeds=embeds, labels=batch["labels"], use_cache=False).loss
+        (slope,) = torch.autograd.grad(4096 * loss, embeds, create_graph=create_graph, retain_graph=True)
+        return loss + 0 * slope.square().sum()
+
+    model, batch = tiny_mamba(), token_batch()
+    layers = find_layers(model)
+    expected = calibrate(model, layers, [batch]).gramians
+    found = calibrate(model, layers, [batch], loss_function=penalised).gramians
+    for layer in layers:
+        torch.testing.assert_close(found[layer.name].Q, expected[layer.name].Q, rtol=1e-5, atol=1e-12)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from hf_compressm import CompreSSMConfig
 from hf_compressm.architectures import find_layers
-from hf_compressm.compression import SNAPSHOT_NAME, Compressor, Snapshot
+from hf_compressm.compression import SNAPSHOT_NAME, Compressor, PendingCut, Snapshot
 from hf_compressm.errors import DimensionError
 from tests.cases import CASES, case_id, tiny_mamba, token_batch
 from tests.compression.test_compressor import assert_unchanged, snapshot
@@ -44,8 +44,8 @@ def cut_model(case, optimizer_class=torch.optim.AdamW, stock: bool = True):
 def test_taking_a_cut_back_restores_weights_optimizer_and_sizes(case, stock: bool, restart: bool, tmp_path) -> None:
     model, _, optimizer, compressor, before, states = cut_model(case, stock=stock)
     if restart:
-        compressor.snapshot.save(tmp_path)
-        compressor.snapshot = Snapshot.load(tmp_path)
+        compressor.pending.save(tmp_path)
+        compressor.restore(compressor.records, PendingCut.load(tmp_path))
     record = compressor.take_back("it hurt", step=3)
     assert (record.outcome, record.reason, record.step) == ("rolled_back", "it hurt", 3)
     assert [(layer.size_before, layer.size_after) for layer in record.layers] == [(4, 8)] * case.layers
@@ -56,13 +56,13 @@ def test_taking_a_cut_back_restores_weights_optimizer_and_sizes(case, stock: boo
         found = optimizer.state[parameter]
         assert found.keys() == expected.keys()
         assert all(torch.equal(torch.as_tensor(found[key]), value) for key, value in expected.items())
-    assert compressor.snapshot is None
+    assert compressor.pending is None
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_training_after_the_cut_does_not_reach_the_snapshot(case) -> None:
     model, batch, optimizer, compressor, before, _ = cut_model(case)
-    steps = {float(state["step"]) for state in compressor.snapshot.states.values()}
+    steps = {float(state["step"]) for state in compressor.pending.model.states.values()}
     train(model, optimizer, batch, steps=3)
     compressor.take_back("it hurt")
     layers = find_layers(model)
@@ -89,7 +89,7 @@ def test_a_snapshot_costs_what_the_cut_parameters_and_their_moments_cost() -> No
 def test_no_snapshot_is_kept_where_nothing_is_judged() -> None:
     compressor = Compressor(tiny_mamba(), CompreSSMConfig(strategy="fixed"), progress=False)
     compressor.check([token_batch()])
-    assert compressor.snapshot is None
+    assert compressor.pending is None
     with pytest.raises(RuntimeError, match="no snapshot"):
         compressor.take_back("why")
 

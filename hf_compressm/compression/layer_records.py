@@ -1,0 +1,85 @@
+"""What one check saw in each layer, or a return left there, as its record keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..architectures import StateSpaceLayer
+from .decide.plan import LayerPlan
+from .decide.truncations import Found
+from .history import LayerRecord
+
+
+@dataclass(frozen=True)
+class Seen:
+    """
+    What a check measured, by layer name.
+
+    Args:
+        spectra (`Mapping[str, torch.Tensor]`): The Hankel singular values before the cut, `(N,)`, descending.
+        scores (`Mapping[str, torch.Tensor]`): The states' scores after it, `(N,)`.
+        correlations (`Mapping[str, float]`): The rank correlation of the states' order with that of the check before;
+            None where nothing could be compared.
+        lost_energy (`Mapping[str, float]`): The share of the observable energy that the cut lost, where it is known.
+    """
+
+    spectra: Mapping[str, Tensor]
+    scores: Mapping[str, Tensor]
+    correlations: Mapping[str, float | None]
+    lost_energy: Mapping[str, float | None]
+
+
+def layer_records(
+    layers: Sequence[StateSpaceLayer], plan: Mapping[str, LayerPlan], seen: Seen, cut: Mapping[str, Found]
+) -> list[LayerRecord]:
+    """
+    The record of every layer.
+
+    Args:
+        layers (`Sequence[StateSpaceLayer]`): The layers.
+        plan (`Mapping[str, LayerPlan]`): What the check wanted of each.
+        seen ([`Seen`]): What it measured.
+        cut (`Mapping[str, Found]`): What the layers that were cut were cut with.
+    """
+    records = []
+    for layer in layers:
+        sigma, layer_plan = seen.spectra[layer.name], plan[layer.name]
+        size_after = layer_plan.new_size if layer.name in cut else layer_plan.size
+        tail, total = float(sigma[size_after:].sum()), float(sigma.sum())
+        records.append(
+            LayerRecord(
+                name=layer.name,
+                family=layer.family,
+                size_before=layer_plan.size,
+                size_after=size_after,
+                wanted_size=layer_plan.wanted,
+                hankel_singular_values=sigma.tolist(),
+                tail=tail,
+                tail_share=tail / total if total else 0.0,
+                rank_correlation=seen.correlations[layer.name],
+                state_scores=seen.scores[layer.name].tolist(),
+                lost_energy=seen.lost_energy.get(layer.name),
+                reductor=cut[layer.name].reductor if layer.name in cut else None,
+                gramians=cut[layer.name].gramians if layer.name in cut else None,
+            )
+        )
+    return records
+
+
+def records_of_return(layers: Sequence[StateSpaceLayer], sizes_before: Mapping[str, int]) -> list[LayerRecord]:
+    """
+    The record of every layer after a cut was taken back, when nothing was measured.
+
+    Args:
+        layers (`Sequence[StateSpaceLayer]`): The layers, at the sizes that they have again.
+        sizes_before (`Mapping[str, int]`): Their state sizes while the cut stood.
+    """
+    return [
+        LayerRecord(
+            layer.name, layer.family, sizes_before[layer.name], layer.state_size, layer.state_size, [], 0.0, 0.0
+        )
+        for layer in layers
+    ]
