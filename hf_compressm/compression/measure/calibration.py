@@ -114,7 +114,7 @@ def calibrate(
                     observer.loss_terms = terms
                 with torch.enable_grad():
                     torch.autograd.grad(LOSS_SCALE * loss, trigger, allow_unused=True)
-                for observer in observers:
+                for observer in observers.values():
                     observer.loss_terms = None
     if selective and not losses:
         raise CalibrationError(
