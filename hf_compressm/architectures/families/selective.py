@@ -89,7 +89,9 @@ class SelectiveLayer(StateSpaceLayer):
             [`~errors.UnsupportedModelError`]: a parameter is sharded or quantised, a module whose rows would be cut is
                 of another class (an adapter wraps it), or a parameter's shape disagrees with the layer's state size.
         """
-        self._require_own_projections(*(self.cut_projections.keys() - self.adaptable_projections))
+        # An adapter shows the weight that it wraps, by which the layer's sizes are known.
+        adapted = {name for name in self.adaptable_projections if hasattr(getattr(self.module, name), "weight")}
+        self._require_own_projections(*(name for name in self.cut_projections if name not in adapted))
         super().check_reducible()
 
     def check_form(self, stock: bool, reductor: str) -> None:
