@@ -19,8 +19,8 @@ from ..contract import ScanObserver, StateSpaceLayer
 from ..scans.switch import calls_registered_scan, watching
 from ..state_layout import SizeAttribute, runs
 
-# The names that transformers and mamba-ssm have for the same sizes of a mixer.
-STATE_SIZE_NAMES = ("ssm_state_size", "d_state")
+# What mamba-ssm calls the state size of a mixer.
+_SIZE_NAME_OF_MAMBA_SSM = "d_state"
 # Switches of mamba-ssm between the fused path, which never calls the scan by itself, and the path that does.
 _FUSED_PATH_SWITCHES = ("use_fast_path", "use_mem_eff_path")
 
@@ -41,7 +41,7 @@ class SelectiveLayer(StateSpaceLayer):
     other_mixers: ClassVar[frozenset[str] | None] = frozenset()
     """Names of other libraries' mixers of the same form; None where any class that has the parts is one."""
 
-    required_parts: ClassVar[tuple[str, ...]] = ("A_log", "D")
+    required_parts: ClassVar[tuple[str, ...]] = ()
     """Attributes that a mixer of the family has."""
 
     foreign_parts: ClassVar[tuple[str, ...]] = ()
@@ -64,7 +64,11 @@ class SelectiveLayer(StateSpaceLayer):
             return False
         if any(hasattr(module, name) for name in cls.foreign_parts):
             return False
-        return named_size(module, STATE_SIZE_NAMES) is not None and calls_registered_scan(module)
+        return cls._size_name(module) is not None and calls_registered_scan(module)
+
+    @classmethod
+    def _size_name(cls, module: nn.Module) -> str | None:
+        return named_size(module, (cls.stock.size_name, _SIZE_NAME_OF_MAMBA_SSM))
 
     @classmethod
     def sizes_may_differ(cls, stock: bool, reductor: str) -> bool:
@@ -74,12 +78,12 @@ class SelectiveLayer(StateSpaceLayer):
     @property
     def state_size(self) -> int:
         """The present number of states per channel, N."""
-        return getattr(self.module, named_size(self.module, STATE_SIZE_NAMES))
+        return getattr(self.module, self._size_name(self.module))
 
     @property
     def size_attribute(self) -> SizeAttribute:
         """The attribute of the mixer that tells how many entries B and C have where they are projected."""
-        return SizeAttribute("", named_size(self.module, STATE_SIZE_NAMES), runs())
+        return SizeAttribute("", self._size_name(self.module), runs())
 
     def check_reducible(self) -> None:
         """
@@ -171,6 +175,10 @@ class SelectiveLayer(StateSpaceLayer):
                 )
         return reduction
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
     @abstractmethod
     def _reduction(self, truncation: Truncation) -> LayerReduction:
         """The reduction for a truncation of the layer's own state size."""
@@ -187,7 +195,7 @@ class SelectiveLayer(StateSpaceLayer):
                 f"the truncation mixes states, which {self.name} (a {self.family} layer with one diagonal A per "
                 "channel) cannot hold; use an interpolative or a selecting reductor."
             )
-        return truncation.indices.to(self.module.A_log.device)
+        return truncation.indices.to(self._device)
 
     def _require_selection(self, truncation: Truncation) -> Tensor:
         """
@@ -201,7 +209,7 @@ class SelectiveLayer(StateSpaceLayer):
                 f"the truncation combines states, which the stock weights of {self.name} (a {self.family} layer, whose "
                 "B and C pass a convolution or a norm) cannot hold; use the selection reductor."
             )
-        return truncation.indices.to(self.module.A_log.device)
+        return truncation.indices.to(self._device)
 
 
 def named_size(module: nn.Module, names: tuple[str, ...]) -> str | None:

@@ -8,14 +8,13 @@ they are first asked for.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .stock_families import STOCK_FAMILIES, family_of
+from .stock_families import family_of
 
 PREFIX = "Compressed"
 
@@ -99,6 +98,7 @@ def compressed_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedCon
 
 def __getattr__(name: str) -> Any:
     stock = name.removeprefix(PREFIX)
-    if stock == name or stock not in {row.config for row in STOCK_FAMILIES.values()}:
+    row = family_of(stock)
+    if stock == name or row is None or stock != row.config:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return compressed_config_class(getattr(importlib.import_module("transformers"), stock))
+    return compressed_config_class(row.class_named(stock))

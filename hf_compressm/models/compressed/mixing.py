@@ -10,13 +10,13 @@ recurrent cache have r entries. In Mamba-2 A is one number a head, so the dynami
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .mixed_multi_head import MixedMultiHead
+from .mixed_scan import MixedScan
 from .stock_families import family_of, family_of_mixer
 
 PREFIX = "Mixed"
@@ -75,15 +75,13 @@ def mixed_class(stock: type[nn.Module]) -> type[nn.Module]:
 
 def _mixin(name: str) -> type | None:
     row = family_of(name)
-    if row is None:
+    if row is None or name == row.config:
         return None
     if name == row.norm:
         return MixedNorm
-    if name != row.mixer:
-        return None
-    if row.kind == "multi_head":
-        return MixedMultiHead
-    return UnfusedFalconMamba if row.has_fused_training else None
+    if row.has_fused_training:
+        return UnfusedFalconMamba
+    return {"multi_head": MixedMultiHead, "scan": MixedScan}.get(row.kind)
 
 
 def mixing_sites(mixer: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -94,11 +92,22 @@ def mixing_sites(mixer: nn.Module) -> list[tuple[nn.Module, str]]:
         mixer (`torch.nn.Module`): A mixer of transformers; one that folds its readout has none.
     """
     row = family_of_mixer(type(mixer))
-    if row is not None and row.kind == "multi_head":
-        return [(mixer, "input_mixing"), (mixer, "readout_mixing")]
-    if row is not None and row.kind == "normed":
+    if row is None or row.kind == "folded":
+        return []
+    if row.kind == "normed":
         return [(mixer.b_layernorm, "mixing"), (mixer.c_layernorm, "mixing")]
-    return []
+    return [(mixer, "input_mixing"), (mixer, "readout_mixing")]
+
+
+def mixing_groups(mixer: nn.Module) -> int | None:
+    """
+    How many pairs of mixing matrices a mixer has; None where they have no axis for it.
+
+    Args:
+        mixer (`torch.nn.Module`): A mixer of transformers.
+    """
+    row = family_of_mixer(type(mixer))
+    return None if row is None or row.groups_name is None else getattr(mixer, row.groups_name)
 
 
 def mixed_classes(mixer: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
@@ -132,20 +141,19 @@ def mix(mixer: nn.Module, size: int) -> None:
         mixer (`torch.nn.Module`): A mixer of transformers.
         size (`int`): The number of states after the mixing.
     """
-    N = mixer.ssm_state_size
+    row = family_of_mixer(type(mixer))
+    N, groups, like = getattr(mixer, row.size_name), mixing_groups(mixer), next(mixer.parameters())
     for module, cls in mixed_classes(mixer):
         module.__class__ = cls
-    like = mixer.A_log
     for module, name in mixing_sites(mixer):
         kept = torch.eye(N, size, dtype=like.dtype, device=like.device)
-        values = kept.repeat(mixer.n_groups, 1, 1) if module is mixer else kept
-        module.register_parameter(name, nn.Parameter(values))
-    if like.ndim == 2:
-        mixer.A_log = nn.Parameter(like.detach()[:, :size].clone())
+        module.register_parameter(name, nn.Parameter(kept if groups is None else kept.repeat(groups, 1, 1)))
+    if row.kind == "normed":
+        mixer.A_log = nn.Parameter(mixer.A_log.detach()[:, :size].clone())
 
 
 def __getattr__(name: str) -> Any:
     stock = name.removeprefix(PREFIX)
     if stock == name or _mixin(stock) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return mixed_class(getattr(importlib.import_module(family_of(stock).modeling), stock))
+    return mixed_class(family_of(stock).class_named(stock))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 from typing import Any
 
 from torch import nn
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .configuration_compressed import PREFIX, compressed_config_class
 from .mixing import mix
-from .stock_families import family_of, family_of_mixer
+from .stock_families import STOCK_FAMILIES, family_of, family_of_mixer
 
 AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -73,7 +72,7 @@ def give_forms(model: PreTrainedModel) -> None:
             "state-space layers."
         )
     for (name, mixer), size, projected in zip(mixers.items(), config.state_sizes, config.projected_state_sizes):
-        if projected != mixer.ssm_state_size:
+        if projected != getattr(mixer, family_of_mixer(type(mixer)).size_name):
             mixer = _of_size(model, name, mixer, projected)
         if size < projected:
             mix(mixer, size)
@@ -126,13 +125,24 @@ def compressed_class_of(model: nn.Module) -> type[PreTrainedModel] | None:
     The compressed class that a model can take over by its `__class__`, or None where there is none.
 
     Args:
-        model (`torch.nn.Module`): Any module; one of transformers' own model classes has a compressed one.
+        model (`torch.nn.Module`): Any module; one of a stock family's own model classes has a compressed one.
     """
-    stock = type(model)
-    known = isinstance(model, PreTrainedModel) and family_of(type(model.config).__name__) is not None
-    if not known or stock.__module__.partition(".")[0] != "transformers":
-        return None
-    return compressed_model_class(stock)
+    row = family_of(type(model.config).__name__) if isinstance(model, PreTrainedModel) else None
+    # A class that someone has derived from one of these does what the compressed class does not know of.
+    return compressed_model_class(type(model)) if row is not None and type(model).__module__ == row.modeling else None
+
+
+def stock_class_of(model: nn.Module) -> type[PreTrainedModel] | None:
+    """
+    The stock class of a model of a compressed class, or None for any other model.
+
+    Args:
+        model (`torch.nn.Module`): Any module; its class may be that of code which came with a checkpoint.
+    """
+    classes = type(model).__mro__
+    # In the classes that this module makes, the stock one follows.
+    after = (stock for cls, stock in zip(classes, classes[1:]) if cls.__name__ == CompressedStates.__name__)
+    return next(after, None)
 
 
 def saves_itself(model: nn.Module) -> bool:
@@ -152,8 +162,10 @@ def _convert_checkpoints_alike(model_type: str, stock_type: str) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    stock = getattr(importlib.import_module("transformers"), name.removeprefix(PREFIX), None)
-    known = isinstance(stock, type) and issubclass(stock, PreTrainedModel)
-    if not name.startswith(PREFIX) or not known or family_of(stock.config_class.__name__) is None:
+    stock = name.removeprefix(PREFIX)
+    rows = [row for row in STOCK_FAMILIES.values() if stock != name and stock.startswith(row.stem)]
+    found = next((cls for row in rows if (cls := row.class_named(stock)) is not None), None)
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    if not is_model or family_of(found.config_class.__name__) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return compressed_model_class(stock)
+    return compressed_model_class(found)
