@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 from transformers import initialization as init
 
 from .configuration_lru import LRUConfig
-from .recurrent_cache import RecurrentCache
+from .sequence_blocks import RecurrentMixer
 from .sequence_models import SequenceBackbone, SequenceCausalLM, SequenceClassifier, SequencePreTrainedModel
 
 # This file also runs where the library is not installed: it travels to the Hub with the weights.
@@ -20,7 +20,7 @@ except ImportError:
     diagonal_recurrence = None
 
 
-class LRU(nn.Module):
+class LRU(RecurrentMixer):
     r"""
     Linear recurrent unit.
 
@@ -70,25 +70,17 @@ class LRU(nn.Module):
         B = self.B.double() * torch.exp(self.gamma_log.double())[:, None, None]
         return lam, torch.view_as_complex(B), torch.view_as_complex(self.C.double())
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None = None, cache: RecurrentCache | None = None) -> Tensor:
+    def recurrence(self, u: Tensor, state: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor | None]:
         """
-        Apply the layer to a batch of sequences.
+        Run the recurrence without the feedthrough D.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch, length, H)`): Input.
-            mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): True where a step is not padding.
-            cache ([`RecurrentCache`], *optional*): States to go on from, and to be written to.
+            u (`torch.Tensor` of shape `(batch, length, H)`): Input.
+            state (`torch.Tensor` of shape `(batch, N)`, *optional*): The state to go on from.
+            return_state (`bool`): Whether the last state is asked for; it comes for free.
         """
-        if mask is not None:
-            hidden_states = hidden_states * mask.unsqueeze(-1).to(hidden_states.dtype)
-        state = None if cache is None else cache.states[self.layer_idx]
-        # Long recurrences need the digits of float32, also under autocast.
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            recurrence = _recurrence_by_products if diagonal_recurrence is None else diagonal_recurrence
-            output, state = recurrence(hidden_states, *self.system(), state)
-        if cache is not None:
-            cache.states[self.layer_idx] = state
-        return output + hidden_states * self.D.to(hidden_states.dtype)
+        recurrence = _recurrence_by_products if diagonal_recurrence is None else diagonal_recurrence
+        return recurrence(u, *self.system(), state)
 
 
 def _recurrence_by_products(

@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 from transformers import initialization as init
 
 from .configuration_s4d import S4DConfig
-from .recurrent_cache import RecurrentCache
+from .sequence_blocks import RecurrentMixer
 from .sequence_models import SequenceBackbone, SequenceCausalLM, SequenceClassifier, SequencePreTrainedModel
 
 # This file also runs where the library is not installed: it travels to the Hub with the weights.
@@ -20,7 +20,7 @@ except ImportError:
     channel_systems = None
 
 
-class S4D(nn.Module):
+class S4D(RecurrentMixer):
     r"""
     S4D layer: a single-input, single-output system \\( \dot h = A \odot h + 1 u, y = 2 \mathrm{Re}(C h) + D u \\) in
     each channel, with diagonal \\( A = -e^{A_{real}} + i A_{imag} \\), discretised with the channel's time step.
@@ -76,25 +76,17 @@ class S4D(nn.Module):
         lam = torch.exp(dt * A)
         return lam, C * ((lam - 1) / A)
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None = None, cache: RecurrentCache | None = None) -> Tensor:
+    def recurrence(self, u: Tensor, state: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor | None]:
         """
-        Apply the layer to a batch of sequences.
+        Run the channels' systems without the feedthrough D.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch, length, H)`): Input.
-            mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): True where a step is not padding.
-            cache ([`RecurrentCache`], *optional*): States to go on from, and to be written to.
+            u (`torch.Tensor` of shape `(batch, length, H)`): Input.
+            state (`torch.Tensor` of shape `(batch, H, N)`, *optional*): The states to go on from.
+            return_state (`bool`): Whether the last states are asked for.
         """
-        if mask is not None:
-            hidden_states = hidden_states * mask.unsqueeze(-1).to(hidden_states.dtype)
-        state = None if cache is None else cache.states[self.layer_idx]
-        # Long sequences need the digits of float32, also under autocast.
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            systems = _systems_by_convolution if channel_systems is None else channel_systems
-            output, state = systems(hidden_states, *self.system(), state, return_state=cache is not None)
-        if cache is not None:
-            cache.states[self.layer_idx] = state
-        return output + hidden_states * self.D.to(hidden_states.dtype)
+        systems = _systems_by_convolution if channel_systems is None else channel_systems
+        return systems(u, *self.system(), state, return_state=return_state)
 
 
 def _systems_by_convolution(

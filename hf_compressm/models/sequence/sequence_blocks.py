@@ -1,4 +1,4 @@
-"""The block of LRU, S4D and S5, with its norm and its dropout."""
+"""The block of LRU, S4D and S5, with its norm and its dropout, and what the layers that mix time share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,35 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .recurrent_cache import RecurrentCache
+
+
+class RecurrentMixer(nn.Module):
+    """
+    A time-invariant recurrence with a feedthrough `D` in each channel; a class derived from it has `recurrence(u,
+    state, return_state)`, which returns output and last state.
+    """
+
+    layer_idx: int
+    D: Tensor
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None, cache: RecurrentCache | None = None) -> Tensor:
+        """
+        Apply the layer to a batch of sequences.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, length, H)`): Input.
+            mask (`torch.BoolTensor` of shape `(batch, length)`, *optional*): True where a step is not padding.
+            cache ([`RecurrentCache`], *optional*): States to go on from, and to be written to.
+        """
+        if mask is not None:
+            hidden_states = hidden_states * mask.unsqueeze(-1).to(hidden_states.dtype)
+        state = None if cache is None else cache.states[self.layer_idx]
+        # Long sequences need the digits of float32, also under autocast.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            output, state = self.recurrence(hidden_states, state, cache is not None)
+        if cache is not None:
+            cache.states[self.layer_idx] = state
+        return output + hidden_states * self.D.to(hidden_states.dtype)
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
