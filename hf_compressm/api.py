@@ -13,6 +13,7 @@ from torch import nn
 from .architectures import fast_cpu_scan, find_layers, unsupported_note
 from .cards import Provenance
 from .compression.compressor import Compressor
+from .compression.decide.chosen import chosen_layers
 from .compression.history import CheckRecord
 from .compression.measure.calibration import calibrate
 from .compression.measure.model_pass import LossFunction
@@ -64,7 +65,7 @@ def analyze(
     ```
     """
     config = CompreSSMConfig.coerced(config)
-    layers = find_layers(model)
+    layers = chosen_layers(find_layers(model), config)
     with fast_cpu_scan(config.fast_cpu_scan):
         calibration = calibrate(
             model,

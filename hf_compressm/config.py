@@ -8,9 +8,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from .consistency import CALIBRATION_LOSS, require_consistent
 from .errors import ConfigurationError
 from .systems.reductors.reductor import SelectionRule, SelectionScore, registered_reductors
-from .validation import is_number, require_bool, require_choice, require_integer, require_share, require_window
+from .validation import (
+    is_number,
+    require_bool,
+    require_choice,
+    require_integer,
+    require_pattern,
+    require_share,
+    require_window,
+)
 
 CONFIG_NAME = "compressm_config.json"
 
@@ -19,7 +28,6 @@ BUDGETS = ("layer", "model")
 GRAMIANS = ("loss_gradient", "input_weighted", "closed_form", "white_noise", "averaged")
 OPTIMIZER_MOMENTS = ("carry", "slice", "reset")
 AFTER_ROLLBACK = ("stop", "halve")
-CALIBRATION_LOSS = "calibration_loss"
 
 # The fall of accuracy that the strategy "pragmatic" of Chahine et al. (2026) still accepts.
 _PRAGMATIC_ROLLBACK_TOLERANCE = 0.02
@@ -66,6 +74,12 @@ class CompreSSMConfig:
             not worth the disturbance.
         uniform (`bool`, *optional*, defaults to `True`):
             Give all layers the size that the most demanding one needs, so that the stock model class loads the result.
+        target_layers (`str` or `list[str]`, *optional*):
+            The only layers that may be cut, all when unset: a regular expression that matches the whole name of a
+            layer's module, or names and ends of names (after a dot), as `target_modules` of peft.
+        exclude_layers (`str` or `list[str]`, *optional*):
+            Layers that keep their state, written in the same way; it goes before `target_layers`. With `uniform`, the
+            others have one size among themselves.
         budget (`str`, *optional*, defaults to `"layer"`):
             What the strategy `"tolerance"` holds the dropped Hankel energy against. `"layer"`: each layer against its
             own. `"model"`: the sum over all layers against the sum of theirs, with the fewest states in the whole model
@@ -163,6 +177,8 @@ class CompreSSMConfig:
     calibration_batches: int = 1
     seed: int = 0
     fast_cpu_scan: bool = True
+    target_layers: str | list[str] | None = None
+    exclude_layers: str | list[str] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.window, list):
@@ -190,53 +206,12 @@ class CompreSSMConfig:
             raise ConfigurationError(
                 f"minimum_reduction is {self.minimum_reduction!r}; give a number in [0, 1), for example 0.05."
             )
+        for name in ("target_layers", "exclude_layers"):
+            require_pattern(name, getattr(self, name))
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         require_window("window", self.window)
-        if self.budget == "model" and (self.uniform or self.strategy != "tolerance"):
-            raise ConfigurationError(
-                "budget='model' gives each layer the states that its share of the Hankel energy asks for; it needs "
-                f"uniform=False and strategy='tolerance', but uniform is {self.uniform} and strategy "
-                f"{self.strategy!r}."
-            )
-        self._require_consistent_target()
-        self._require_consistent_rollback()
-
-    def _require_consistent_target(self) -> None:
-        given = [name for name in ("target_state_size", "target_ratio") if getattr(self, name) is not None]
-        if self.strategy == "target" and len(given) != 1:
-            raise ConfigurationError(
-                f"the strategy 'target' needs one of target_state_size and target_ratio; {len(given)} of them "
-                "are given."
-            )
-        if self.strategy != "target" and given:
-            raise ConfigurationError(
-                f"{given[0]} is given, but the strategy is {self.strategy!r}; set strategy='target' or leave it out."
-            )
-        size = self.target_state_size
-        if size is not None and (size < self.min_state_size or size % self.multiple_of):
-            raise ConfigurationError(
-                f"target_state_size is {size}; with min_state_size {self.min_state_size} and multiple_of "
-                f"{self.multiple_of} it has to be a multiple of {self.multiple_of} and at least {self.min_state_size}."
-            )
-
-    def _require_consistent_rollback(self) -> None:
-        tolerance, metric = self.rollback_tolerance, self.rollback_metric
-        if tolerance is not None and (not is_number(tolerance) or tolerance < 0):
-            raise ConfigurationError(f"rollback_tolerance is {tolerance!r}; give a number of at least 0, or None.")
-        if not isinstance(metric, str) or not metric:
-            raise ConfigurationError(
-                f"rollback_metric is {metric!r}; give {CALIBRATION_LOSS!r} or the name of a metric of the evaluation, "
-                "for example 'eval_loss'."
-            )
-        if tolerance is None and (self.rollback_after or metric != CALIBRATION_LOSS):
-            raise ConfigurationError(
-                f"rollback_metric is {metric!r} and rollback_after {self.rollback_after}, but without a "
-                "rollback_tolerance no cut is taken back. Set it, for example to 0.02."
-            )
-        if self.rollback_after and metric == CALIBRATION_LOSS:
-            raise ConfigurationError(
-                f"rollback_after is {self.rollback_after}, but the calibration loss is compared at the cut itself; set "
-                "rollback_metric to a metric of the evaluation, for example 'eval_loss', or leave rollback_after at 0."
-            )
+        require_consistent(self)
 
     @property
     def can_roll_back(self) -> bool:
@@ -251,8 +226,7 @@ class CompreSSMConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as a dictionary that JSON can hold."""
         settings = asdict(self)
-        settings["window"] = list(self.window)
-        return settings
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> CompreSSMConfig:

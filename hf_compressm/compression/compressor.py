@@ -24,9 +24,9 @@ from .attempt import attempt_cut
 from .cut.pending_cut import PendingCut
 from .cut.snapshot import Snapshot
 from .cut.training_state import Follow, TrainingState
+from .decide.chosen import Chosen, free_to_change
 from .decide.plan import plan_reduction
-from .decide.progress import is_finished, moment_of, score_correlation
-from .decide.reductors import reductors_of
+from .decide.progress import check_number, is_finished, moment_of, score_correlation
 from .history import CheckRecord
 from .layer_records import Seen, layer_records, records_of_return
 from .measure.calibration import calibrate
@@ -79,7 +79,7 @@ class Compressor:
         self._processes = processes or SingleProcess()
         self._progress = progress
         self._scores: dict[str, Tensor] = {}
-        self._reductors = reductors_of(self.layers, config, lambda layer: can_hold_forms(model, layer))
+        self._chosen = Chosen.of(self.layers, config, lambda layer: can_hold_forms(model, layer))
         self._state = TrainingState(
             model, self.layers, optimizer, config.optimizer_moments, tuple(followers), find_copies
         )
@@ -92,7 +92,7 @@ class Compressor:
     @property
     def is_finished(self) -> bool:
         """Whether no later check can cut anything."""
-        return is_finished(self.records, self.config, list(self.sizes))
+        return is_finished(self.records, self.config, list(self._chosen.reductors))
 
     def check(self, batches: Sequence[Any], step: int | None = None, number: int = 1, total: int = 1) -> CheckRecord:
         """
@@ -128,7 +128,7 @@ class Compressor:
         with torch.inference_mode(False), fast_cpu_scan(self.config.fast_cpu_scan):
             calibration = calibrate(
                 self.model,
-                self.layers,
+                self._chosen.layers,
                 batches,
                 gramians=self.config.gramians,
                 loss_function=self._loss_function,
@@ -137,18 +137,19 @@ class Compressor:
                 progress=self._progress,
             )
             self._require_judge(calibration.loss)
-            measured = calibration.gramians
+            batches = [batch for place, batch in enumerate(batches) if place not in calibration.left_out]
+            measured = free_to_change(self.layers, calibration.gramians, self._chosen.with_own_size)
             spectra = {name: gramians.hankel_singular_values() for name, gramians in measured.items()}
             scores = {name: gramians.state_scores().flatten() for name, gramians in measured.items()}
             spectra, scores = self._processes.first((spectra, scores))
             correlations = {name: score_correlation(self._scores.get(name), scores[name]) for name in scores}
             moment = moment_of(self.records, self.config, correlations, number, total)
-            plan = plan_reduction(spectra, self.sizes, self.config, moment)
+            plan = plan_reduction(spectra, {name: self.sizes[name] for name in spectra}, self.config, moment)
             result = attempt_cut(
                 self._state,
                 plan,
                 calibration,
-                self._reductors,
+                self._chosen.reductors,
                 self.config,
                 self._processes,
                 seed,
@@ -196,10 +197,16 @@ class Compressor:
         """
         known = len(self.records)
         try:
-            self.check(batches, step=step, number=steps.index(step) + 1, total=len(steps))
+            self.check(batches, step=step, number=check_number(steps, step), total=len(steps))
+        except DisagreementError:
+            raise
         except (CalibrationError, NotFiniteError, TruncationError, UnstableSystemError) as error:
             self.skip(str(error), step=step)
             logger.warning("the check after step %d was skipped: %s", step, error)
+        except Exception as error:
+            # Of the user's model, loss or data; the training can go on without this check.
+            self.skip(f"{type(error).__name__}: {error}", step=step)
+            logger.exception("the check after step %d was skipped, and the training goes on", step)
         return self.records[known:]
 
     def _judged(self, record: CheckRecord) -> CheckRecord:

@@ -36,7 +36,7 @@ def layer_records(
     layers: Sequence[StateSpaceLayer], plan: Mapping[str, LayerPlan], seen: Seen, cut: Mapping[str, Found]
 ) -> list[LayerRecord]:
     """
-    The record of every layer.
+    The record of every layer that the check planned for.
 
     Args:
         layers (`Sequence[StateSpaceLayer]`): The layers.
@@ -45,7 +45,7 @@ def layer_records(
         cut (`Mapping[str, Found]`): What the layers that were cut were cut with.
     """
     records = []
-    for layer in layers:
+    for layer in [layer for layer in layers if layer.name in plan]:
         sigma, layer_plan = seen.spectra[layer.name], plan[layer.name]
         size_after = layer_plan.new_size if layer.name in cut else layer_plan.size
         tail, total = float(sigma[size_after:].sum()), float(sigma.sum())
