@@ -12,6 +12,7 @@ from .changes import (
 )
 from .compressed_forms import all_changes, can_hold_forms
 from .contract import ScanObserver, StateSpaceLayer, SumOverProcesses
+from .measured_truncation import MeasuredTruncation
 from .moment_maps.axis import AxisMap, AxisSelection, Rescaling
 from .moment_maps.modal import ModalMap
 from .parameters import successor
@@ -39,6 +40,7 @@ __all__ = [
     "AxisMap",
     "AxisSelection",
     "LayerReduction",
+    "MeasuredTruncation",
     "ModalMap",
     "MultiHeadScanInputs",
     "ParameterChange",

@@ -27,6 +27,7 @@ from ..changes import (
     ParameterRemoval,
     StateForm,
 )
+from ..measured_truncation import MeasuredTruncation
 from ..moment_maps.mixing import MixingMap
 from ..parameters import successor
 from ..state_layout import StateAxis, StateLayout, runs
@@ -119,7 +120,8 @@ class MixableLayer(SelectiveLayer):
         if self.is_mixed:
             return self._remixed(truncation)
         if truncation.is_selection and not self._is_adapted():
-            return self._selected(self._require_selection(truncation), truncation.squares)
+            squares = truncation.squares if isinstance(truncation, MeasuredTruncation) else None
+            return self._selected(self._require_selection(truncation), squares)
         return self._mixed(truncation)
 
     def _mixed(self, truncation: Truncation) -> LayerReduction:
@@ -238,7 +240,7 @@ class MixableLayer(SelectiveLayer):
 
     @abstractmethod
     def _selected(self, kept: Tensor, squares: Tensor | None) -> LayerReduction:
-        """The reduction that keeps some states; `squares` as in a truncation."""
+        """The reduction that keeps some states; `squares` as in a [`MeasuredTruncation`]."""
 
     @abstractmethod
     def _beside(self) -> nn.Parameter:

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...architectures import MeasuredTruncation
 from ...config import CompreSSMConfig
 from ...systems import (
     COARSE_RESOLUTION,
@@ -138,9 +139,9 @@ class EmpiricalGramians(LayerGramians):
         """The share of the observable energy `trace(P Q)`, summed over groups, that the truncation loses."""
         return _lost_energy(self, truncation)
 
-    def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
+    def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> MeasuredTruncation:
         """Cut to `rank` states in every group; `reductor`, `config` and `seed` as above. It takes `squares` along."""
-        return replace(super().truncate(rank, reductor, config, seed), squares=self.squares)
+        return MeasuredTruncation.of(super().truncate(rank, reductor, config, seed), self.squares)
 
 
 @dataclass(frozen=True)
