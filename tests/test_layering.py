@@ -119,8 +119,6 @@ LONG_FUNCTIONS = {
     "systems/reductors/balanced.py balanced_truncation",
     "systems/reductors/interpolative.py interpolative_truncation",
     "compression/measure/calibration.py calibrate",
-    "cli/analyze.py analyze",
-    "cli/compress.py compress",
 }
 
 
