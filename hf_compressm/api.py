@@ -101,13 +101,11 @@ def compress(
     Args:
         model (`torch.nn.Module`): A model with supported layers anywhere inside. `save_pretrained` and `push_to_hub`
             afterwards write an ordinary checkpoint of the new size, with a model card, the history and a picture.
-        batches (`Iterable`, *optional*): Calibration inputs; mappings are passed to the model as keyword arguments. All
-            of them are used, so cut a long data loader short with `itertools.islice`. A model whose layers are all
-            time-invariant needs none.
+        batches (`Iterable`, *optional*): Calibration inputs, as in [`analyze`].
         config ([`CompreSSMConfig`] or its `dict`, *optional*): What to cut and how; its schedule (`window`,
             `interval`) is not used.
         optimizer (`torch.optim.Optimizer`, *optional*): Keeps training the model: its groups get the new parameters,
-            its moments are carried over.
+            its moments move with them.
         loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
             loss when unset.
         progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
@@ -146,7 +144,13 @@ def compress(
     if note is not None:
         logger.warning(note)
     record = compressor.check(list(() if batches is None else batches))
+    _let_saves_tell(model, compressor)
+    return record
+
+
+def _let_saves_tell(model: nn.Module, compressor: Compressor) -> None:
+    """Have the card and the history of later saves say what was done, now and in earlier calls."""
     earlier = carried_provenance(model) or Provenance([])
     # A cut that was taken back is two records, and the spectra are in the first.
-    carry(model, replace(earlier, records=[*earlier.records, *compressor.records], config=config))
-    return record
+    records = [*earlier.records, *compressor.records]
+    carry(model, replace(earlier, records=records, config=compressor.config))

@@ -13,6 +13,7 @@ from .changes import (
 from .compressed_forms import all_changes, can_hold_forms
 from .contract import ScanObserver, StateSpaceLayer, SumOverProcesses
 from .families.mixable import MixableLayer
+from .measured_truncation import MeasuredTruncation
 from .moment_maps.axis import AxisMap, AxisSelection, Rescaling
 from .moment_maps.modal import ModalMap
 from .parameters import successor
@@ -44,6 +45,7 @@ __all__ = [
     "AxisSelection",
     "LayerReduction",
     "MixableLayer",
+    "MeasuredTruncation",
     "ModalMap",
     "MultiHeadScanInputs",
     "ParameterChange",

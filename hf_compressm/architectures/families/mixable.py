@@ -27,6 +27,7 @@ from ..changes import (
     ParameterRemoval,
     StateForm,
 )
+from ..measured_truncation import MeasuredTruncation
 from ..moment_maps.mixing import MixingMap
 from ..parameters import successor
 from ..state_layout import StateAxis, StateLayout, runs
@@ -134,7 +135,8 @@ class MixableLayer(SelectiveLayer):
         if self.is_mixed:
             return self._remixed(truncation)
         if truncation.is_selection and not self._is_adapted():
-            return self._selected(self._require_selection(truncation), truncation.squares)
+            squares = truncation.squares if isinstance(truncation, MeasuredTruncation) else None
+            return self._selected(self._require_selection(truncation), squares)
         return self._mixed(truncation)
 
     def _mixed(self, truncation: Truncation) -> LayerReduction:
@@ -254,7 +256,7 @@ class MixableLayer(SelectiveLayer):
 
         Args:
             kept (`torch.Tensor` of shape `(r,)` or `(groups, r)`, int64): The kept states.
-            squares (`torch.Tensor`, *optional*): As in a truncation.
+            squares (`torch.Tensor`, *optional*): As in a [`MeasuredTruncation`].
         """
         layout, size = self.stock_layout, kept.shape[-1]
         changes = layout.selected(self.module, kept, self.projected_size)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,12 +93,7 @@ def calibrate(
     observers = _observers(layers, systems, gramians, torch.Generator().manual_seed(seed), trigger)
     losses: list[tuple[float, int] | None] = []
     disable = None if progress is None else not progress
-    with ExitStack() as stack:
-        stack.enter_context(evaluation_mode(model))
-        for layer in layers:
-            if layer.name in observers:
-                stack.enter_context(layer.observed(observers[layer.name]))
-        idle = stack.enter_context(watched_reach([layer for layer in layers if layer.name not in observers]))
+    with evaluation_mode(model), _watched(layers, observers) as idle:
         one_batch = _BatchPass(model, list(observers.values()), trigger, loss_function, gramians == "loss_gradient")
         for batch in tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=disable):
             losses.append(one_batch(move_to_device(batch, device)))
@@ -115,6 +110,16 @@ def calibrate(
     }
     kept = [loss for number, loss in enumerate(losses) if number not in left_out]
     return Calibration(results, _mean_over_processes(kept, total, device), left_out, unreached)
+
+
+@contextmanager
+def _watched(layers: Sequence[StateSpaceLayer], observers: dict[str, GramianObserver]) -> Iterator[Collection[str]]:
+    """Let the observers see their layers; yields the names of those without an observer that have not run so far."""
+    with ExitStack() as stack:
+        for layer in layers:
+            if layer.name in observers:
+                stack.enter_context(layer.observed(observers[layer.name]))
+        yield stack.enter_context(watched_reach([layer for layer in layers if layer.name not in observers]))
 
 
 def _observers(

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...architectures import MeasuredTruncation
 from ...config import CompreSSMConfig
 from ...systems import (
     COARSE_RESOLUTION,
@@ -146,9 +147,9 @@ class EmpiricalGramians(LayerGramians):
         """What the states do to the loss; or to the output of their own step, with the readout Gramian for Q."""
         return {"": self} if reductor == "selection" else {"": self, "readout_gramian": replace(self, Q=self.R)}
 
-    def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
+    def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> MeasuredTruncation:
         """Cut to `rank` states in every group; `reductor`, `config` and `seed` as above. It takes `squares` along."""
-        return replace(super().truncate(rank, reductor, config, seed), squares=self.squares)
+        return MeasuredTruncation.of(super().truncate(rank, reductor, config, seed), self.squares)
 
 
 @dataclass(frozen=True)
