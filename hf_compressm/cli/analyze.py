@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,9 @@ def analyze(
     model: Annotated[str, typer.Argument(help="A folder, or a model on the Hub (user/name).")],
     source: DataSource,
     tolerance: Annotated[float, typer.Option(help="Share of the Hankel energy that a cut might drop.")] = 0.01,
+    sizes: Annotated[
+        str | None, typer.Option(help="Cut to each of these state sizes, measure, and put back: for example 8,16,32.")
+    ] = None,
     gramians: Annotated[
         str, typer.Option(help="How selective layers are measured: loss_gradient, white_noise or averaged.")
     ] = "loss_gradient",
@@ -46,6 +50,7 @@ def analyze(
 
     ```console
     hf-compressm analyze state-spaces/mamba-130m-hf --text-file book.txt
+    hf-compressm analyze my-model --sizes 8,16,32 --text-file book.txt
     hf-compressm analyze runs/my-lru --tolerance 0.02 --json
     ```
     """
@@ -58,7 +63,7 @@ def analyze(
     loaded = load_model(folder, trust_remote_code)
     batches = read_batches(loaded, folder, source).calibration
     with told_how_to_give_data(source):
-        spectrum, layers = _measure(loaded, batches, config, quiet)
+        spectrum, layers = _measure(loaded, batches, config, quiet, _sizes(sizes))
     result = {
         "model": model,
         "data": source.describe() if source.is_given else None,
@@ -67,23 +72,38 @@ def analyze(
         "loss": spectrum.loss,
         "layers": layers,
         "training_step": None if no_timing or not batches else _time(loaded, batches[0], layers),
+        **({"sizes": [asdict(row) for row in spectrum.sizes]} if spectrum.sizes else {}),
     }
     if not no_picture:
         path = picture or Path(f"{Path(model).name or 'model'}_spectrum.png")
         spectrum.plot(path, tolerance=tolerance)
         result["picture"] = str(path)
-    typer.echo(json.dumps(result, indent=1) if as_json else _table(result))
-    if not as_json and not no_picture:
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+        return
+    typer.echo("\n\n".join([_table(result), *([spectrum.size_table()] if spectrum.sizes else [])]))
+    if not no_picture:
         say(f"The spectra: {result['picture']}", quiet)
 
 
-def _measure(model: Any, batches: list, config: Any, quiet: bool) -> tuple[Spectrum, list[dict[str, Any]]]:
+def _sizes(text: str | None) -> list[int]:
+    from ..errors import ConfigurationError
+
+    try:
+        return [] if text is None else [int(size) for size in text.split(",")]
+    except ValueError as error:
+        raise ConfigurationError(f"--sizes is {text!r}; give whole numbers with commas, such as 8,16,32.") from error
+
+
+def _measure(
+    model: Any, batches: list, config: Any, quiet: bool, sizes: list[int]
+) -> tuple[Spectrum, list[dict[str, Any]]]:
     """The spectra, and one entry a layer for the table."""
     from ..api import analyze as measure
     from ..architectures import find_layers
     from ..compression.costs import parameters_at, state_costs
 
-    spectrum = measure(model, batches or None, config, progress=False if quiet else None)
+    spectrum = measure(model, batches or None, config, progress=False if quiet else None, sizes=sizes)
     layers = find_layers(model)
     costs = state_costs(model, layers, batches[0] if batches else None)
     ranks = {energy: spectrum.ranks(1 - energy) for energy in _ENERGIES}

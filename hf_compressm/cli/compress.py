@@ -34,6 +34,7 @@ class CutOptions:
         tolerance (`float`, *optional*): Share of the Hankel energy that may be dropped.
         state_size (`int`, *optional*): States to keep in every layer.
         ratio (`float`, *optional*): Share of the states to keep.
+        max_loss_increase (`str`, *optional*): How much worse the loss may become, as `"0.5%"` or `"0.005"`.
         method (`str`, *optional*): The reductor.
         per_layer (`bool`): Give each layer a size of its own.
         stock (`bool`): Only make what the model's class in transformers holds.
@@ -47,6 +48,10 @@ class CutOptions:
     ] = None
     state_size: Annotated[int | None, typer.Option(min=1, help="Keep this many states in every layer.")] = None
     ratio: Annotated[float | None, typer.Option(help="Keep this share of the states.")] = None
+    max_loss_increase: Annotated[
+        str | None,
+        typer.Option(help="Keep as few states as the loss allows: it may rise by this share of it, for example 0.5%."),
+    ] = None
     method: Annotated[
         str | None,
         typer.Option(help="interpolative, selection or balanced; by default what suits the family."),
@@ -73,8 +78,11 @@ class CutOptions:
         from ..config import CompreSSMConfig
         from ..errors import ConfigurationError
 
-        if sum(value is not None for value in (self.tolerance, self.state_size, self.ratio)) > 1:
-            raise ConfigurationError("give one of --tolerance, --state-size and --ratio, not several.")
+        amounts = (self.tolerance, self.state_size, self.ratio, self.max_loss_increase)
+        if sum(value is not None for value in amounts) > 1:
+            raise ConfigurationError(
+                "give one of --tolerance, --state-size, --ratio and --max-loss-increase, not several."
+            )
         if self.state_size is not None and self.per_layer:
             raise ConfigurationError("--state-size gives every layer the same size; leave out --per-layer.")
         amount: dict[str, Any] = {"tolerance": 0.01 if self.tolerance is None else self.tolerance}
@@ -82,10 +90,24 @@ class CutOptions:
             amount = {"strategy": "target", "target_state_size": self.state_size}
         elif self.ratio is not None:
             amount = {"strategy": "target", "target_ratio": self.ratio}
+        elif self.max_loss_increase is not None:
+            amount = {"strategy": "loss", "max_loss_increase": _share(self.max_loss_increase)}
         if self.method is not None:
             amount["reductor"] = self.method
         same = {name: getattr(self, name) for name in ("stock", "multiple_of", "gramians", "seed")}
         return CompreSSMConfig(**amount, uniform=not self.per_layer, **same)
+
+
+def _share(text: str) -> float:
+    from ..errors import ConfigurationError
+
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise ConfigurationError(f"--max-loss-increase is {text!r}; give a share above 0, such as 0.5% or 0.005.")
+    return share
 
 
 @command
@@ -115,6 +137,7 @@ def compress(
 
     ```console
     hf-compressm compress state-spaces/mamba-130m-hf -o smaller --tolerance 0.01 --text-file book.txt
+    hf-compressm compress my-model -o smaller --max-loss-increase 0.5% --text-file book.txt
     hf-compressm compress my-model -o smaller --state-size 8 --data-file train.parquet --push-to-hub me/smaller
     ```
     """
@@ -153,6 +176,7 @@ def _announcement(
         "target": f"keep {config.target_state_size} states"
         if config.target_state_size
         else f"keep {config.target_ratio} of the states",
+        "loss": f"keep as few states as make the loss at most {config.max_loss_increase or 0:.3g} of it worse",
     }[config.strategy]
     sizes = "one size for all layers" if config.uniform else "each layer its own size"
     data = f"measured on {source.sequences} sequences of {source.describe()}" if source.is_given else "without data"
@@ -163,15 +187,16 @@ def _announcement(
 def _show_plan(model: Any, batches: list, config: CompreSSMConfig, quiet: bool) -> None:
     from tabulate import tabulate
 
-    from ..api import analyze
-    from ..architectures import find_layers
-    from ..compression import plan_reduction
+    from ..api import compress as cut_layers
 
-    spectrum = analyze(model, batches or None, config, progress=False if quiet else None)
-    sizes = {layer.name: layer.state_size for layer in find_layers(model)}
-    plan = plan_reduction(spectrum.sigma, sizes, config)
-    rows = [[name, layer.size, layer.wanted, layer.new_size] for name, layer in plan.items()]
-    typer.echo(tabulate(rows, headers=["layer", "N", "its spectrum asks for", "would become"]))
+    # The model is not saved, so that the cut itself tells best what would become of it.
+    record = cut_layers(model, batches or None, config, progress=False if quiet else None)
+    rows = [[layer.name, layer.size_before, layer.wanted_size, layer.size_after] for layer in record.layers]
+    asks = "the loss allows" if config.strategy == "loss" else "its spectrum asks for"
+    typer.echo(tabulate(rows, headers=["layer", "N", asks, "would become"]))
+    typer.echo(f"{record.parameters_before:,} -> {record.parameters_after:,} parameters")
+    if record.loss_before is not None and record.loss_after is not None:
+        typer.echo(f"loss on the calibration data {record.loss_before:.4f} -> {record.loss_after:.4f}")
     typer.echo("Dry run: nothing was written.")
 
 

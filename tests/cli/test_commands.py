@@ -119,6 +119,37 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(run) -> None:
     assert result.stderr == "" and set(os.listdir()) == before
 
 
+def test_sizes_are_tried_and_told(run) -> None:
+    arguments = ("analyze", "model", *TEXT, "--batch-size", "4", "--sizes", "2,4", "--no-picture", "--no-timing")
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    rows = [line.split("|")[1:-1] for line in result.stdout.splitlines() if re.match(r"\|\s+[824]\s+\|", line)]
+    assert [row[0].strip() for row in rows] == ["8", "4", "2"] and rows[0][2].strip() == "+0.00%"
+    found = json.loads(run(*arguments, "--json").stdout)["sizes"]
+    assert [row["parameters"] for row in found] == sorted((row["parameters"] for row in found), reverse=True)
+    refused = run(*arguments[:-4], "--sizes", "eight", "--no-picture")
+    assert refused.exit_code != 0 and "give whole numbers with commas" in refused.stderr
+
+
+def test_a_cut_follows_the_loss(run) -> None:
+    data = (*TEXT, "--batch-size", "4")
+    told = run("compress", "model", "-o", "small", "--max-loss-increase", "50%", *data, "--dry-run")
+    assert told.exit_code == 0 and "the loss allows" in told.stdout and not Path("small").exists()
+    assert "at most 0.5 of it worse" in told.stderr
+    result = run("compress", "model", "-o", "small", "--max-loss-increase", "0.5", *data)
+    assert result.exit_code == 0, result.output
+    record = read_history("small")[0]
+    assert (
+        record.layers[0].size_after < 8
+        and len(record.trials) > 1
+        and "max loss increase 0.5" in (Path("small/README.md").read_text())
+    )
+    refused = run("compress", "model", "-o", "other", "--max-loss-increase", "200%", *data)
+    assert refused.exit_code != 0 and "--max-loss-increase is '200%'" in refused.stderr
+    both = run("compress", "model", "-o", "other", "--max-loss-increase", "1%", "--ratio", "0.5", *data)
+    assert both.exit_code != 0 and "not several" in both.stderr
+
+
 def test_an_existing_folder_is_replaced_only_on_demand_and_as_a_whole(run, monkeypatch) -> None:
     Path("small").mkdir()
     Path("small/notes.txt").write_text("mine")
