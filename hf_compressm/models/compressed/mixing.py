@@ -44,8 +44,8 @@ class MixedNorm:
         return normalised @ self.mixing.to(normalised.dtype)
 
 
-class UnfusedFalconMamba:
-    """A FalconMamba mixer whose norms combine states, which its fused training kernel does not know."""
+class UnfusedTraining:
+    """A mixer whose norms combine states, which the one kernel for all of its training steps does not know."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the mixer, always by its single steps."""
@@ -80,7 +80,7 @@ def _mixin(name: str) -> type | None:
     if name == row.norm:
         return MixedNorm
     if row.has_fused_training:
-        return UnfusedFalconMamba
+        return UnfusedTraining
     return {"multi_head": MixedMultiHead, "scan": MixedScan}.get(row.kind)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-LARGEST_STATE_SIZE = 65536
+from .configuration_checks import SequenceSettings
 
 
 @strict
-class LRUConfig(PreTrainedConfig):
+class LRUConfig(SequenceSettings, PreTrainedConfig):
     r"""
     Configuration of an LRU model, with blocks of normalisation, linear recurrent unit, GELU, dropout, GLU, dropout and
     residual.
@@ -91,37 +91,12 @@ class LRUConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        sizes = self.state_size if isinstance(self.state_size, list) else [self.state_size]
-        counts = {"hidden_size": self.hidden_size, "num_hidden_layers": self.num_hidden_layers}
-        counts |= {name: getattr(self, name) for name in ("vocab_size", "input_size")}
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}; allowed is 1 or more.")
-        if isinstance(self.state_size, list) and len(sizes) != self.num_hidden_layers:
-            raise ValueError(
-                f"`state_size` has {len(sizes)} numbers and `num_hidden_layers` is {self.num_hidden_layers}; give one "
-                "number for each layer, or one for all of them."
-            )
-        if not all(1 <= size <= LARGEST_STATE_SIZE for size in sizes):
-            raise ValueError(f"`state_size` is {self.state_size}; allowed are 1 to {LARGEST_STATE_SIZE} in each layer.")
-        choices = {"norm": ("batch", "layer"), "pooling": ("mean", "last", "max")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are {', '.join(map(repr, allowed))}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` is {self.dropout}; allowed are 0 and above, below 1.")
+        self.check_settings()
         if not 0 <= self.r_min < self.r_max < 1:
             raise ValueError(f"`r_min` is {self.r_min} and `r_max` is {self.r_max}; allowed is 0 <= r_min < r_max < 1.")
         if not 0 < self.max_phase <= 6.2832:
             raise ValueError(f"`max_phase` is {self.max_phase}; allowed are angles above 0, up to 6.2832.")
         super().__post_init__(**kwargs)
-
-    @property
-    def state_sizes(self) -> list[int]:
-        """The state size of each layer."""
-        if isinstance(self.state_size, list):
-            return list(self.state_size)
-        return [self.state_size] * self.num_hidden_layers
 
 
 __all__ = ["LRUConfig"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from huggingface_hub.dataclasses import strict
 from transformers import Mamba2Config, MambaConfig
 
+from .configuration_checks import LARGEST_STATE_SIZE, check_choices, check_counts, check_dropout
+
 
 @strict
 class MambaClassifierConfig(MambaConfig):
@@ -92,20 +94,12 @@ class Mamba2ClassifierConfig(Mamba2Config):
         super().__post_init__(**kwargs)
 
 
-LARGEST_STATE_SIZE = 65536
-
-
 def _check(config: MambaClassifierConfig | Mamba2ClassifierConfig) -> None:
-    for name in ("vocab_size", "input_size", "hidden_size", "num_hidden_layers"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` is {value}; allowed is 1 or more.")
+    check_counts(config, "vocab_size", "input_size", "hidden_size", "num_hidden_layers")
     if not 1 <= config.state_size <= LARGEST_STATE_SIZE:
         raise ValueError(f"`state_size` is {config.state_size}; allowed are 1 to {LARGEST_STATE_SIZE}.")
-    if config.pooling not in ("mean", "last", "max"):
-        raise ValueError(f"`pooling` is {config.pooling!r}; allowed are 'mean', 'last', 'max'.")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"`dropout` is {config.dropout}; allowed are 0 and above, below 1.")
+    check_choices(config, pooling=("mean", "last", "max"))
+    check_dropout(config)
 
 
 __all__ = ["Mamba2ClassifierConfig", "MambaClassifierConfig"]

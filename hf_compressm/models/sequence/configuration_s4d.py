@@ -5,11 +5,11 @@ from __future__ import annotations
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-LARGEST_STATE_SIZE = 65536
+from .configuration_checks import SequenceSettings
 
 
 @strict
-class S4DConfig(PreTrainedConfig):
+class S4DConfig(SequenceSettings, PreTrainedConfig):
     r"""
     Configuration of an S4D model, with blocks of normalisation, S4D layer, GELU, dropout, GLU, dropout and residual.
 
@@ -95,42 +95,12 @@ class S4DConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        sizes = self.state_size if isinstance(self.state_size, list) else [self.state_size]
-        counts = {"hidden_size": self.hidden_size, "num_hidden_layers": self.num_hidden_layers}
-        counts |= {name: getattr(self, name) for name in ("vocab_size", "input_size")}
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}; allowed is 1 or more.")
-        if isinstance(self.state_size, list) and len(sizes) != self.num_hidden_layers:
-            raise ValueError(
-                f"`state_size` has {len(sizes)} numbers and `num_hidden_layers` is {self.num_hidden_layers}; give one "
-                "number for each layer, or one for all of them."
-            )
-        if not all(1 <= size <= LARGEST_STATE_SIZE for size in sizes):
-            raise ValueError(f"`state_size` is {self.state_size}; allowed are 1 to {LARGEST_STATE_SIZE} in each layer.")
-        choices = {
-            "norm": ("batch", "layer"),
-            "pooling": ("mean", "last", "max"),
-            "init": ("lin", "inv", "real"),
-            "discretization": ("zoh", "bilinear"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are {', '.join(map(repr, allowed))}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` is {self.dropout}; allowed are 0 and above, below 1.")
+        self.check_settings(init=("lin", "inv", "real"), discretization=("zoh", "bilinear"))
         if not 0 < self.dt_min <= self.dt_max:
             raise ValueError(
                 f"`dt_min` is {self.dt_min} and `dt_max` is {self.dt_max}; allowed is 0 < dt_min <= dt_max."
             )
         super().__post_init__(**kwargs)
-
-    @property
-    def state_sizes(self) -> list[int]:
-        """The state size of each layer."""
-        if isinstance(self.state_size, list):
-            return list(self.state_size)
-        return [self.state_size] * self.num_hidden_layers
 
 
 __all__ = ["S4DConfig"]
