@@ -31,6 +31,7 @@ from .history import CheckRecord
 from .layer_records import Seen, layer_records, records_of_return
 from .measure.calibration import calibrate
 from .measure.model_pass import LossFunction, evaluate_loss
+from .measure.seeds import seed_of_step
 from .processes import Processes, SingleProcess
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class Compressor:
 
     def _check(self, batches: Sequence[Any], step: int | None, number: int, total: int) -> CheckRecord:
         start = time.perf_counter()
-        seed = _combined_seed(self.config.seed, step)
+        seed = seed_of_step(self.config.seed, step)
         parameters = self._count_parameters()
         with torch.inference_mode(False), fast_cpu_scan(self.config.fast_cpu_scan):
             calibration = calibrate(
@@ -300,8 +301,3 @@ class Compressor:
 
     def _count_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
-
-
-def _combined_seed(seed: int, step: int | None) -> int:
-    """One seed for every (run, step), so that a resumed run draws what the uninterrupted one draws."""
-    return (seed * 1_000_003 + (0 if step is None else step)) % 2**63

@@ -15,7 +15,7 @@ from ..architectures import find_layers
 from ..cards.provenance import Provenance
 from ..compression.cut.snapshot import LAYERS_NAME, Snapshot
 from ..errors import CardError, UnsupportedModelError
-from ..files import CHECKPOINT
+from ..files import checkpoint_step
 from .adapters import holds_adapter
 from .files import write_model_files
 from .one_model import INDEX_NAME, WEIGHTS_NAME, require_one_model
@@ -107,7 +107,7 @@ class _Carried:
             logger.warning("%s holds the adapter without the cut layers below it: %s", folder, error)
             return
         # A checkpoint is resumed from, which puts the layers back.
-        if self.provenance.cuts and not CHECKPOINT.fullmatch(folder.name):
+        if self.provenance.cuts and checkpoint_step(folder) is None:
             logger.warning(
                 "%s holds the adapter alone, of a model whose state was cut; the cut layers lie beside it in %s. "
                 "Loading the adapter puts it on the uncut model, without an error: call load_cut_layers(model, %r) on "

@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..architectures import fast_cpu_scan, unsupported_note
 from ..compression import (
@@ -33,6 +32,7 @@ from ..compression.decide.progress import makes_up
 from ..compression.processes import SingleProcess
 from ..config import CompreSSMConfig
 from ..errors import ConfigurationError, UnsupportedModelError
+from ..files import checkpoint_folder
 from ..ops import compile_kernels
 from .batches import seed_of_process, training_batches
 from .checkpoints.running_mark import mark_active, mark_ended
@@ -214,7 +214,7 @@ class CompressionRun:
             self._compressor.pending.save(folder)
 
     def _checkpoint_folder(self) -> Path:
-        return Path(self._args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self._state.global_step}"
+        return checkpoint_folder(self._args.output_dir, self._state.global_step)
 
     def ended(self) -> None:
         """Let go of the training data and of the fast scan."""
