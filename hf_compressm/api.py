@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,7 @@ def analyze(
     config: CompreSSMConfig | dict[str, Any] | None = None,
     loss_function: LossFunction | None = None,
     progress: bool | None = None,
+    sizes: Sequence[int] = (),
 ) -> Spectrum:
     """
     Measure the Hankel singular values of every state-space layer of a model. Nothing is changed.
@@ -44,9 +45,12 @@ def analyze(
         loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
             loss when unset.
         progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
+        sizes (`Sequence[int]`, *optional*): State sizes to try: the model is cut to each as [`compress`] would do it,
+            measured, and put back. The losses are those of the second half of the batches, which makes no cut.
 
     Raises:
         [`~errors.UnsupportedModelError`]: the model has no layer that can be cut.
+        [`~errors.ConfigurationError`]: a size is not possible.
         [`~errors.CalibrationError`]: the batches give no finite loss or Gramians.
 
     Example:
@@ -65,6 +69,9 @@ def analyze(
     ```
     """
     config = CompreSSMConfig.coerced(config)
+    if sizes:
+        compressor = Compressor(model, config, loss_function=loss_function, progress=progress)
+        return compressor.measure_sizes(list(() if batches is None else batches), sizes)
     layers = chosen_layers(find_layers(model), config)
     with fast_cpu_scan(config.fast_cpu_scan):
         calibration = calibrate(

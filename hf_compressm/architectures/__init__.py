@@ -12,6 +12,7 @@ from .changes import (
 )
 from .compressed_forms import all_changes, can_hold_forms
 from .contract import ScanObserver, StateSpaceLayer, SumOverProcesses
+from .families.mixable import MixableLayer
 from .measured_truncation import MeasuredTruncation
 from .moment_maps.axis import AxisMap, AxisSelection, Rescaling
 from .moment_maps.modal import ModalMap
@@ -20,14 +21,17 @@ from .registry import config_changes, find_layers, register, registered_families
 from .scans.inputs import ScanInputs, TimeAverages
 from .scans.multi_head import MultiHeadScanInputs
 from .scans.selective import SelectiveScanInputs
+from .scans.stepped import SteppedScanInputs
 from .scans.switch import (
     disable_fast_cpu_scan,
     enable_fast_cpu_scan,
     fast_cpu_scan,
     fast_cpu_scan_enabled,
     register_scan,
+    watched,
 )
 from .scans.time_invariant import SystemInputs
+from .state_layout import SizeAttribute, StateAxis, StateLayout, per_head, runs
 from .unsupported import unsupported_note, unsupported_recurrent_layers
 
 __all__ = [
@@ -40,6 +44,7 @@ __all__ = [
     "AxisMap",
     "AxisSelection",
     "LayerReduction",
+    "MixableLayer",
     "MeasuredTruncation",
     "ModalMap",
     "MultiHeadScanInputs",
@@ -48,8 +53,12 @@ __all__ = [
     "ScanInputs",
     "ScanObserver",
     "SelectiveScanInputs",
+    "SizeAttribute",
+    "StateAxis",
     "StateForm",
+    "StateLayout",
     "StateSpaceLayer",
+    "SteppedScanInputs",
     "SumOverProcesses",
     "SystemInputs",
     "TimeAverages",
@@ -59,10 +68,13 @@ __all__ = [
     "fast_cpu_scan",
     "fast_cpu_scan_enabled",
     "find_layers",
+    "per_head",
     "register",
     "register_scan",
     "registered_families",
+    "runs",
     "successor",
     "unsupported_note",
     "unsupported_recurrent_layers",
+    "watched",
 ]

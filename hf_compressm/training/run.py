@@ -101,7 +101,7 @@ class CompressionRun:
             model,
             train_dataloader,
             args.train_batch_size,
-            config.calibration_batches,
+            self._compressor.batches_per_check,
             seed_of_process(args, config),
             given=calibration_batches,
         )
@@ -166,7 +166,7 @@ class CompressionRun:
 
     def step_begins(self) -> None:
         """Let a stream's batches be kept on the way to a check."""
-        horizon = range(self._state.global_step + 1, self._state.global_step + 1 + self.config.calibration_batches)
+        horizon = range(self._state.global_step + 1, self._state.global_step + 1 + self._compressor.batches_per_check)
         self._batches.arm(
             not self._compressor.is_finished and any(step in self.steps or self._makes_up(step) for step in horizon)
         )

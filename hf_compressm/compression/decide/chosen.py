@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...architectures import StateSpaceLayer
 from ...config import CompreSSMConfig
@@ -99,6 +100,57 @@ class Chosen:
                 f"({fixed[0].family}) cannot hold. Leave uniform=True."
             )
         return cls(chosen, reductors, frozenset(own))
+
+    def batches_per_check(self, config: CompreSSMConfig) -> int:
+        """How many batches a check makes use of: those for the Gramians, and those that [`split`] sets apart."""
+        count = config.calibration_batches
+        return 2 * count if config.judged_on_other_batches else count + self._measures_outputs(config)
+
+    def split(self, batches: Sequence[Any], config: CompreSSMConfig) -> tuple[list[Any], list[Any]]:
+        """
+        Batches to measure the Gramians on, and others that tell what a cut does.
+
+        Half of them are set apart where sizes or truncations follow the loss on them; one, where there are several,
+        where the output of a time-invariant layer is compared.
+
+        Args:
+            batches (`Sequence`): All batches of a check.
+            config ([`CompreSSMConfig`]): Says what is measured.
+
+        Raises:
+            [`~errors.CalibrationError`]: a single batch cannot be split.
+        """
+        batches = list(batches)
+        if config.judged_on_other_batches:
+            return split_in_half(
+                batches, "strategy='loss'" if config.strategy == "loss" else "compare_truncations=True"
+            )
+        apart = int(self._measures_outputs(config) and len(batches) > 1)
+        return batches[: len(batches) - apart], batches[len(batches) - apart :]
+
+    def _measures_outputs(self, config: CompreSSMConfig) -> bool:
+        weighted = config.gramians in ("loss_gradient", "input_weighted")
+        return weighted and any(not layer.is_selective for layer in self.layers)
+
+
+def split_in_half(batches: Sequence[Any], purpose: str) -> tuple[list[Any], list[Any]]:
+    """
+    Batches to make cuts with, and others to measure them on.
+
+    Args:
+        batches (`Sequence`): All batches.
+        purpose (`str`): What asks for it, for the message.
+
+    Raises:
+        [`~errors.CalibrationError`]: there are fewer than two.
+    """
+    if len(batches) < 2:
+        raise CalibrationError(
+            f"{purpose} measures cuts on batches that they were not made with, but there is {len(batches) or 'no'} "
+            "batch. Give two batches or more, smaller ones if need be."
+        )
+    apart = len(batches) // 2
+    return list(batches[: len(batches) - apart]), list(batches[len(batches) - apart :])
 
 
 def reductor_of(layer: StateSpaceLayer, name: str, stock: bool) -> str:

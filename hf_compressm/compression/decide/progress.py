@@ -153,3 +153,8 @@ def makes_up(records: Sequence[CheckRecord], steps: Sequence[int], step: int) ->
     skipped = bool(records) and records[-1].outcome == "skipped" and records[-1].step == step - 1
     due = bisect_right(steps, step)
     return skipped and due > 0 and step - steps[due - 1] <= _STEPS_TO_TRY_AGAIN
+
+
+def combined_seed(seed: int, step: int | None) -> int:
+    """One seed for every (run, step), so that a resumed run draws what the uninterrupted one draws."""
+    return (seed * 1_000_003 + (0 if step is None else step)) % 2**63
