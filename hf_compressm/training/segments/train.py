@@ -175,7 +175,7 @@ def _require_segments(trainer: Trainer, callback: CompreSSMCallback) -> None:
         (args.load_best_model_at_end, "load_best_model_at_end=True, and the best checkpoint may be one before a cut"),
         (args.save_only_model, "save_only_model=True, which leaves nothing to go on from"),
         (callback.config.judged_by_evaluation, "a rollback_metric of the evaluation (use 'calibration_loss')"),
-        (callback.averages_weights, "averaged_weights, which no checkpoint holds"),
+        (bool(callback.averaged_weights), "averaged_weights, which no checkpoint holds"),
         (hasattr(trainer.model, "peft_config"), "an adapter (PEFT), whose checkpoints hold no base model"),
         (
             "optimizer" in _deepspeed_settings(trainer),
