@@ -60,16 +60,19 @@ def carry(model: nn.Module, provenance: Provenance) -> None:
 
 def _stock_upload(model: nn.Module) -> Callable[..., Any] | None:
     """The upload to check before; a model that can be pushed but does not upload through it is warned of."""
-    # Private API of transformers.
-    stock = getattr(model, _UPLOAD, None)
-    if stock is None and callable(getattr(model, "push_to_hub", None)):
+    if not callable(getattr(model, "push_to_hub", None)):
+        return None
+    try:
+        # Private API of transformers.
+        return model._upload_modified_files
+    except AttributeError:
         logger.warning(
             "%s has push_to_hub but no %s, as a transformers that this library was not tried with: what it pushes is "
             "not checked before the upload. Save the model and push the folder with push_folder() instead.",
             type(model).__name__,
             _UPLOAD,
         )
-    return stock
+        return None
 
 
 def carried_provenance(model: nn.Module) -> Provenance | None:
@@ -143,6 +146,7 @@ def describe(model: nn.Module, provenance: Provenance) -> Provenance:
         provenance ([`Provenance`]): What is known.
     """
     config = getattr(model, "config", None)
+    # Private API of transformers.
     source = getattr(config, "_name_or_path", None) or None
     is_local = source is not None and (os.path.exists(source) or source.count("/") != 1)
     return replace(

@@ -73,6 +73,7 @@ def wrapper_in_use(model: nn.Module) -> DistributedDataParallel | None:
         found = wrappers_of(model)
     if len(found) > 1:
         wrapped = [getattr(trainer, "model_wrapped", None) for trainer in _alive(Trainer)]
+        # Private API of torch.
         used = {id(getattr(module, "_orig_mod", module)) for module in wrapped}
         found = [wrapper for wrapper in found if id(wrapper) in used] or found
     return found[-1] if found else None
