@@ -51,7 +51,7 @@ class _Registered(dict):
 
 
 def _announce_to(auto_configurations: ModuleType) -> None:
-    # The only private name of transformers here. Without it, `import hf_compressm.models` is needed, and a test fails.
+    # Private API of transformers; the only one here. Without it, `import hf_compressm.models` is needed.
     mapping = auto_configurations.CONFIG_MAPPING
     registered = getattr(mapping, "_extra_content", None)
     if type(registered) is dict:

@@ -1,4 +1,4 @@
-"""Write a file as a whole or not at all."""
+"""The Trainer's checkpoints in a folder, and files that are written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,8 +7,24 @@ import re
 import tempfile
 from pathlib import Path
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-"""What the Trainer calls a checkpoint's folder, with its step."""
+_CHECKPOINT = "checkpoint-{}"
+
+
+def checkpoint_folder(output_dir: str | os.PathLike, step: int) -> Path:
+    """Where the Trainer writes the checkpoint of a step."""
+    return Path(output_dir) / _CHECKPOINT.format(step)
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """The step of a checkpoint, by its folder's name; None where it is no checkpoint's."""
+    match = re.fullmatch(_CHECKPOINT.format(r"(\d+)"), folder.name)
+    return int(match[1]) if match else None
+
+
+def checkpoints_in(output_dir: str | os.PathLike) -> list[Path]:
+    """The folders of the Trainer's checkpoints, in the order of their steps; none where there is no such directory."""
+    folders = [path for path in Path(output_dir).glob(_CHECKPOINT.format("*")) if path.is_dir()]
+    return sorted((path for path in folders if checkpoint_step(path) is not None), key=checkpoint_step)
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -106,6 +106,16 @@ def test_the_rule_sees_relative_and_absolute_imports(tmp_path: Path) -> None:
     assert "hf_compressm.systems" in imports(PACKAGE / "compression" / "decide" / "plan.py")
 
 
+def test_tests_mirror_the_package() -> None:
+    """A folder of tests bears the name of the folder that it tests; what tests several has a name of its own."""
+    tests = Path(__file__).parent
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    folders = {path.parent.relative_to(tests) for path in tests.rglob("test_*.py")}
+    mirrored = {folder for folder in folders if folder.parts and folder.parts[0] in rooms}
+    assert len(mirrored) >= 15
+    assert {folder.as_posix() for folder in mirrored if not (PACKAGE / folder).is_dir()} == set()
+
+
 def test_no_file_holds_two_concepts() -> None:
     lengths = {
         path.relative_to(PACKAGE).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in modules()

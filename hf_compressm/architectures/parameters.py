@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +25,31 @@ def successor(old: nn.Parameter, values: Tensor) -> nn.Parameter:
     return new
 
 
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """
+    A module's own parameters by name, as the module holds them: what is written here is written into the module.
+
+    Args:
+        module (`torch.nn.Module`): The module.
+    """
+    # Private API of torch.
+    return module._parameters
+
+
+def with_parameters(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
+    """
+    A shallow copy of a module in which some parameters are others; the module stays as it is.
+
+    Args:
+        module (`torch.nn.Module`): The module.
+        parameters (`Mapping[str, torch.nn.Parameter]`): The other parameters by name.
+    """
+    other = copy.copy(module)
+    # Private API of torch.
+    other._parameters = {**own_parameters(module), **parameters}
+    return other
+
+
 def why_not_reducible(parameter: Any) -> str | None:
     """
     Why a parameter cannot be cut, as the second half of a sentence, or None.
@@ -42,8 +69,13 @@ def why_not_reducible(parameter: Any) -> str | None:
         return f"holds a {type(parameter.data).__name__}, a sharded or quantised form"
     if not parameter.is_floating_point():
         return f"has dtype {parameter.dtype}, a quantised form"
-    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+    if _has_gradient_hooks(parameter):
         return "has hooks on its gradient, which its replacement would not have; remove them"
     if parameter.is_meta:
         return "is on the meta device and has no values (it may be offloaded)"
     return None
+
+
+def _has_gradient_hooks(parameter: nn.Parameter) -> bool:
+    # Private API of torch.
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)

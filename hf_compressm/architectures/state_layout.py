@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from ..errors import DimensionError
 from .changes import AttributeChange, ParameterChange
-from .moment_maps.axis import AxisMap, AxisSelection
+from .moment_maps.axis import AxisMap, AxisSelection, rows_of_identity
 from .parameters import successor
 
 
@@ -296,8 +296,3 @@ def attribute_at(module: nn.Module, path: str) -> Any:
     for part in filter(None, owner.split(".")):
         module = getattr(module, part, None)
     return getattr(module, name, None)
-
-
-def rows_of_identity(indices: Tensor, size: int) -> Tensor:
-    """The rows of the identity that pick the given entries, `(..., len(indices), size)` float64."""
-    return nn.functional.one_hot(indices, size).to(torch.float64)

@@ -51,9 +51,10 @@ def unsupported_note(model: nn.Module, layers: Iterable[StateSpaceLayer]) -> str
 
 
 def _is_recurrent(module: nn.Module) -> bool:
-    tensors = {*module._parameters, *module._buffers}
+    tensors = {name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
+    children = {name for name, _ in module.named_children()}
     return (
         isinstance(module, nn.RNNBase)
         or any(name in tensors for name in _DECAY_TENSORS)
-        or any(name in module._modules for name in _GATE_MODULES)
+        or any(name in children for name in _GATE_MODULES)
     )

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..compression.history import HISTORY_NAME, CheckRecord, history_of
+from ..compression.spectrum import MOST_LEGEND_ENTRIES, layer_colours
 from ..errors import InconsistentModelError
-from ..files import CHECKPOINT
+from ..files import checkpoints_in
 from .provenance import Provenance, describe_folder
 from .section import checks_table, layers_table
 
@@ -123,11 +124,10 @@ def _draw_spectra(axes: Axes, run: RunReport) -> None:
     record = run.provenance.cuts[0] if run.provenance.cuts else seen[-1]
     last = seen[-1]
     for shown, style in ((record, "-"), *(((last, ":"),) if last is not record else ())):
-        for number, layer in enumerate(shown.layers):
+        for layer, colour in zip(shown.layers, layer_colours(len(shown.layers))):
             sigma = layer.hankel_singular_values
             largest = max(sigma, default=1.0) or 1.0
             values = [max(value / largest, 1e-9) for value in sigma]
-            colour = _colour(number, len(shown.layers))
             axes.plot(range(1, len(values) + 1), values, style, color=colour, marker=".", linewidth=1)
     kept = max(layer.size_after for layer in record.layers)
     axes.axvline(kept + 0.5, color="black", linestyle="--", linewidth=1, label=f"{kept} states kept")
@@ -150,10 +150,10 @@ def _draw_sizes(axes: Axes, run: RunReport) -> None:
         steps = (0, *(step for step, _ in points), last)
         sizes = (points[0][1].size_before, *(seen.size_after for _, seen in points), points[-1][1].size_after)
         courses.setdefault((steps, sizes), []).append(layer.name)
-    for number, ((steps, sizes), names) in enumerate(courses.items()):
+    for ((steps, sizes), names), colour in zip(courses.items(), layer_colours(len(courses))):
         label = names[0] if len(names) == 1 else f"{len(names)} layers"
-        axes.step(steps, sizes, where="post", color=_colour(number, len(courses)), linewidth=1.5, label=label)
-    if len(courses) <= 8:
+        axes.step(steps, sizes, where="post", color=colour, linewidth=1.5, label=label)
+    if len(courses) <= MOST_LEGEND_ENTRIES:
         axes.legend(frameon=False, fontsize="small")
     axes.set(xlabel="training step", ylabel="state size", title="State size", ylim=(0, None))
 
@@ -170,17 +170,9 @@ def _draw_loss(axes: Axes, run: RunReport) -> None:
     axes.legend(frameon=False, fontsize="small")
 
 
-def _colour(number: int, count: int) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["tab10"](number) if count <= 10 else colormaps["viridis"](number / (count - 1))
-
-
 def _log(folder: Path) -> list[dict[str, Any]]:
     """The log history of the folder or of its latest checkpoint; figures only."""
-    checkpoints = [(int(match[1]), path) for path in folder.iterdir() if (match := CHECKPOINT.fullmatch(path.name))]
-    places = [folder, *(path for _, path in sorted(checkpoints, reverse=True))]
-    for place in places:
+    for place in (folder, *reversed(checkpoints_in(folder))):
         path = place / _STATE_NAME
         if not path.is_file():
             continue

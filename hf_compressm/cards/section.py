@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from ..architectures import registered_families
 from ..compression.cut.snapshot import LAYERS_NAME
-from ..compression.history import CheckRecord
+from ..compression.history import CheckRecord, size_range
 from ..systems import registered_reductors
 from .escaping import code, escaped, one_line, python_string
 from .provenance import Evaluation, Provenance
@@ -74,8 +74,8 @@ def render_card(provenance: Provenance, has_picture: bool = True) -> str:
         "n_layers": len(layers),
         "most_layers_shown": _MOST_LAYERS_SHOWN,
         "family": escaped(", ".join(sorted({layer.family for _, layer in layers}))),
-        "size_before": _span([first for first, _ in layers]),
-        "size_after": _span([layer.size_after for _, layer in layers]),
+        "size_before": size_range(first for first, _ in layers),
+        "size_after": size_range(layer.size_after for _, layer in layers),
         "reason": escaped(provenance.records[-1].reason),
         "settings": _settings(provenance),
         "checks_table": checks_table([record for record in provenance.records if record.layers]),
@@ -139,7 +139,7 @@ def checks_table(records: list[CheckRecord]) -> str:
             [
                 "after training" if record.step is None else f"step {record.step:,}",
                 record.outcome,
-                f"{_span([b for b, _ in sizes])} -> {_span([a for _, a in sizes])}" if sizes else "",
+                f"{size_range(b for b, _ in sizes)} -> {size_range(a for _, a in sizes)}" if sizes else "",
                 f"{max(layer.tail_share for layer in record.layers):.3%}" if record.layers else "",
                 _pair(record.loss_before, record.loss_after),
                 f"{record.parameters_before:,} -> {record.parameters_after:,}",
@@ -200,10 +200,6 @@ def evaluation_table(evaluations: list[Evaluation] | tuple[Evaluation, ...]) -> 
 
 def _short_name(provenance: Provenance) -> str:
     return (provenance.name or provenance.model_class or "model").rstrip("/").split("/")[-1]
-
-
-def _span(sizes: list[int]) -> str:
-    return str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)}..{max(sizes)}"
 
 
 def _pair(before: float | None, after: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,8 @@ class CheckRecord:
         lost = [layer.lost_energy for layer in self.layers if layer.lost_energy is not None]
         measured = f", at most {max(lost):.2%} of the observable energy lost" if lost else ""
         return (
-            f"{where}state size {_span(before)} -> {_span(after)} in {len(self.layers)} layers, at most {share:.2%} of "
-            f"the Hankel energy beyond them{measured}{loss}, {self.seconds:.2f} s"
+            f"{where}state size {size_range(before)} -> {size_range(after)} in {len(self.layers)} layers, "
+            f"at most {share:.2%} of the Hankel energy beyond them{measured}{loss}, {self.seconds:.2f} s"
         )
 
     def scalars(self) -> dict[str, float]:
@@ -162,7 +163,9 @@ def _known(record: type, values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in names}
 
 
-def _span(sizes: set[int]) -> str:
+def size_range(sizes: Iterable[int]) -> str:
+    """The smallest and the largest size, in short; at least one is given."""
+    sizes = set(sizes)
     return str(min(sizes)) if len(sizes) == 1 else f"{min(sizes)}..{max(sizes)}"
 
 

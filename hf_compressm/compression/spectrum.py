@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _TABLE_ENERGIES = (0.9, 0.95, 0.99, 0.999)
 # More layers than this are told apart by a colour scale instead of a legend.
-_MOST_LEGEND_ENTRIES = 8
+MOST_LEGEND_ENTRIES = 8
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Spectrum:
         values, energy, *losses = figure.subplots(1, panels)
         for axes in losses:
             _draw_losses(axes, self.sizes)
-        colours = _colours(len(self.sigma))
+        colours = layer_colours(len(self.sigma))
         for (name, sigma), colour in zip(self.sigma.items(), colours):
             sigma = sigma.detach().cpu().double()
             total, largest = float(sigma.sum()) or 1.0, float(sigma.max()) or 1.0
@@ -128,7 +128,7 @@ class Spectrum:
         ):
             axes.set(yscale="log", xlabel="state", ylabel=label, ylim=(_floor(self.sigma.values()), 1.5))
             axes.grid(alpha=0.3)
-        if len(self.sigma) <= _MOST_LEGEND_ENTRIES:
+        if len(self.sigma) <= MOST_LEGEND_ENTRIES:
             values.legend(frameon=False, fontsize="small")
         else:
             _add_depth_scale(figure, values, len(self.sigma))
@@ -148,10 +148,11 @@ def _draw_losses(axes: Axes, rows: Sequence[SizeRow]) -> None:
     axes.legend(frameon=False)
 
 
-def _colours(count: int) -> list:
+def layer_colours(count: int) -> list:
+    """One colour a layer: distinct ones where a legend names them, else a scale from the first layer to the last."""
     from matplotlib import colormaps
 
-    if count <= _MOST_LEGEND_ENTRIES:
+    if count <= MOST_LEGEND_ENTRIES:
         return [colormaps["tab10"](i) for i in range(count)]
     return [colormaps["viridis"](i / (count - 1)) for i in range(count)]
 

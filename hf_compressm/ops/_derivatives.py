@@ -17,6 +17,7 @@ def is_transformed() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
+    # Private API of torch.
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
@@ -33,7 +34,13 @@ def needs_graph(*grads: Tensor | None) -> bool:
     """
     if torch.is_grad_enabled() or is_transformed():
         return True
-    return any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
+    return any(grad is not None and _holds_several(grad) for grad in grads)
+
+
+def _holds_several(grad: Tensor) -> bool:
+    """Whether a gradient stands for several at once (`is_grads_batched=True`)."""
+    # Private API of torch.
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def plain_gradients(

@@ -15,7 +15,7 @@ from ..architectures import find_layers
 from ..cards.provenance import Provenance
 from ..compression.cut.snapshot import LAYERS_NAME, Snapshot
 from ..errors import CardError, UnsupportedModelError
-from ..files import CHECKPOINT
+from ..files import checkpoint_step
 from .adapters import holds_adapter
 from .files import write_model_files
 from .one_model import INDEX_NAME, WEIGHTS_NAME, require_one_model
@@ -60,16 +60,19 @@ def carry(model: nn.Module, provenance: Provenance) -> None:
 
 def _stock_upload(model: nn.Module) -> Callable[..., Any] | None:
     """The upload to check before; a model that can be pushed but does not upload through it is warned of."""
-    # Private API of transformers.
-    stock = getattr(model, _UPLOAD, None)
-    if stock is None and callable(getattr(model, "push_to_hub", None)):
+    if not callable(getattr(model, "push_to_hub", None)):
+        return None
+    try:
+        # Private API of transformers.
+        return model._upload_modified_files
+    except AttributeError:
         logger.warning(
             "%s has push_to_hub but no %s, as a transformers that this library was not tried with: what it pushes is "
             "not checked before the upload. Save the model and push the folder with push_folder() instead.",
             type(model).__name__,
             _UPLOAD,
         )
-    return stock
+        return None
 
 
 def carried_provenance(model: nn.Module) -> Provenance | None:
@@ -107,7 +110,7 @@ class _Carried:
             logger.warning("%s holds the adapter without the cut layers below it: %s", folder, error)
             return
         # A checkpoint is resumed from, which puts the layers back.
-        if self.provenance.cuts and not CHECKPOINT.fullmatch(folder.name):
+        if self.provenance.cuts and checkpoint_step(folder) is None:
             logger.warning(
                 "%s holds the adapter alone, of a model whose state was cut; the cut layers lie beside it in %s. "
                 "Loading the adapter puts it on the uncut model, without an error: call load_cut_layers(model, %r) on "
@@ -143,6 +146,7 @@ def describe(model: nn.Module, provenance: Provenance) -> Provenance:
         provenance ([`Provenance`]): What is known.
     """
     config = getattr(model, "config", None)
+    # Private API of transformers.
     source = getattr(config, "_name_or_path", None) or None
     is_local = source is not None and (os.path.exists(source) or source.count("/") != 1)
     return replace(

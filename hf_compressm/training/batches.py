@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainingArguments
 
+from ..compression.decide.progress import combined_seed
 from ..compression.measure.model_pass import says_nothing
 from ..config import CompreSSMConfig
 from ..errors import ConfigurationError
@@ -51,7 +52,7 @@ class SampledBatches:
 
     def draw(self, step: int) -> list[Any]:
         """The batches for the check after a training step."""
-        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + step) % 2**63)
+        generator = torch.Generator().manual_seed(combined_seed(self._seed, step))
         size = min(self._batch_size, len(self._dataset))
         batches = []
         with unchanged_random_state():

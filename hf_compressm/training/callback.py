@@ -12,11 +12,10 @@ from transformers.trainer_callback import ExportableState
 
 from ..compression import CheckRecord, LossFunction
 from ..config import CompreSSMConfig
-from ..errors import ConfigurationError
 from .batches import require_batches, require_function
 from .card.keeper import keep_card
 from .checkpoints.replacing import after_replacing, before_replacing, set_aside_incomplete, wait_until_set_aside
-from .resume import follow_checkpoints, saved_run
+from .resume import arguments_json_cannot_hold, follow_checkpoints, require_arguments_of_saved, saved_run
 from .run import CompressionRun
 from .segments.run import SegmentRun
 from .supported_runs import require_plain_run
@@ -72,7 +71,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.calibration_batches = require_batches("calibration_batches", calibration_batches)
         # One average by itself is meant as a list of one.
         single = isinstance(averaged_weights, (nn.Module, Mapping))
-        self._averaged_weights = [averaged_weights] if single else averaged_weights
+        self.averaged_weights = [averaged_weights] if single else averaged_weights
         self._run: CompressionRun | SegmentRun | None = None
         self._is_whole = False
         self._sizes_in_segments: dict[str, int] | None = None
@@ -81,11 +80,6 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def records(self) -> list[CheckRecord]:
         """What every check of the latest training saw and did."""
         return [] if self._run is None else self._run.records
-
-    @property
-    def averages_weights(self) -> bool:
-        """Whether averages of the weights were given that have to be cut with the model."""
-        return bool(self._averaged_weights)
 
     @property
     def is_paused(self) -> bool:
@@ -129,17 +123,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         attributes = {
             "saved_records": [record.to_dict() for record in self.records],
             "saved_judgement": None if self._run is None else self._run.pending(),
-            "saved_arguments": self._arguments_json_cannot_hold(),
+            "saved_arguments": arguments_json_cannot_hold(self),
         }
         return {"args": {"config": self.config.to_dict()}, "attributes": attributes}
-
-    def _arguments_json_cannot_hold(self) -> list[str]:
-        given = {
-            "loss_function": self.loss_function is not None,
-            "calibration_batches": self.calibration_batches is not None,
-            "averaged_weights": self.averages_weights,
-        }
-        return [name for name, present in given.items() if present]
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -147,46 +133,26 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Let the model take the state size of a checkpoint that is loaded later; set incomplete ones aside."""
         follow_checkpoints(model)
         keep_card(self)
-        if args.should_save:
-            set_aside_incomplete(args.output_dir)
-        else:
-            wait_until_set_aside(args.output_dir)
+        (set_aside_incomplete if args.should_save else wait_until_set_aside)(args.output_dir)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Find the layers and the steps to check; everything that cannot work is refused here."""
-        lost = sorted(set(getattr(self, "saved_arguments", [])) - set(self._arguments_json_cannot_hold()))
-        if lost:
-            raise ConfigurationError(
-                f"restore_callback_states_from_checkpoint=True has put a new callback without its {', '.join(lost)} in "
-                "the place of the one that you gave. Leave it at False: the callback restores its state by itself."
-            )
+        require_arguments_of_saved(self)
         if self._run is not None:
             self._run.ended()
         keep_card(self)
         if self._sizes_in_segments is not None:
             saved, sizes = saved_run(state, self), self._sizes_in_segments
             self._sizes_in_segments = None
-            self._run = SegmentRun(self.config, self, args, state, control, model, saved, sizes)
+            self._run = SegmentRun(self, args, state, control, model, saved, sizes)
             return
         require_plain_run(args, self._is_whole)
         # A search over hyperparameters makes a new model, a smaller batch after a lack of memory a new start.
         follow_checkpoints(model)
-        self._run = CompressionRun(
-            self.config,
-            self,
-            args,
-            state,
-            control,
-            model,
-            kwargs["optimizer"],
-            kwargs["train_dataloader"],
-            saved_run(state, self),
-            loss_function=self.loss_function,
-            calibration_batches=self.calibration_batches,
-            averaged_weights=self._averaged_weights,
-        )
+        optimizer, data = kwargs["optimizer"], kwargs["train_dataloader"]
+        self._run = CompressionRun(self, args, state, control, model, optimizer, data, saved_run(state, self))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -197,13 +163,14 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check after the steps that the schedule names."""
         self._run.step_ended()
-        self._make_room(args, state, control)
+        self.on_epoch_end(args, state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let no checkpoint be overwritten half-way."""
-        self._make_room(args, state, control)
+        if control.should_save and args.should_save:
+            before_replacing(args.output_dir, state.global_step)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
@@ -222,7 +189,3 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Let go of the training data."""
         self._run.ended()
-
-    def _make_room(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        if control.should_save and args.should_save:
-            before_replacing(args.output_dir, state.global_step)

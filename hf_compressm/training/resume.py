@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerState
@@ -12,7 +12,11 @@ from transformers.trainer_callback import ExportableState
 
 from ..architectures import StateSpaceLayer, all_changes, find_layers
 from ..compression import CheckRecord
+from ..errors import ConfigurationError
 from .shards import shapes_of_whole_checkpoint
+
+if TYPE_CHECKING:
+    from .callback import CompreSSMCallback
 
 _FOLLOWS = "_hf_compressm_follows_checkpoints"
 
@@ -69,6 +73,34 @@ def _fits_some_size(layer: StateSpaceLayer, state_dict: dict[str, Any], prefix: 
         return False
     wanted = layer.shapes_of_form(form)
     return all(name not in wanted or tuple(entry.shape) == wanted[name] for name, entry in entries.items())
+
+
+def arguments_json_cannot_hold(callback: CompreSSMCallback) -> list[str]:
+    """The names of what a callback was given that no checkpoint holds."""
+    given = {
+        "loss_function": callback.loss_function is not None,
+        "calibration_batches": callback.calibration_batches is not None,
+        "averaged_weights": bool(callback.averaged_weights),
+    }
+    return [name for name, present in given.items() if present]
+
+
+def require_arguments_of_saved(callback: CompreSSMCallback) -> None:
+    """
+    Refuse a callback that the Trainer has made of a checkpoint, which holds not all of its arguments.
+
+    Args:
+        callback ([`CompreSSMCallback`]): It has `saved_arguments` where it was made of a checkpoint.
+
+    Raises:
+        [`~errors.ConfigurationError`]: an argument is lost.
+    """
+    lost = sorted(set(getattr(callback, "saved_arguments", [])) - set(arguments_json_cannot_hold(callback)))
+    if lost:
+        raise ConfigurationError(
+            f"restore_callback_states_from_checkpoint=True has put a new callback without its {', '.join(lost)} in "
+            "the place of the one that you gave. Leave it at False: the callback restores its state by itself."
+        )
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..architectures import fast_cpu_scan, unsupported_note
 from ..compression import (
@@ -31,8 +29,8 @@ from ..compression import (
 )
 from ..compression.decide.progress import makes_up
 from ..compression.processes import SingleProcess
-from ..config import CompreSSMConfig
 from ..errors import ConfigurationError, UnsupportedModelError
+from ..files import checkpoint_folder
 from ..ops import compile_kernels
 from .batches import seed_of_process, training_batches
 from .checkpoints.running_mark import mark_active, mark_ended
@@ -45,6 +43,9 @@ from .trackers import report, tell, trackers_among
 from .trainer_lookup import neighbours
 from .trainer_loss import require_loss, trainer_loss
 
+if TYPE_CHECKING:
+    from .callback import CompreSSMCallback
+
 logger = logging.getLogger(__name__)
 
 
@@ -53,13 +54,9 @@ class CompressionRun:
     The checks of one `Trainer.train()`, from its first step to its last.
 
     Args:
-        config ([`CompreSSMConfig`]): What to cut, how and when.
-        callback (`transformers.TrainerCallback`): The callback of the Trainer that this run belongs to.
+        callback ([`CompreSSMCallback`]): The callback that this run belongs to, with what the user gave it.
         args, state, control, model, optimizer, train_dataloader: What the Trainer gives to `on_train_begin`.
         saved ([`~training.resume.SavedRun`]): What the checkpoint of a resumed run holds.
-        loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss.
-        calibration_batches (`Iterable`, *optional*): Batches that the user gave.
-        averaged_weights (`Iterable`, *optional*): Averages of the weights that the user keeps.
 
     Raises:
         [`~errors.UnsupportedModelError`]: the model or the kind of run cannot be compressed.
@@ -68,8 +65,7 @@ class CompressionRun:
 
     def __init__(
         self,
-        config: CompreSSMConfig,
-        callback: TrainerCallback,
+        callback: CompreSSMCallback,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
@@ -77,23 +73,20 @@ class CompressionRun:
         optimizer: Any,
         train_dataloader: Any,
         saved: SavedRun,
-        loss_function: LossFunction | None = None,
-        calibration_batches: Iterable[Any] | None = None,
-        averaged_weights: Iterable[Any] = (),
     ) -> None:
-        self.config = config
+        self.config = config = callback.config
         self.steps = check_steps(config, state.max_steps)
         self._args, self._state, self._control, self._model = args, state, control, model
         self._watch = EvaluationWatch(config, args, self.steps) if config.judged_by_evaluation else None
         # The step of a resumed run's checkpoint ended before it was saved.
         self._latest_step = state.global_step
         self._neighbours = neighbours(callback)
-        self._averaged_weights = averaged_weights
+        self._averaged_weights = callback.averaged_weights
         if any(type(other) is type(callback) for other in self._neighbours):
             raise ConfigurationError("the Trainer has two CompreSSMCallbacks; one has to hold all settings.")
         self._trackers = trackers_among(self._neighbours)
         self._processes = processes_of_training()
-        loss_function = loss_function or trainer_loss(callback)
+        loss_function = callback.loss_function or trainer_loss(callback)
         self._compressor = self._new_compressor(optimizer, loss_function)
         self._resume(saved)
         _drop_stale_states(optimizer)
@@ -103,7 +96,7 @@ class CompressionRun:
             args.train_batch_size,
             self._compressor.batches_per_check,
             seed_of_process(args, config),
-            given=calibration_batches,
+            given=callback.calibration_batches,
         )
         self._require_loss(loss_function)
         self._begin()
@@ -214,7 +207,7 @@ class CompressionRun:
             self._compressor.pending.save(folder)
 
     def _checkpoint_folder(self) -> Path:
-        return Path(self._args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self._state.global_step}"
+        return checkpoint_folder(self._args.output_dir, self._state.global_step)
 
     def ended(self) -> None:
         """Let go of the training data and of the fast scan."""

@@ -25,5 +25,6 @@ def shapes_of_whole_checkpoint() -> dict[str, Tensor] | None:
         frame = frame.f_back
     if frame is None:
         return None
+    # Private API of transformers.
     index = Path(frame.f_locals["load_index"])
     return weight_shapes(index, os.stat(index).st_mtime_ns)

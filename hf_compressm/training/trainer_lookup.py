@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import gc
+from typing import TypeVar
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
+
+_Found = TypeVar("_Found")
+
+
+def _alive(kind: type[_Found]) -> list[_Found]:
+    """All objects of a class, or of one that inherits from it, that are not collected yet."""
+    # The type is asked instead of the object: isinstance would wake dead weak proxies.
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
 
 
 def find_trainers(callback: TrainerCallback) -> list[Trainer]:
@@ -17,9 +26,7 @@ def find_trainers(callback: TrainerCallback) -> list[Trainer]:
     Args:
         callback (`transformers.TrainerCallback`): A callback of the Trainer.
     """
-    # The type is asked instead of the object: isinstance would wake dead weak proxies.
-    trainers = [thing for thing in gc.get_objects() if issubclass(type(thing), Trainer)]
-    handlers = [(trainer, getattr(trainer, "callback_handler", None)) for trainer in trainers]
+    handlers = [(trainer, getattr(trainer, "callback_handler", None)) for trainer in _alive(Trainer)]
     return [
         trainer
         for trainer, handler in handlers
@@ -37,9 +44,7 @@ def neighbours(callback: TrainerCallback) -> list[TrainerCallback]:
     Args:
         callback (`transformers.TrainerCallback`): A callback of the Trainer.
     """
-    # The type is asked instead of the object: isinstance would wake dead weak proxies.
-    handlers = [thing for thing in gc.get_objects() if issubclass(type(thing), CallbackHandler)]
-    holders = [handler for handler in handlers if any(held is callback for held in handler.callbacks)]
+    holders = [handler for handler in _alive(CallbackHandler) if any(held is callback for held in handler.callbacks)]
     return [other for handler in holders for other in handler.callbacks if other is not callback]
 
 
@@ -50,8 +55,7 @@ def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
     Args:
         model (`torch.nn.Module`): The model without its wrapper.
     """
-    # `isinstance` would ask dead weak references for their class.
-    return [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel) and o.module is model]
+    return [wrapper for wrapper in _alive(DistributedDataParallel) if wrapper.module is model]
 
 
 def wrapper_in_use(model: nn.Module) -> DistributedDataParallel | None:
@@ -68,8 +72,8 @@ def wrapper_in_use(model: nn.Module) -> DistributedDataParallel | None:
         gc.collect()
         found = wrappers_of(model)
     if len(found) > 1:
-        trainers = [o for o in gc.get_objects() if issubclass(type(o), Trainer)]
-        wrapped = [getattr(trainer, "model_wrapped", None) for trainer in trainers]
+        wrapped = [getattr(trainer, "model_wrapped", None) for trainer in _alive(Trainer)]
+        # Private API of torch.
         used = {id(getattr(module, "_orig_mod", module)) for module in wrapped}
         found = [wrapper for wrapper in found if id(wrapper) in used] or found
     return found[-1] if found else None

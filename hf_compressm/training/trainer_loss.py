@@ -35,6 +35,7 @@ def trainer_loss(callback: TrainerCallback) -> LossFunction | None:
 
 def _loss_of(trainer: Trainer) -> Callable[[nn.Module, Any], Tensor]:
     def loss_function(model: nn.Module, batch: Any) -> Tensor:
+        # Private API of transformers.
         inputs = trainer._prepare_inputs(dict(batch) if isinstance(batch, Mapping) else batch)
         with trainer.compute_loss_context_manager():
             return trainer.compute_loss(model, inputs, num_items_in_batch=_items(trainer, inputs))
@@ -47,6 +48,7 @@ def _items(trainer: Trainer, inputs: Any) -> Tensor | None:
     labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
     if not isinstance(labels, Tensor) or not (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func):
         return None
+    # Private API of transformers.
     counted = labels[..., 1:] if getattr(trainer, "_loss_shifts_labels", False) else labels
     items = inputs.get("shift_labels", counted).ne(-100).sum()
     # The Trainer multiplies such a loss by the number of processes.

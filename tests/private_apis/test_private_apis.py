@@ -9,13 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.state import AcceleratorState
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, MambaConfig, PreTrainedModel, Trainer
 from transformers.models.mamba2 import modeling_mamba2
+from transformers.trainer_utils import load_sharded_checkpoint
 
 import hf_compressm
+from hf_compressm.architectures.parameters import own_parameters, with_parameters
 from hf_compressm.cards import Provenance
 from hf_compressm.saving import carry
 
@@ -35,6 +40,16 @@ USED = [
     (AcceleratorState, "_reset_state"),
     (AutoModelForCausalLM, "_model_mapping"),
     (torch._C, "_current_graph_task_id"),
+    (torch._C, "_len_torch_dispatch_stack"),
+    (torch._C._functorch, "peek_interpreter_stack"),
+    (torch._C._functorch, "is_legacy_batchedtensor"),
+    (forward_ad, "_current_level"),
+    (nn.Module(), "_parameters"),
+    (nn.Parameter(), "_backward_hooks"),
+    (nn.Parameter(), "_post_accumulate_grad_hooks"),
+    (CONFIG_MAPPING, "_extra_content"),
+    (MambaConfig(), "_name_or_path"),
+    (Trainer, "_prepare_inputs"),
     *((modeling_mamba2, name) for name in (
         "apply_mask_to_padding_states", "causal_conv1d_fn", "causal_conv1d_update", "mamba2_chunk_scan",
         "mamba2_selective_state_update",
@@ -54,6 +69,24 @@ def test_attributes_of_a_wrapper_and_arguments_of_the_trainer() -> None:
         assert name in source
     assert "_internal_call" in inspect.signature(Trainer.save_model).parameters
     assert Trainer.get_decay_parameter_names(None, nn.Linear(2, 2)) == ["weight"]
+    assert "_loss_shifts_labels" in inspect.getsource(transformers.trainer)
+    assert "load_index" in load_sharded_checkpoint.__code__.co_varnames
+
+
+def test_attributes_that_wrappers_leave_on_a_module() -> None:
+    module = nn.Linear(2, 2)
+    assert torch.compile(module)._orig_mod is module
+    add_hook_to_module(module, ModelHook())
+    assert hasattr(module, "_hf_hook")
+
+
+def test_a_shallow_copy_of_a_module_has_other_parameters_alone() -> None:
+    module, other = nn.Linear(2, 2), nn.Parameter(torch.zeros(2, 2))
+    weight = module.weight
+    assert with_parameters(module, {"weight": other}).weight is other
+    assert module.weight is weight
+    own_parameters(module)["weight"] = other
+    assert module.weight is other
 
 
 def test_a_lost_upload_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -67,17 +100,75 @@ def test_a_lost_upload_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     assert "not checked before the upload" in caplog.text
 
 
-def test_the_page_names_every_marked_function() -> None:
-    rows = [line.split("|")[1:3] for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
-    named = {(file.strip(" `"), function.strip(" `")) for file, function in rows}
+# Names with an underscore that are documented, or no attribute of another library.
+_PUBLIC = {"_replace", "_fields", "_getframe", "_no_weight_decay"}
+_LOOKED_UP_BY = {"getattr", "hasattr", "get"}
+
+
+def rows_of_the_page() -> dict[tuple[str, str], str]:
+    """What the page says is used, by file and function."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+    return {(file, function): used for file, function, _, used, _ in cells}
+
+
+def functions_of(tree: ast.Module) -> list[tuple[str, int, int]]:
+    """The functions of a file with their first and last lines; the module itself for lines outside of them."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return [("(module)", 1, 10**6), *((node.name, node.lineno, node.end_lineno) for node in nodes)]
+
+
+def innermost(functions: list[tuple[str, int, int]], line: int) -> str:
+    return max((first, name) for name, first, last in functions if first <= line <= last)[1]
+
+
+def own_names() -> set[str]:
+    """Names with an underscore that the package itself defines."""
+    names = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                names |= {node.attr} if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") else set()
+    return names
+
+
+def private_names(tree: ast.Module) -> list[tuple[int, str]]:
+    """Lines and names of private attributes, whether they are written or looked up by a string."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            found.append((node.lineno, node.attr))
+        elif isinstance(node, ast.Call):
+            function = node.func
+            called = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
+            if called in _LOOKED_UP_BY:
+                strings = [each.value for each in node.args if isinstance(each, ast.Constant)]
+                found += [(node.lineno, value) for value in strings if isinstance(value, str)]
+    return [(line, name) for line, name in found if name.startswith("_") and not name.startswith("__")]
+
+
+def test_the_page_names_every_private_attribute_of_others() -> None:
+    rows, own = rows_of_the_page(), own_names() | _PUBLIC | {"_C"}
+    unnamed = []
+    for path in PACKAGE.rglob("*.py"):
+        tree, file = ast.parse(path.read_text(encoding="utf-8")), path.relative_to(PACKAGE).as_posix()
+        functions = functions_of(tree)
+        for line, name in private_names(tree):
+            function = innermost(functions, line)
+            if name not in own and name not in rows.get((file, function), ""):
+                unnamed.append(f"{file}:{line} {function}: {name}")
+    assert not unnamed
+
+
+def test_every_row_is_marked_in_the_code_and_every_mark_has_a_row() -> None:
     marked = set()
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         lines = [number for number, line in enumerate(text.splitlines(), 1) if "# Private API of " in line]
-        if lines:
-            functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
-            for line in lines:
-                inside = [node for node in functions if node.lineno <= line <= node.end_lineno]
-                marked.add((path.relative_to(PACKAGE).as_posix(), max(inside, key=lambda node: node.lineno).name))
-    assert len(marked) >= 8
-    assert marked <= named
+        functions = functions_of(ast.parse(text))
+        marked |= {(path.relative_to(PACKAGE).as_posix(), innermost(functions, line)) for line in lines}
+    assert marked == set(rows_of_the_page())

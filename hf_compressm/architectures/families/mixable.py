@@ -29,7 +29,7 @@ from ..changes import (
 )
 from ..measured_truncation import MeasuredTruncation
 from ..moment_maps.mixing import MixingMap
-from ..parameters import successor
+from ..parameters import own_parameters, successor
 from ..state_layout import StateAxis, StateLayout, runs
 from .selective import SelectiveLayer
 
@@ -56,7 +56,7 @@ class MixableLayer(SelectiveLayer):
     def is_mixed(self) -> bool:
         """Whether the layer mixes states now."""
         sites = self._sites()
-        return bool(sites) and all(name in module._parameters for module, name in sites)
+        return bool(sites) and all(name in own_parameters(module) for module, name in sites)
 
     @property
     def state_size(self) -> int:
@@ -64,7 +64,7 @@ class MixableLayer(SelectiveLayer):
         if not self.is_mixed:
             return self.projected_size
         module, name = self._sites()[0]
-        return module._parameters[name].shape[-1]
+        return own_parameters(module)[name].shape[-1]
 
     @property
     def projected_size(self) -> int:
@@ -108,7 +108,7 @@ class MixableLayer(SelectiveLayer):
         size, projected = form
         if self.is_mixed and (size == projected or projected != self.projected_size):
             for module, name in self._sites():
-                del module._parameters[name]
+                del own_parameters(module)[name]
             for module, cls in stock_classes(self.module):
                 module.__class__ = cls
             self.resize(self.projected_size)
@@ -155,7 +155,7 @@ class MixableLayer(SelectiveLayer):
         changes = self._changes_of_dynamics(truncation)
         pairs = ((truncation.W, truncation.T), (truncation.T, truncation.W))
         for (module, name), (matrix, other) in zip(self._sites(), pairs):
-            old = module._parameters[name]
+            old = own_parameters(module)[name]
             matrix, other = (self._grouped(M).to(device=old.device, dtype=torch.float64) for M in (matrix, other))
             values = successor(old, old.detach().double() @ matrix)
             changes.append(ParameterChange(old, values, MixingMap(other.mT, old.ndim - 1)))
@@ -211,7 +211,7 @@ class MixableLayer(SelectiveLayer):
     def _mixed_classes(self) -> list[AttributeChange]:
         changes = []
         for module, cls in mixed_classes(self.module):
-            if hasattr(module, "_hf_hook"):
+            if _has_hook_of_accelerate(module):
                 raise TruncationError(
                     f"{self.name} runs through a hook of accelerate (device_map over several devices), which would go "
                     "past the mixed states. Load the model on one device, or set stock=True."
@@ -269,3 +269,8 @@ class MixableLayer(SelectiveLayer):
     def _changes_of_dynamics(self, truncation: Truncation) -> list[ParameterChange]:
         """The changes of the parameters in `_dynamics`."""
         return []
+
+
+def _has_hook_of_accelerate(module: nn.Module) -> bool:
+    # Private API of accelerate.
+    return hasattr(module, "_hf_hook")

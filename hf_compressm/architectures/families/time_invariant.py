@@ -7,7 +7,6 @@ dtype, so what counts is the system that the written layer computes.
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,7 +20,7 @@ from ..changes import AttributeChange, LayerReduction, ParameterChange
 from ..contract import ScanObserver, StateSpaceLayer
 from ..moment_maps.axis import AxisMap
 from ..moment_maps.modal import ModalMap
-from ..parameters import successor
+from ..parameters import successor, with_parameters
 from ..scans.time_invariant import watching_system
 from ..state_layout import SizeAttribute, StateAxis, StateLayout, rows_of_identity, runs
 
@@ -190,9 +189,7 @@ class TimeInvariantLayer(StateSpaceLayer):
                     f"{self.name}.{name} is not finite in {parameter.dtype} after the cut; choose another rank, or "
                     "leave this layer as it is."
                 )
-        probe = copy.copy(self.module)
-        probe._parameters = {**self.module._parameters, **parameters}
-        found = self.system_of(probe)
+        found = self.system_of(with_parameters(self.module, parameters))
         if not found.is_stable():
             raise TruncationError(
                 f"{self.name} is not stable after the cut, in the dtype of its parameters: max|lam| = "

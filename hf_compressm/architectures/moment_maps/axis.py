@@ -16,6 +16,11 @@ from torch import Tensor
 from ...errors import DimensionError
 
 
+def rows_of_identity(indices: Tensor, size: int) -> Tensor:
+    """The rows of the identity that pick the given entries, `(..., len(indices), size)` float64."""
+    return torch.nn.functional.one_hot(indices, size).to(torch.float64)
+
+
 @dataclass(frozen=True)
 class AxisMap:
     r"""
@@ -46,7 +51,7 @@ class AxisMap:
         new, old = self.matrix.shape[-2:]
         kept = torch.arange(new, device=self.matrix.device) if self.kept is None else self.kept
         kept = kept.expand(*self.matrix.shape[:-2], new)
-        return AxisMap(self.axis, torch.eye(old, dtype=torch.float64, device=self.matrix.device)[kept], kept)
+        return AxisMap(self.axis, rows_of_identity(kept, old), kept)
 
     def first(self, moment: Tensor, axis: int | None = None) -> Tensor:
         """Map a first moment (any float dtype, `old` entries along the axis); the result has the moment's dtype."""

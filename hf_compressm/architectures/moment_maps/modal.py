@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DimensionError
-from .axis import AxisMap
+from .axis import AxisMap, rows_of_identity
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class ModalMap(AxisMap):
         """The map that only picks the kept entries."""
         new, old = self.matrix.shape[-2:]
         kept = torch.arange(new, device=self.matrix.device) if self.kept is None else self.kept
-        picked = torch.nn.functional.one_hot(kept, old).to(torch.float64)
-        return replace(self, matrix=picked, kept=kept)
+        return replace(self, matrix=rows_of_identity(kept, old), kept=kept)
 
     def first(self, moment: Tensor, axis: int | None = None) -> Tensor:
         """Map a first moment (any float dtype, `old` entries along the axis); the result has the moment's dtype."""

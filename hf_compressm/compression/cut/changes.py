@@ -17,6 +17,7 @@ from ...architectures import (
     ParameterChange,
     ParameterRemoval,
 )
+from ...architectures.parameters import own_parameters
 from ...errors import UnsupportedModelError
 
 
@@ -58,7 +59,7 @@ class ModelChange:
         self._slots = _slots_of(model, self.parameters)
         self.added: list[ParameterAddition] = [new for reduction in reductions for new in reduction.added]
         self.removed: list[ParameterRemoval] = [gone for reduction in reductions for gone in reduction.removed]
-        self._gone = [(gone.module, gone.name, gone.module._parameters[gone.name]) for gone in self.removed]
+        self._gone = [(gone.module, gone.name, own_parameters(gone.module)[gone.name]) for gone in self.removed]
         self._modules = list(model.modules())
         attributes = [change for reduction in reductions for change in reduction.attributes]
         self._attributes = [*attributes, *config_changes]
@@ -75,7 +76,7 @@ class ModelChange:
         gone = {id(parameter) for _, _, parameter in self._gone}
         found: dict[int, nn.Parameter] = {}
         for module in self._modules:
-            present = [p for p in module._parameters.values() if p is not None and id(p) not in gone]
+            present = [p for p in own_parameters(module).values() if p is not None and id(p) not in gone]
             for parameter in [*present, *(new.new for new in self.added if new.module is module)]:
                 parameter = replaced.get(id(parameter), parameter)
                 found.setdefault(id(parameter), parameter)
@@ -86,7 +87,7 @@ class ModelChange:
         for module, name, _, new in self._slots:
             setattr(module, name, new)
         for module, name, _ in self._gone:
-            module._parameters.pop(name, None)
+            own_parameters(module).pop(name, None)
         for addition in self.added:
             addition.module.register_parameter(addition.name, addition.new)
         for change in self._attributes:
@@ -98,9 +99,9 @@ class ModelChange:
         for change in reversed(self._old_attributes):
             change.write()
         for addition in self.added:
-            addition.module._parameters.pop(addition.name, None)
+            own_parameters(addition.module).pop(addition.name, None)
         for module, name, old in self._gone:
-            module._parameters[name] = old
+            own_parameters(module)[name] = old
         for module, name, old, _ in self._slots:
             setattr(module, name, old)
 
@@ -141,7 +142,7 @@ def _slots_of(
     by_identity = {id(change.old): change for change in changes}
     slots: dict[int, list[tuple[nn.Module, str, Any, Any]]] = defaultdict(list)
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in own_parameters(module).items():
             change = by_identity.get(id(parameter))
             if change is not None:
                 slots[id(change.old)].append((module, name, change.old, change.new))

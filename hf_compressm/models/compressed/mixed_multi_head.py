@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# Private API of transformers.
 from transformers.models.mamba2.modeling_mamba2 import (
     apply_mask_to_padding_states,
     causal_conv1d_fn,

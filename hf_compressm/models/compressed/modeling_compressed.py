@@ -83,6 +83,7 @@ def _of_size(model: PreTrainedModel, name: str, mixer: nn.Module, size: int) -> 
     config = copy.deepcopy(model.config)
     setattr(config, config.state_size_name, size)
     new = type(mixer)(config, layer_idx=mixer.layer_idx)
+    # Private API of transformers.
     for module in new.modules():
         model._initialize_weights(module)
     if hasattr(mixer, "mup_vector"):

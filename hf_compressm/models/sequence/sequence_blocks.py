@@ -83,6 +83,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 
 def _inside_backward_pass() -> bool:
     """Whether autograd is running a backward pass on this thread: then a forward pass is a recomputation."""
+    # Private API of torch.
     return torch._C._current_graph_task_id() != -1
 
 

@@ -13,13 +13,12 @@ from typing import Any, Protocol
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...cards import Provenance, merge_trainer_card, render_card
 from ...compression import LAYERS_NAME, CheckRecord
 from ...config import CompreSSMConfig
 from ...errors import CardError
-from ...files import CHECKPOINT
+from ...files import checkpoint_folder, checkpoint_step
 from ...saving import (
     carry,
     describe,
@@ -144,7 +143,7 @@ class CardKeeper(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._let_upload_finish()
-        checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        checkpoint = checkpoint_folder(args.output_dir, state.global_step)
         if (checkpoint / "config.json").is_file():
             require_one_model(checkpoint, own_class(model))
             # The Trainer pushes the checkpoint's weights and configuration, but not the code that they name.
@@ -177,7 +176,7 @@ class CardKeeper(TrainerCallback):
     def _saving(self, stock: Callable[..., Any], output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
         folder = Path(output_dir or trainer.args.output_dir)
-        is_checkpoint = CHECKPOINT.fullmatch(folder.name) is not None
+        is_checkpoint = checkpoint_step(folder) is not None
         # Private API of transformers.
         if is_checkpoint and (kwargs.get("_internal_call") or any(args)):
             # By the Trainer, in all processes; another call may come from one of them alone.

@@ -8,9 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
-from ...files import CHECKPOINT
+from ...files import checkpoint_folder, checkpoints_in
 from .integrity import problem_with
 from .running_mark import is_active
 
@@ -18,7 +16,6 @@ logger = logging.getLogger(__name__)
 
 INCOMPLETE_PREFIX = "incomplete-"
 REPLACED_PREFIX = "replaced-"
-_REPLACED = f"{REPLACED_PREFIX}{PREFIX_CHECKPOINT_DIR}-*"
 UNFINISHED_PREFIX = "unfinished-"
 
 
@@ -43,10 +40,10 @@ def set_aside_incomplete(output_dir: str | os.PathLike) -> list[Path]:
         moved.append(_free_name(folder.with_name(INCOMPLETE_PREFIX + folder.name)))
         folder.rename(moved[-1])
         logger.warning("%s is incomplete (%s) and is now called %s.", folder, problem, moved[-1].name)
-    for folder in sorted(Path(output_dir).glob(f"{UNFINISHED_PREFIX}{PREFIX_CHECKPOINT_DIR}-*")):
+    for folder in sorted(Path(output_dir).glob(f"{UNFINISHED_PREFIX}checkpoint-*")):
         # A copy that was being made of a checkpoint, which is still there.
         shutil.rmtree(folder)
-    for folder in sorted(Path(output_dir).glob(_REPLACED)):
+    for folder in sorted(Path(output_dir).glob(f"{REPLACED_PREFIX}checkpoint-*")):
         original = folder.with_name(folder.name.removeprefix(REPLACED_PREFIX))
         if original.exists():
             shutil.rmtree(folder)
@@ -67,7 +64,7 @@ def wait_until_set_aside(output_dir: str | os.PathLike, seconds: float = 60.0) -
     end = time.monotonic() + seconds
     while not is_active(output_dir) and time.monotonic() < end:
         try:
-            if not _incomplete(output_dir) and not list(Path(output_dir).glob(_REPLACED)):
+            if not _incomplete(output_dir) and not list(Path(output_dir).glob(f"{REPLACED_PREFIX}checkpoint-*")):
                 return
         except OSError:
             # A folder was renamed while it was looked at.
@@ -77,9 +74,7 @@ def wait_until_set_aside(output_dir: str | os.PathLike, seconds: float = 60.0) -
 
 def _incomplete(output_dir: str | os.PathLike) -> list[tuple[Path, str]]:
     """The checkpoints of a run that cannot be resumed from, and why."""
-    folders = sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-    checkpoints = [folder for folder in folders if folder.is_dir() and CHECKPOINT.fullmatch(folder.name)]
-    problems = [(folder, problem_with(folder)) for folder in checkpoints]
+    problems = [(folder, problem_with(folder)) for folder in checkpoints_in(output_dir)]
     return [(folder, problem) for folder, problem in problems if problem is not None]
 
 
@@ -91,7 +86,7 @@ def before_replacing(output_dir: str | os.PathLike, step: int) -> None:
         output_dir (`str` or `os.PathLike`): The run's folder.
         step (`int`): The training step that is about to be saved.
     """
-    folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    folder = checkpoint_folder(output_dir, step)
     if folder.is_dir():
         aside = folder.with_name(REPLACED_PREFIX + folder.name)
         if aside.exists():
@@ -107,7 +102,8 @@ def after_replacing(output_dir: str | os.PathLike, step: int) -> None:
         output_dir (`str` or `os.PathLike`): The run's folder.
         step (`int`): The training step that was saved.
     """
-    aside = Path(output_dir) / f"{REPLACED_PREFIX}{PREFIX_CHECKPOINT_DIR}-{step}"
+    folder = checkpoint_folder(output_dir, step)
+    aside = folder.with_name(REPLACED_PREFIX + folder.name)
     if aside.is_dir():
         shutil.rmtree(aside)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from ...compression import CheckRecord, keep_old_history
 from ...compression.decide.progress import is_finished
-from ...config import CompreSSMConfig
 from ...errors import ConfigurationError
 from ..checkpoints.running_mark import mark_active, mark_ended
 from ..resume import SavedRun
@@ -19,14 +18,16 @@ from ..schedule import check_steps
 from ..trackers import report, tell, trackers_among
 from ..trainer_lookup import neighbours
 
+if TYPE_CHECKING:
+    from ..callback import CompreSSMCallback
+
 
 class SegmentRun:
     """
     What a [`~training.run.CompressionRun`] is to a run that is cut in place: the same events, without a check.
 
     Args:
-        config ([`CompreSSMConfig`]): What to cut, how and when.
-        callback (`transformers.TrainerCallback`): The callback of the Trainer that this run belongs to.
+        callback ([`CompreSSMCallback`]): The callback that this run belongs to, with its settings.
         args, state, control, model: What the Trainer gives to `on_train_begin`.
         saved ([`~training.resume.SavedRun`]): What the segment's checkpoint holds.
         sizes (`dict[str, int]`): State size of each layer, by its name.
@@ -37,8 +38,7 @@ class SegmentRun:
 
     def __init__(
         self,
-        config: CompreSSMConfig,
-        callback: TrainerCallback,
+        callback: CompreSSMCallback,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
@@ -46,8 +46,8 @@ class SegmentRun:
         saved: SavedRun,
         sizes: dict[str, int],
     ) -> None:
-        self.config = config
-        self.steps = check_steps(config, state.max_steps)
+        self.config = callback.config
+        self.steps = check_steps(self.config, state.max_steps)
         if self.steps[-1] >= state.max_steps:
             raise ConfigurationError(
                 f"the last check comes after step {self.steps[-1]} of {state.max_steps}, and a cut between two "

@@ -13,12 +13,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import Trainer
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 
 from ...architectures import find_layers
 from ...compression import CheckRecord, Compressor, write_history
 from ...compression.decide.progress import is_finished
 from ...errors import ConfigurationError
+from ...files import checkpoint_folder
 from ..batches import CapturedBatches, seed_of_process, training_batches, unchanged_random_state
 from ..callback import CompreSSMCallback
 from ..distributed import processes_of_training, run_facts
@@ -103,7 +104,7 @@ def _train(make_trainer: Callable[[], Trainer], resume_from_checkpoint: str | os
         trainer.train(resume_from_checkpoint=checkpoint)
         if not callback.is_paused:
             return trainer
-        checkpoint = str(Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
+        checkpoint = str(checkpoint_folder(trainer.args.output_dir, trainer.state.global_step))
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.free_memory()
         del trainer
@@ -174,7 +175,7 @@ def _require_segments(trainer: Trainer, callback: CompreSSMCallback) -> None:
         (args.load_best_model_at_end, "load_best_model_at_end=True, and the best checkpoint may be one before a cut"),
         (args.save_only_model, "save_only_model=True, which leaves nothing to go on from"),
         (callback.config.judged_by_evaluation, "a rollback_metric of the evaluation (use 'calibration_loss')"),
-        (callback.averages_weights, "averaged_weights, which no checkpoint holds"),
+        (bool(callback.averaged_weights), "averaged_weights, which no checkpoint holds"),
         (hasattr(trainer.model, "peft_config"), "an adapter (PEFT), whose checkpoints hold no base model"),
         (
             "optimizer" in _deepspeed_settings(trainer),

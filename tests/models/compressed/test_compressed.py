@@ -22,7 +22,7 @@ from hf_compressm.hub import load_model
 from hf_compressm.models.compressed import compressed_config_class, compressed_model_class
 from hf_compressm.models.compressed.mixing import mix
 from tests import selective_models
-from tests.architectures.test_families import recurrent_states
+from tests.architectures.families.test_all_families import recurrent_states
 from tests.cases import logits_of, tiny_mamba
 from tests.models.test_remote_code import WITHOUT_THE_LIBRARY
 
