@@ -77,6 +77,7 @@ def render_card(provenance: Provenance, has_picture: bool = True) -> str:
         "size_before": _span([first for first, _ in layers]),
         "size_after": _span([layer.size_after for _, layer in layers]),
         "reason": escaped(provenance.records[-1].reason),
+        "taken_back": _taken_back(provenance),
         "settings": _settings(provenance),
         "checks_table": checks_table([record for record in provenance.records if record.layers]),
         "has_picture": has_picture,
@@ -222,6 +223,11 @@ def _settings(provenance: Provenance) -> str:
     amounts = [(name, getattr(config, name)) for name in names.get(config.strategy, ["keep_ratio"])]
     told = [f"{name.replace('_', ' ')} {value:g}" for name, value in amounts if value is not None]
     return ", ".join([*told, f"reductor `{config.reductor}`", f"Gramians `{config.gramians}`", f"seed {config.seed}"])
+
+
+def _taken_back(provenance: Provenance) -> str:
+    last = provenance.records[-1]
+    return escaped(last.reason) if provenance.cuts and last.outcome == "rolled_back" else ""
 
 
 def _reductors(provenance: Provenance) -> set[str]:
