@@ -10,7 +10,7 @@ from .changes import (
     ParameterRemoval,
     StateForm,
 )
-from .compressed_forms import all_changes, can_hold_forms
+from .compressed_forms import all_changes, can_hold_forms, take_forms
 from .contract import ScanObserver, StateSpaceLayer, SumOverProcesses
 from .moment_maps.axis import AxisMap, AxisSelection, Rescaling
 from .moment_maps.modal import ModalMap
@@ -61,6 +61,7 @@ __all__ = [
     "register_scan",
     "registered_families",
     "successor",
+    "take_forms",
     "unsupported_note",
     "unsupported_recurrent_layers",
 ]

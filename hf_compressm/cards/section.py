@@ -283,8 +283,7 @@ def _loading(provenance: Provenance) -> str:
     _, auto_class = _task(provenance)
     name = provenance.name or "path/to/this/folder"
     if provenance.model_type is None:
-        file = python_string(f"{name}/model.safetensors")
-        return f"from safetensors.torch import load_model\n\nload_model(model, {file})"
+        return f"from hf_compressm import load_cut_layers\n\nload_cut_layers(model, {python_string(name)})"
     trust = ", trust_remote_code=True" if provenance.needs_code else ""
     auto_class = auto_class or "AutoModel"
     if provenance.is_adapter:
@@ -303,7 +302,10 @@ def _loading(provenance: Provenance) -> str:
 def _loading_note(provenance: Provenance) -> str:
     if provenance.model_type is None:
         name = code(provenance.model_class or "the model's own class")
-        return f"`model` is a {name}, built with the state sizes of the table above."
+        return (
+            f"`model` is a {name}, built as for the training, with any state size: the call gives its layers the "
+            "shapes that they have here, and loads all weights."
+        )
     if provenance.is_adapter:
         return (
             "This is an adapter. The model below it was cut while the adapter was trained; its layers, as they are "

@@ -241,8 +241,8 @@ class CompressionRun:
         expected = sizes_after(self._compressor.records)
         if any(self._compressor.sizes.get(name, size) != size for name, size in expected.items()):
             logger.warning(
-                "checkpoint-%d, which load_best_model_at_end loaded, has the state sizes %s; by the records of this run "
-                "they were %s. Save the model with model.save_pretrained and without this history.",
+                "checkpoint-%d, which load_best_model_at_end loaded, has the state sizes %s; by this run's records they "
+                "were %s. Save the model with model.save_pretrained and without this history.",
                 best, self._compressor.sizes, expected,
             )  # fmt: skip
         self._keep(added)

@@ -69,14 +69,8 @@ def test_the_card_tells_what_the_best_model_reached(tmp_path) -> None:
 
 
 def test_a_cut_that_was_not_judged_yet_goes_too(tmp_path) -> None:
-    config = CompreSSMConfig(
-        strategy="fixed",
-        keep_ratio=0.5,
-        window=(0, 4),
-        rollback_after=6,
-        rollback_tolerance=9,
-        rollback_metric="eval_loss",
-    )
+    judged = {"rollback_after": 6, "rollback_tolerance": 9, "rollback_metric": "eval_loss"}
+    config = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, window=(0, 4), **judged)
     trainer, callback = trained(tmp_path, best=2, config=config)
     assert trainer.model.config.state_size == 8
     assert [record.outcome for record in callback.records] == ["cut", "rolled_back"]
