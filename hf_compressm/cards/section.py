@@ -313,7 +313,10 @@ def _loading_note(provenance: Provenance) -> str:
             "`model.merge_and_unload().save_pretrained(...)` makes one whole model of both."
         )
     if provenance.needs_code:
-        return "The model's code lies beside its weights; hf_compressm need not be installed."
+        return (
+            "The model's code lies beside its weights; hf_compressm need not be installed. The stock class of "
+            "transformers cannot hold these layers, and refuses the folder."
+        )
     return "hf_compressm need not be installed: `config.json` holds the new state size."
 
 

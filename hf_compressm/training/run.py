@@ -29,7 +29,7 @@ from ..compression import (
     sizes_after,
     write_history,
 )
-from ..compression.decide.progress import makes_up
+from ..compression.decide.progress import makes_up, warn_if_given_up
 from ..compression.processes import SingleProcess
 from ..config import CompreSSMConfig
 from ..errors import ConfigurationError, UnsupportedModelError
@@ -241,7 +241,7 @@ class CompressionRun:
         expected = sizes_after(self._compressor.records)
         if any(self._compressor.sizes.get(name, size) != size for name, size in expected.items()):
             logger.warning(
-                "checkpoint-%d, which load_best_model_at_end loaded, has the state sizes %s; by this run's records they "
+                "checkpoint-%d, which load_best_model_at_end loaded, has state sizes %s; by this run's records they "
                 "were %s. Save the model with model.save_pretrained and without this history.",
                 best, self._compressor.sizes, expected,
             )  # fmt: skip
@@ -289,7 +289,9 @@ class CompressionRun:
     def _check(self, step: int) -> None:
         if self._watch is not None:
             self._watch.require_comparison()
-        self._keep(self._compressor.check_or_skip(self._batches.draw(step), step, self.steps))
+        self._keep(self._compressor.check_or_skip(lambda: self._batches.draw(step), step, self.steps))
+        tries_again = self._watch is None and step < self._state.max_steps
+        warn_if_given_up(self._compressor.records, self.steps, step, tries_again)
 
     def _keep(self, records: list[CheckRecord]) -> None:
         for record in records:

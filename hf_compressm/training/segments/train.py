@@ -17,13 +17,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from ...architectures import find_layers
 from ...compression import CheckRecord, Compressor, write_history
-from ...compression.decide.progress import is_finished
+from ...compression.decide.progress import is_finished, warn_if_given_up
 from ...errors import ConfigurationError
 from ..batches import CapturedBatches, seed_of_process, training_batches, unchanged_random_state
 from ..callback import CompreSSMCallback
 from ..distributed import processes_of_training, run_facts
 from ..resume import saved_run
 from ..schedule import check_steps
+from ..trainer_loss import trainer_loss
 from .checkpoint import SegmentCheckpoint
 from .deepspeed import DeepSpeedCheckpoint
 from .fsdp import FSDPCheckpoint
@@ -238,14 +239,15 @@ def _check(
     compressor = Compressor(
         model,
         callback.config,
-        loss_function=callback.loss_function,
+        loss_function=callback.loss_function or trainer_loss(callback),
         optimizer=optimizer,
         processes=processes,
         progress=None if show else False,
     )
     processes.agree("the training", run_facts(callback.config, compressor.sizes))
     compressor.restore(records)
-    made = compressor.check_or_skip(_batches(trainer, callback, step), step, steps)
+    made = compressor.check_or_skip(lambda: _batches(trainer, callback, step), step, steps)
+    warn_if_given_up(compressor.records, steps, step, tries_again=False)
     model.to(home)
     return compressor.records, made[-1].outcome == "cut", optimizer
 
