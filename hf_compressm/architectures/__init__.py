@@ -10,7 +10,7 @@ from .changes import (
     ParameterRemoval,
     StateForm,
 )
-from .compressed_forms import all_changes, can_hold_forms
+from .compressed_forms import all_changes, can_hold_forms, take_forms
 from .contract import ScanObserver, StateSpaceLayer, SumOverProcesses
 from .families.mixable import MixableLayer
 from .measured_truncation import MeasuredTruncation
@@ -74,6 +74,7 @@ __all__ = [
     "registered_families",
     "runs",
     "successor",
+    "take_forms",
     "unsupported_note",
     "unsupported_recurrent_layers",
     "watched",

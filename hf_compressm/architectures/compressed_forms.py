@@ -69,6 +69,22 @@ def all_changes(
     ]
 
 
+def take_forms(model: nn.Module, layers: Sequence[StateSpaceLayer], forms: Mapping[str, StateForm]) -> None:
+    """
+    Give layers other forms, in place, before a load that brings their values; configs and classes follow.
+
+    Args:
+        model (`torch.nn.Module`): The whole model.
+        layers (`Sequence[StateSpaceLayer]`): All of its layers.
+        forms (`Mapping[str, StateForm]`): New state size and projected size by layer name.
+    """
+    changed = [layer for layer in layers if forms.get(layer.name, layer.form) != layer.form]
+    for layer in changed:
+        layer.take_form(forms[layer.name])
+    for change in all_changes(model, layers, []) if changed else []:
+        change.write()
+
+
 def _host(model: nn.Module, name: str) -> nn.Module | None:
     """
     The outermost model around a layer that has, or can get, a compressed class.

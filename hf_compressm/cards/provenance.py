@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..compression.history import CheckRecord, LayerRecord
+from ..compression.history import CheckRecord, LayerRecord, standing_cuts
 from ..config import CONFIG_NAME, CompreSSMConfig
 
 
@@ -73,13 +73,7 @@ class Provenance:
     @property
     def cuts(self) -> list[CheckRecord]:
         """The checks that cut something and were not taken back, in their order."""
-        standing: list[CheckRecord] = []
-        for record in self.records:
-            if record.outcome == "cut":
-                standing.append(record)
-            elif record.outcome == "rolled_back" and standing:
-                standing.pop()
-        return standing
+        return standing_cuts(self.records)
 
     @property
     def is_from_training(self) -> bool:

@@ -77,6 +77,7 @@ def render_card(provenance: Provenance, has_picture: bool = True) -> str:
         "size_before": size_range(first for first, _ in layers),
         "size_after": size_range(layer.size_after for _, layer in layers),
         "reason": escaped(provenance.records[-1].reason),
+        "taken_back": _taken_back(provenance),
         "settings": _settings(provenance),
         "checks_table": checks_table([record for record in provenance.records if record.layers]),
         "has_picture": has_picture,
@@ -228,6 +229,11 @@ def _settings(provenance: Provenance) -> str:
     return ", ".join([*told, f"reductor `{config.reductor}`", f"Gramians `{config.gramians}`", f"seed {config.seed}"])
 
 
+def _taken_back(provenance: Provenance) -> str:
+    last = provenance.records[-1]
+    return escaped(last.reason) if provenance.cuts and last.outcome == "rolled_back" else ""
+
+
 def _reductors(provenance: Provenance) -> set[str]:
     """The methods that cut the layers."""
     chosen = "auto" if provenance.config is None else provenance.config.reductor
@@ -281,8 +287,7 @@ def _loading(provenance: Provenance) -> str:
     _, auto_class = _task(provenance)
     name = provenance.name or "path/to/this/folder"
     if provenance.model_type is None:
-        file = python_string(f"{name}/model.safetensors")
-        return f"from safetensors.torch import load_model\n\nload_model(model, {file})"
+        return f"from hf_compressm import load_cut_layers\n\nload_cut_layers(model, {python_string(name)})"
     trust = ", trust_remote_code=True" if provenance.needs_code else ""
     auto_class = auto_class or "AutoModel"
     if provenance.is_adapter:
@@ -301,7 +306,10 @@ def _loading(provenance: Provenance) -> str:
 def _loading_note(provenance: Provenance) -> str:
     if provenance.model_type is None:
         name = code(provenance.model_class or "the model's own class")
-        return f"`model` is a {name}, built with the state sizes of the table above."
+        return (
+            f"`model` is a {name}, built as for the training, with any state size: the call gives its layers the "
+            "shapes that they have here, and loads all weights."
+        )
     if provenance.is_adapter:
         return (
             "This is an adapter. The model below it was cut while the adapter was trained; its layers, as they are "
@@ -309,7 +317,10 @@ def _loading_note(provenance: Provenance) -> str:
             "`model.merge_and_unload().save_pretrained(...)` makes one whole model of both."
         )
     if provenance.needs_code:
-        return "The model's code lies beside its weights; hf_compressm need not be installed."
+        return (
+            "The model's code lies beside its weights; hf_compressm need not be installed. The stock class of "
+            "transformers cannot hold these layers, and refuses the folder."
+        )
     return "hf_compressm need not be installed: `config.json` holds the new state size."
 
 

@@ -14,6 +14,7 @@ from .history import (
     keep_old_history,
     read_history,
     sizes_after,
+    standing_cuts,
     write_history,
 )
 from .measure.calibration import Calibration, calibrate
@@ -53,6 +54,7 @@ __all__ = [
     "require_trained",
     "roll_back_together",
     "sizes_after",
+    "standing_cuts",
     "unwrap_optimizer",
     "write_history",
 ]

@@ -39,6 +39,8 @@ from .trials import Trials
 
 logger = logging.getLogger(__name__)
 
+Batches = Sequence[Any] | Callable[[], Sequence[Any]]
+
 
 class Compressor:
     """
@@ -103,7 +105,7 @@ class Compressor:
         """Whether no later check can cut anything."""
         return is_finished(self.records, self.config, list(self._chosen.reductors))
 
-    def check(self, batches: Sequence[Any], step: int | None = None, number: int = 1, total: int = 1) -> CheckRecord:
+    def check(self, batches: Batches, step: int | None = None, number: int = 1, total: int = 1) -> CheckRecord:
         """
         Calibrate on the batches and cut where the configuration asks for it.
 
@@ -111,7 +113,8 @@ class Compressor:
         taken back at once. Where they are judged later, what a cut replaced is kept in `pending`.
 
         Args:
-            batches (`Sequence`): Inputs of the model; they are run up to twice.
+            batches (`Sequence` or `Callable`): Inputs of the model, or a function that returns them; they are run up to
+                twice.
             step (`int`, *optional*): The training step, for the record and for the seeds.
             number (`int`, *optional*, defaults to 1): Which check of the run it is, from 1 to `total`.
             total (`int`, *optional*, defaults to 1): Checks in the whole run.
@@ -124,7 +127,7 @@ class Compressor:
             [`~errors.CalibrationError`]: the batches give no finite loss or Gramians. Nothing was changed.
         """
         try:
-            return self._check(batches, step, number, total)
+            return self._check(batches() if callable(batches) else batches, step, number, total)
         except BaseException as error:
             if not isinstance(error, (OtherProcessError, DisagreementError)):
                 self._processes.failed(error)
@@ -226,12 +229,12 @@ class Compressor:
         """The loss on batches that no truncation was made with; the same number in every process."""
         return self._processes.first(self._loss(batches))
 
-    def check_or_skip(self, batches: Sequence[Any], step: int, steps: Sequence[int]) -> list[CheckRecord]:
+    def check_or_skip(self, batches: Batches, step: int, steps: Sequence[int]) -> list[CheckRecord]:
         """
         Check as [`~Compressor.check`] does; one that fails ends no training but leaves a record that says why.
 
         Args:
-            batches (`Sequence`): What to calibrate on.
+            batches (`Sequence` or `Callable`): What to calibrate on, or a function that returns it.
             step (`int`): The training step.
             steps (`Sequence[int]`): The steps of all checks of the run.
 

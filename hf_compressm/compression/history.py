@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,17 @@ def size_range(sizes: Iterable[int]) -> str:
 def sizes_after(records: list[CheckRecord]) -> dict[str, int]:
     """The state size that each layer has after the records, by name; layers that no record knows are missing."""
     return {layer.name: layer.size_after for record in records for layer in record.layers}
+
+
+def standing_cuts(records: Sequence[CheckRecord]) -> list[CheckRecord]:
+    """The checks that cut something and were not taken back, in their order."""
+    standing: list[CheckRecord] = []
+    for record in records:
+        if record.outcome == "cut":
+            standing.append(record)
+        elif record.outcome == "rolled_back" and standing:
+            standing.pop()
+    return standing
 
 
 def write_history(records: list[CheckRecord], folder: str | os.PathLike) -> Path:

@@ -1,4 +1,4 @@
-"""Adapters (PEFT) on a model whose layers were cut: the layers lie beside the adapter, and can be put back."""
+"""Cut layers from a folder into a module: from beside an adapter (PEFT), or with all other weights of the module."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 from ..architectures import all_changes, find_layers
 from ..compression.cut.changes import ModelChange, commit_together
 from ..compression.cut.snapshot import LAYERS_NAME, Snapshot
 from ..errors import UnsupportedModelError
+from .one_model import INDEX_NAME
+from .whole_module import WHOLE_NAMES, load_whole, weights_file
 
 _ADAPTER_CONFIG = "adapter_config.json"
 
@@ -25,19 +28,22 @@ def holds_adapter(folder: str | os.PathLike) -> bool:
 
 def load_cut_layers(model: nn.Module, folder: str | os.PathLike) -> None:
     """
-    Give a model the cut layers that lie beside an adapter.
+    Give any module the shapes and values of the cut layers in a folder.
 
-    A training run with an adapter saves the adapter alone, while the cut changed the model below it. That model, as it
-    was before the run, takes the layers before the adapter is put on it, or afterwards.
+    A module of a class of your own, in plain PyTorch, is built as for the training and gets all its weights. A model
+    that an adapter (PEFT) was trained on, as it was before the run, gets the layers that lie beside the adapter,
+    before that is put on it or afterwards. Make an optimizer after this call.
 
     Args:
-        model (`torch.nn.Module`): The model that the adapter was trained on, at the state size it had, with or without
-            the adapter. It is changed in place.
-        folder (`str` or `os.PathLike`): What `trainer.save_model` wrote, a checkpoint, or the Hub name of a repository
-            with its files.
+        model (`torch.nn.Module`): The module, of any state size. It is changed in place.
+        folder (`str` or `os.PathLike`): What `trainer.save_model` wrote, a checkpoint, a folder with
+            `model.safetensors` (or an index of several such files, or `pytorch_model.bin`), one file with a state dict,
+            or the Hub name of a repository with such files.
 
     Raises:
-        [`~errors.UnsupportedModelError`]: the folder has no cut layers, or the model has not the layers that it holds.
+        [`~errors.UnsupportedModelError`]: the folder has neither cut layers nor weights, or the model has not the
+            layers that it holds.
+        [`~errors.InconsistentModelError`]: the weights are not those of the module. Nothing was changed.
         [`~errors.DimensionError`]: a layer of the model has not the width of the one that was cut.
 
     Example:
@@ -47,17 +53,25 @@ def load_cut_layers(model: nn.Module, folder: str | os.PathLike) -> None:
     from transformers import AutoModelForCausalLM
     from hf_compressm import load_cut_layers
 
+    own = MyModule()  # a class of your own
+    load_cut_layers(own, "trained")
+
     model = AutoModelForCausalLM.from_pretrained("the/base")
-    load_cut_layers(model, "trained")
-    model = PeftModel.from_pretrained(model, "trained")
+    load_cut_layers(model, "trained_with_an_adapter")
+    model = PeftModel.from_pretrained(model, "trained_with_an_adapter")
     model.merge_and_unload().save_pretrained("whole")  # or train on, or use it as it is
     ```
     """
-    folder = Path(folder) if os.path.isdir(folder) else Path(hf_hub_download(os.fspath(folder), LAYERS_NAME)).parent
+    folder = Path(folder) if os.path.exists(folder) else _from_hub(os.fspath(folder))
     if not (folder / LAYERS_NAME).is_file():
-        raise UnsupportedModelError(
-            f"{folder} has no {LAYERS_NAME}; give the folder of an adapter that was saved after a cut of its model."
-        )
+        weights = weights_file(folder)
+        if weights is None:
+            raise UnsupportedModelError(
+                f"{folder} has neither {LAYERS_NAME} nor one of {', '.join(WHOLE_NAMES)}; give the folder of a module, "
+                "or of an adapter, that was saved after a cut."
+            )
+        load_whole(model, weights)
+        return
     layers = find_layers(model)
     saved = Snapshot.load(folder, LAYERS_NAME)
     found = {name: [layer.name for layer in layers if _same_layer(name, layer.name)] for name in saved.forms}
@@ -70,6 +84,13 @@ def load_cut_layers(model: nn.Module, folder: str | os.PathLike) -> None:
     renamed = _renamed(saved, {name: names[0] for name, names in found.items()})
     reductions = renamed.reductions(layers)
     commit_together([ModelChange(model, reductions, all_changes(model, layers, reductions))])
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        return Path(hf_hub_download(name, LAYERS_NAME)).parent
+    except EntryNotFoundError:
+        return Path(snapshot_download(name, allow_patterns=["model*.safetensors", INDEX_NAME]))
 
 
 def _same_layer(one: str, other: str) -> bool:

@@ -125,16 +125,27 @@ def require_safe_weights(folder: Path) -> None:
             f"{folder} has no {WEIGHTS_NAME}. Only safetensors files are read: a pickle can run code when it is loaded."
         )
     if index.is_file():
-        for name in _shard_names(index):
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise InconsistentModelError(
-                    f"{index} names {name!r}, which is no safetensors file of its own folder; it was not opened."
-                )
+        shard_names(index)
 
 
-def _shard_names(index: Path) -> set[str]:
+def shard_names(index: Path) -> set[str]:
+    """
+    The files that an index of weights names, each of which lies beside it.
+
+    Args:
+        index (`Path`): The index.
+
+    Raises:
+        [`~errors.InconsistentModelError`]: it is no index, or names a file outside of its folder.
+    """
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name) for name in weight_map.values()}
+        names = {str(name) for name in weight_map.values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InconsistentModelError(f"{index} is not an index of weights: {error!r}.") from error
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise InconsistentModelError(
+                f"{index} names {name!r}, which is no safetensors file of its own folder; it was not opened."
+            )
+    return names

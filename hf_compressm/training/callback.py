@@ -82,6 +82,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         return [] if self._run is None else self._run.records
 
     @property
+    def returned_to(self) -> int | None:
+        """The training step past whose later cuts `load_best_model_at_end` went back, or None."""
+        return self._run.returned_to if isinstance(self._run, CompressionRun) else None
+
+    @property
     def is_paused(self) -> bool:
         """Whether the latest training ended so that a check can be made; see [`train_in_segments`]."""
         return isinstance(self._run, SegmentRun) and self._run.paused
@@ -187,5 +192,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let go of the training data."""
+        """Let go of the training data; take note where `load_best_model_at_end` went back past a cut."""
+        if args.load_best_model_at_end and isinstance(self._run, CompressionRun):
+            self._run.went_back()
         self._run.ended()

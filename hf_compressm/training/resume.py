@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 
-from ..architectures import StateSpaceLayer, all_changes, find_layers
+from ..architectures import StateSpaceLayer, find_layers, take_forms
 from ..compression import CheckRecord
 from ..errors import ConfigurationError
 from .shards import shapes_of_whole_checkpoint
@@ -56,10 +56,8 @@ def _take_saved_form(
     if not _fits_some_size(layer, state_dict, prefix):
         return
     form = layer.saved_form(state_dict, prefix)
-    if form is not None and form != layer.form:
-        layer.take_form(form)
-        for change in all_changes(model, layers, []):
-            change.write()
+    if form is not None:
+        take_forms(model, layers, {layer.name: form})
 
 
 def _fits_some_size(layer: StateSpaceLayer, state_dict: dict[str, Any], prefix: str) -> bool:

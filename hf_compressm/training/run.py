@@ -27,12 +27,13 @@ from ..compression import (
     sizes_after,
     write_history,
 )
-from ..compression.decide.progress import makes_up
+from ..compression.decide.progress import makes_up, warn_if_given_up
 from ..compression.processes import SingleProcess
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..files import checkpoint_folder
 from ..ops import compile_kernels
 from .batches import seed_of_process, training_batches
+from .best_model import records_of_best
 from .checkpoints.running_mark import mark_active, mark_ended
 from .data_parallel import ReducerChange, begin_with_a_new_reducer
 from .distributed import processes_of_training, run_facts
@@ -75,6 +76,7 @@ class CompressionRun:
         saved: SavedRun,
     ) -> None:
         self.config = config = callback.config
+        self.returned_to: int | None = None
         self.steps = check_steps(config, state.max_steps)
         self._args, self._state, self._control, self._model = args, state, control, model
         self._watch = EvaluationWatch(config, args, self.steps) if config.judged_by_evaluation else None
@@ -218,6 +220,26 @@ class CompressionRun:
             self._compressor.accept()
             logger.warning("the training ended before the latest cut was judged; the cut stays.")
 
+    def went_back(self) -> None:
+        """Record what fell away where the run's best checkpoint, which is loaded at its end, is from before a cut."""
+        best = self._state.best_global_step
+        expected = sizes_after(self._compressor.records)
+        if best is None or all(self._compressor.sizes.get(name, size) == size for name, size in expected.items()):
+            return
+        self.returned_to = best
+        added = records_of_best(self._compressor.records, best, self._state.global_step)
+        # The trackers have closed their files.
+        self._trackers = []
+        self._compressor.restore([*self._compressor.records, *added])
+        expected = sizes_after(self._compressor.records)
+        if any(self._compressor.sizes.get(name, size) != size for name, size in expected.items()):
+            logger.warning(
+                "checkpoint-%d, which load_best_model_at_end loaded, has state sizes %s; by this run's records they "
+                "were %s. Save the model with model.save_pretrained and without this history.",
+                best, self._compressor.sizes, expected,
+            )  # fmt: skip
+        self._keep(added)
+
     def _averages(self) -> dict[str, Any]:
         """What the user named, and every averaged model that another callback holds."""
         named = {f"averaged_weights {number}": value for number, value in enumerate(self._averaged_weights)}
@@ -260,7 +282,9 @@ class CompressionRun:
     def _check(self, step: int) -> None:
         if self._watch is not None:
             self._watch.require_comparison()
-        self._keep(self._compressor.check_or_skip(self._batches.draw(step), step, self.steps))
+        self._keep(self._compressor.check_or_skip(lambda: self._batches.draw(step), step, self.steps))
+        tries_again = self._watch is None and step < self._state.max_steps
+        warn_if_given_up(self._compressor.records, self.steps, step, tries_again)
 
     def _keep(self, records: list[CheckRecord]) -> None:
         for record in records:

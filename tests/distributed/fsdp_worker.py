@@ -26,6 +26,7 @@ from tests.distributed.worker import (  # noqa: E402
     STEPS,
     TWICE,
     WORLD,
+    OwnLoss,
     calibration_batch,
     dataset,
     ended,
@@ -50,7 +51,12 @@ accelerate.state.AcceleratorState.__init__ = _initialise_with_fsdp
 
 
 def trainer_factory(
-    build: Callable[[], torch.nn.Module], folder: Path, layer: str, form: str, config: dict[str, Any] | None = None
+    build: Callable[[], torch.nn.Module],
+    folder: Path,
+    layer: str,
+    form: str,
+    config: dict[str, Any] | None = None,
+    trainer_class: type[Trainer] = Trainer,
 ) -> Callable[[], Trainer]:
     """What `train_in_segments` takes: the training of the DDP tests, sharded."""
 
@@ -66,7 +72,7 @@ def trainer_factory(
         )  # fmt: skip
         settings = {"strategy": "fixed", "keep_ratio": 0.5, "window": (3, 6), "interval": 3, **(config or {})}
         callback = CompreSSMCallback(CompreSSMConfig(**settings), calibration_batches=[calibration_batch()])
-        return Trainer(model=build(), args=args, train_dataset=dataset(), callbacks=[callback])
+        return trainer_class(model=build(), args=args, train_dataset=dataset(), callbacks=[callback])
 
     return make_trainer
 
@@ -85,12 +91,16 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
 
 
 def segments(
-    build: Callable[[], torch.nn.Module], layer: str, form: str = "FULL_STATE_DICT", config: dict | None = None
+    build: Callable[[], torch.nn.Module],
+    layer: str,
+    form: str = "FULL_STATE_DICT",
+    config: dict | None = None,
+    trainer_class: type[Trainer] = Trainer,
 ) -> Callable[[Path], dict[str, Any]]:
     """A case that trains in segments and saves what it ended with."""
 
     def run(folder: Path) -> dict[str, Any]:
-        trainer = train_in_segments(trainer_factory(build, folder, layer, form, config))
+        trainer = train_in_segments(trainer_factory(build, folder, layer, form, config, trainer_class))
         trainer.save_model(folder / "saved")
         return {**outcome(trainer), "class": type(trainer.model).__name__}
 
@@ -147,6 +157,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "full": segments(tiny_mamba, "MambaBlock"),
     "twice_in_shards": segments(tiny_mamba, "MambaBlock", "SHARDED_STATE_DICT", TWICE),
     "mixed": segments(tiny_mamba2, "Mamba2Block"),
+    "own_loss": segments(tiny_mamba2, "Mamba2Block", trainer_class=OwnLoss),
     "lru": segments(partial(tiny_lru, norm="layer"), "SequenceBlock"),
     "without_moments": without_moments,
     "without_segments": without_segments,

@@ -10,6 +10,7 @@ from .conftest import ALONE
 from .processes import largest_difference, launch, result
 
 TOGETHER = ("mamba", "mamba2", "lru", "no_unused", "accumulation", "static_graph", "watched", "compiled", "rolled_back")
+TOGETHER += ("own_loss",)
 TROUBLED = ("without_rebuild", "different_settings", "different_versions", "broken_process", "nan_process", "saving")
 TROUBLED += ("other_rounding", "loss_in_one_process", "judged_apart", "trained_again", "power_sgd")
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from .processes import largest_difference, launch, result
 
-SHARDED = {"full": "mamba", "mixed": "mamba2", "twice_in_shards": "twice"}
+SHARDED = {"full": "mamba", "mixed": "mamba2", "twice_in_shards": "twice", "own_loss": "own_loss"}
 
 LOAD_WITHOUT_THE_LIBRARY = """
 import sys

@@ -72,6 +72,15 @@ class Watch(TrainerCallback):
         self.wrapper.register_comm_hook(None, count)
 
 
+class OwnLoss(Trainer):
+    """A subclass that makes another loss than the model's, of nothing but its tokens."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(input_ids=inputs["input_ids"]).logits
+        targets = inputs.pop("labels")[:, 1:]
+        return 0.5 * torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten()) + 1
+
+
 def train(
     build: Callable[[], torch.nn.Module],
     folder: Path,
@@ -80,6 +89,7 @@ def train(
     first_callbacks: tuple[TrainerCallback, ...] = (),
     steps: int = STEPS,
     config: dict[str, Any] | None = None,
+    trainer_class: type[Trainer] = Trainer,
     **settings: Any,
 ) -> tuple[Trainer, CompreSSMCallback]:
     """One training in all processes, cut after step 6."""
@@ -94,7 +104,7 @@ def train(
     model = build()
     callbacks = [*first_callbacks, callback, *callbacks]
     evaluated = dataset().select(range(JOINT_BATCH)) if "eval_strategy" in settings else None
-    trainer = Trainer(model=model, args=args, train_dataset=dataset(), eval_dataset=evaluated, callbacks=callbacks)
+    trainer = trainer_class(model, args, train_dataset=dataset(), eval_dataset=evaluated, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, callback
 
@@ -311,6 +321,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "mamba": plain(tiny_mamba),
     "mamba2": plain(tiny_mamba2),
     "twice": plain(tiny_mamba, config=TWICE),
+    "own_loss": plain(tiny_mamba2, trainer_class=OwnLoss),
     "lru": plain(partial(tiny_lru, norm="layer")),
     "no_unused": plain(tiny_mamba, ddp_find_unused_parameters=False),
     "accumulation": plain(tiny_mamba, gradient_accumulation_steps=2),

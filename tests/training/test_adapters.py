@@ -99,7 +99,7 @@ def test_layers_of_another_model_are_refused(trained, tmp_path) -> None:
     _, saved, _, _ = trained
     with pytest.raises(UnsupportedModelError, match="Give the model that the adapter was trained on"):
         load_cut_layers(torch.nn.ModuleList([tiny_mamba(num_hidden_layers=1)]), saved)
-    with pytest.raises(UnsupportedModelError, match=f"has no {LAYERS_NAME}"):
+    with pytest.raises(UnsupportedModelError, match=f"has neither {LAYERS_NAME}"):
         load_cut_layers(tiny_mamba(), tmp_path)
 
 

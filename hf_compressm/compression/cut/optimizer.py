@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,9 @@ from ...architectures import ParameterAddition, ParameterChange
 from ...errors import UnsupportedModelError
 from .changes import ModelChange
 from .optimizer_moments import carry_state, fits
+from .optimizer_parts import lasting_state, optimizer_parts, parameter_lists, unwrap_optimizer
+
+logger = logging.getLogger(__name__)
 
 
 class OptimizerChange:
@@ -45,17 +49,36 @@ class OptimizerChange:
         order: Sequence[nn.Parameter] = (),
     ) -> None:
         self._optimizer = unwrap_optimizer(optimizer)
-        self._groups = [list(group["params"]) for group in self._optimizer.param_groups]
-        self._new_groups = _groups_after(self._groups, changes, added, removed, order)
-        require_trained(self._optimizer, [change.old for change in changes])
-        _require_trainable(self._optimizer, added)
+        self._parts = optimizer_parts(optimizer)
+        self._lists = parameter_lists(self._parts)
+        self._groups = [list(parameters) for parameters in self._lists]
+        require_trained(optimizer, [change.old for change in changes])
+        self._new_groups = _groups_after(self._groups, changes, added, removed, order, self._refusing_groups())
+        _require_trainable(self._parts, added)
         outgoing = [*(change.old for change in changes), *removed]
-        self._old_states = {old: self._optimizer.state[old] for old in outgoing if old in self._optimizer.state}
-        self._new_states = {
-            change.new: self._state_after(change, self._old_states.get(change.old, {}), moments)
-            for change in changes
-            if change.old in self._old_states or change.optimizer_state
-        }
+        found = [(part, state) for part in self._parts if (state := lasting_state(part)) is not None]
+        self._keepers, self._states = [part for part, _ in found], [state for _, state in found]
+        self._old_states = [{old: state[old] for old in outgoing if old in state} for state in self._states]
+        self._new_states = [self._states_after(old, changes, moments) for old in self._old_states]
+        self._add_restored_states(changes)
+
+    def _refusing_groups(self) -> list[int]:
+        """The groups, by number, whose optimizer takes matrices alone."""
+        refusing = {id(ps) for ps in parameter_lists([part for part in self._parts if _takes_matrices_alone(part)])}
+        return [number for number, parameters in enumerate(self._lists) if id(parameters) in refusing]
+
+    def _states_after(
+        self, old: dict[nn.Parameter, Any], changes: Sequence[ParameterChange], moments: str
+    ) -> dict[nn.Parameter, Any]:
+        return {c.new: self._state_after(c, old[c.old], moments) for c in changes if c.old in old}
+
+    def _add_restored_states(self, changes: Sequence[ParameterChange]) -> None:
+        known = {id(new) for states in self._new_states for new in states}
+        for change in changes:
+            if change.optimizer_state and id(change.new) not in known and self._states:
+                # The last that holds it: the innermost one.
+                places = [place for place, part in enumerate(self._keepers) if _holds(part, change.old)]
+                self._new_states[places[-1] if places else 0][change.new] = dict(change.optimizer_state)
 
     @classmethod
     def of(cls, optimizer: Any, change: ModelChange, moments: str = "carry") -> OptimizerChange:
@@ -84,22 +107,46 @@ class OptimizerChange:
 
     def commit(self) -> None:
         """Let the parameter groups hold the new parameters, with their carried state."""
-        for group, parameters in zip(self._optimizer.param_groups, self._new_groups):
+        self._warn_of_states_out_of_reach()
+        for parameters, new in zip(self._lists, self._new_groups):
             # In place, as some optimizers keep a second reference to the list.
-            group["params"][:] = parameters
-        for old in self._old_states:
-            self._optimizer.state.pop(old, None)
-        self._optimizer.state.update(self._new_states)
-        require_matching_states(self._optimizer)
+            parameters[:] = new
+        for state, old, new in zip(self._states, self._old_states, self._new_states):
+            for parameter in old:
+                state.pop(parameter, None)
+            state.update(new)
+        for part in self._parts:
+            require_matching_states(part)
 
     def rollback(self) -> None:
         """Put the old parameters and their state back."""
-        for group, parameters in zip(self._optimizer.param_groups, self._groups):
-            group["params"][:] = parameters
+        for parameters, old in zip(self._lists, self._groups):
+            parameters[:] = old
         held = {id(parameter) for parameters in self._groups for parameter in parameters}
-        for parameter in [p for p in self._optimizer.state if isinstance(p, nn.Parameter) and id(p) not in held]:
-            del self._optimizer.state[parameter]
-        self._optimizer.state.update(self._old_states)
+        for state, old in zip(self._states, self._old_states):
+            for parameter in [p for p in state if isinstance(p, nn.Parameter) and id(p) not in held]:
+                del state[parameter]
+            state.update(old)
+
+    def _warn_of_states_out_of_reach(self) -> None:
+        """Tell of what an optimizer keeps of a cut parameter where it cannot be written to."""
+        reached = {id(p) for parameters in parameter_lists(self._keepers) for p in parameters}
+        outgoing = {id(p) for group in self._groups for p in group} - {id(p) for g in self._new_groups for p in g}
+        for part in self._parts:
+            if lasting_state(part) is not None:
+                continue
+            shown = getattr(part, "state", None)
+            known = {id(parameter) for parameter in shown} if isinstance(shown, Mapping) else outgoing
+            if (known & outgoing) - reached:
+                logger.warning(
+                    "%s does not keep its state in a dictionary that can be written to; what it knows of the "
+                    "parameters that are cut is lost, and starts afresh.",
+                    type(part).__name__,
+                )
+
+
+def _holds(part: Any, parameter: nn.Parameter) -> bool:
+    return any(parameter is held for group in part.param_groups for held in group["params"])
 
 
 def _groups_after(
@@ -108,9 +155,10 @@ def _groups_after(
     added: Sequence[ParameterAddition],
     removed: Sequence[nn.Parameter],
     order: Sequence[nn.Parameter],
+    refusing: Sequence[int] = (),
 ) -> list[list[nn.Parameter]]:
     """
-    The parameters of each group after a cut.
+    The parameters of each group after a cut; what is no matrix goes into no group in `refusing`, if there is another.
 
     Raises:
         [`~errors.UnsupportedModelError`]: an added parameter would not be trained.
@@ -128,6 +176,8 @@ def _groups_after(
                     "goes with. Give the optimizer that trains all parameters, or set stock=True."
                 )
             continue
+        if addition.new.ndim != 2 and any(group is after[number] for number in refusing):
+            group = next((after[i] for i in range(len(after)) if i not in refusing), group)
         number = place.get(id(addition.new), len(place))
         later = (i for i, parameter in enumerate(group) if place.get(id(parameter), -1) > number)
         group.insert(next(later, len(group)), addition.new)
@@ -146,13 +196,13 @@ def require_trained(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
         [`~errors.UnsupportedModelError`]: a parameter is in no group of the optimizer, so that its replacement would
             not be trained, or the optimizer keeps one flat history of all parameters (L-BFGS).
     """
-    optimizer = unwrap_optimizer(optimizer)
-    if isinstance(optimizer, torch.optim.LBFGS):
+    parts, optimizer = optimizer_parts(optimizer), unwrap_optimizer(optimizer)
+    if any(isinstance(part, torch.optim.LBFGS) for part in parts):
         raise UnsupportedModelError(
             "LBFGS keeps one flat history of all parameters, which a cut cannot follow. Train with another optimizer, "
             "or compress after the training."
         )
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    held = {id(parameter) for parameters in parameter_lists(parts) for parameter in parameters}
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     strays = [parameter for parameter in trained if id(parameter) not in held]
     if strays:
@@ -164,30 +214,17 @@ def require_trained(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-def _require_trainable(optimizer: torch.optim.Optimizer, added: Sequence[ParameterAddition]) -> None:
-    muon = getattr(torch.optim, "Muon", ())
+def _takes_matrices_alone(part: Any) -> bool:
+    return isinstance(part, getattr(torch.optim, "Muon", ()))
+
+
+def _require_trainable(parts: Sequence[Any], added: Sequence[ParameterAddition]) -> None:
     unfit = [addition for addition in added if addition.new.requires_grad and addition.new.ndim != 2]
-    if unfit and isinstance(optimizer, muon):
+    if unfit and all(_takes_matrices_alone(part) for part in parts):
         raise UnsupportedModelError(
             f"Muon trains matrices only, and the cut adds {unfit[0].name!r} of shape {tuple(unfit[0].new.shape)}. "
             "Train with another optimizer, or set stock=True."
         )
-
-
-def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """
-    The innermost optimizer of nested wrappers that hold it in their attribute `optimizer` or `base_optimizer`.
-
-    Raises:
-        [`~errors.UnsupportedModelError`]: there is no object with parameter groups inside.
-    """
-    while (inner := getattr(optimizer, "optimizer", getattr(optimizer, "base_optimizer", None))) is not None:
-        optimizer = inner
-    if not hasattr(optimizer, "param_groups"):
-        raise UnsupportedModelError(
-            f"the optimizer is a {type(optimizer).__name__} without parameter groups; give a torch.optim.Optimizer."
-        )
-    return optimizer
 
 
 def drop_stale_states(optimizer: Any) -> int:
@@ -200,15 +237,18 @@ def drop_stale_states(optimizer: Any) -> int:
     Returns:
         `int`: Parameters whose state was dropped.
     """
-    optimizer = unwrap_optimizer(optimizer)
-    stale = [
-        parameter
-        for parameter, state in optimizer.state.items()
-        if isinstance(parameter, Tensor) and not all(fits(name, state[name], parameter) for name in state)
-    ]
-    for parameter in stale:
-        del optimizer.state[parameter]
-    return len(stale)
+    states = [state for part in optimizer_parts(optimizer) if (state := lasting_state(part)) is not None]
+    dropped: set[int] = set()
+    for state in {id(state): state for state in states}.values():
+        stale = [
+            parameter
+            for parameter, of_one in state.items()
+            if isinstance(parameter, Tensor) and not all(fits(name, of_one[name], parameter) for name in of_one)
+        ]
+        for parameter in stale:
+            del state[parameter]
+            dropped.add(id(parameter))
+    return len(dropped)
 
 
 def require_matching_states(optimizer: torch.optim.Optimizer) -> None:
@@ -220,9 +260,10 @@ def require_matching_states(optimizer: torch.optim.Optimizer) -> None:
     Raises:
         `AssertionError`: a known moment has another shape than its parameter, which is an error of this library.
     """
+    held = getattr(optimizer, "state", {})
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            for name, value in optimizer.state.get(parameter, {}).items():
+            for name, value in held.get(parameter, {}).items():
                 if not fits(name, value, parameter):
                     raise AssertionError(
                         f"{name} has shape {tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}"

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...architectures import LayerReduction, StateForm, StateSpaceLayer
-from .optimizer import unwrap_optimizer
+from .optimizer_parts import state_of
 
 SNAPSHOT_NAME = "compressm_snapshot.safetensors"
 AVERAGES_NAME = "compressm_snapshot_averages.safetensors"
@@ -65,8 +65,8 @@ class Snapshot:
             for name, parameter in {**layer.state_parameters(), **layer.rescaled_parameters()}.items()
             if replaced is None or id(parameter) in replaced
         }
-        kept = {} if optimizer is None else unwrap_optimizer(optimizer).state
-        states = {name: _own_scalars(kept[parameter]) for name, parameter in held.items() if parameter in kept}
+        found = {name: None if optimizer is None else state_of(optimizer, p) for name, p in held.items()}
+        states = {name: _own_scalars(state) for name, state in found.items() if state is not None}
         parameters = {name: parameter.detach() for name, parameter in held.items()}
         forms = {layer.name: layer.form for layer in layers}
         return cls(forms, parameters, states)

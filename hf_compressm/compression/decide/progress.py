@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from torch import Tensor
 from ...config import CompreSSMConfig
 from ...systems import rank_correlation
 from ..history import CheckRecord, LayerRecord
+
+logger = logging.getLogger(__name__)
 
 # One high correlation can be chance; two running mean that the order has stopped moving.
 _CHECKS_TO_SETTLE = 2
@@ -139,6 +142,26 @@ def check_number(steps: Sequence[int], step: int) -> int:
         step (`int`): The training step.
     """
     return max(1, bisect_right(steps, step))
+
+
+def warn_if_given_up(records: Sequence[CheckRecord], steps: Sequence[int], step: int, tries_again: bool) -> None:
+    """
+    Warn where the latest check could not be completed and no other follows it.
+
+    Args:
+        records (`Sequence[CheckRecord]`): Everything that happened, the check after `step` included.
+        steps (`Sequence[int]`): The steps of all checks of the run, ascending.
+        step (`int`): The latest training step.
+        tries_again (`bool`): Whether skipped checks are tried again, and a next step is to come.
+    """
+    if records[-1].outcome != "skipped" or steps[-1] > step or (tries_again and makes_up(records, steps, step + 1)):
+        return
+    logger.warning(
+        "no further check is made after step %d, and the state sizes stay as they are. The last one could not be "
+        "completed: %s. Mend that, or compress the trained model with compress().",
+        step,
+        records[-1].reason,
+    )
 
 
 def makes_up(records: Sequence[CheckRecord], steps: Sequence[int], step: int) -> bool:

@@ -156,6 +156,15 @@ class AdjointTap(torch.autograd.Function):
         return grad_output, grad_output.new_zeros(()), None
 
 
+def passed_on(output: Tensor, trigger: Tensor) -> Tensor:
+    """
+    The scan's output where an activation checkpoint runs its layer again while the loss's gradient is on its way.
+
+    The layer was observed the first time. The checkpoint asks for the same nodes as then, so one stands here too.
+    """
+    return AdjointTap.apply(output, trigger, lambda grad_output: None)
+
+
 class LossGradientObserver(_SampledGramians):
     r"""
     States, and adjoint states \\( g = \partial \mathrm{loss} / \partial h \\).
@@ -177,6 +186,8 @@ class LossGradientObserver(_SampledGramians):
 
     def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
         """Sum the states now and the adjoint states when the loss's gradient arrives."""
+        if self.loss_terms is not None:
+            return passed_on(output, self._trigger)
         detached = inputs.detached()
         times = self._add_states(detached)
 

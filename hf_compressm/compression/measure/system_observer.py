@@ -11,7 +11,7 @@ from ...architectures import SumOverProcesses, SystemInputs
 from ...errors import CalibrationError
 from ...systems import DiagonalLTI
 from .layer_gramians import ClosedFormGramians, WeightedGramians
-from .observers import LOSS_SCALE, AdjointTap, GramianObserver
+from .observers import LOSS_SCALE, AdjointTap, GramianObserver, passed_on
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class SystemObserver(GramianObserver):
 
     def observe(self, inputs: SystemInputs, output: Tensor) -> Tensor:
         """Sum the states now, and the adjoint states when the loss's gradient arrives."""
+        if self.loss_terms is not None and self._trigger is not None:
+            return passed_on(output, self._trigger)
         detached = inputs.detached()
         times = detached.sample_times(self._generator)
         sums = self._sums

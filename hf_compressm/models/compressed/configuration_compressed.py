@@ -36,6 +36,25 @@ class LayerSizes:
                 call(type(self))
         super().__post_init__(**kwargs)
         validate_sizes(self)
+        if _mixes(self):
+            setattr(self, self.state_size_name, max(self.projected_state_sizes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        The fields as they are saved.
+
+        Where layers mix states, the stock field for the state size is that of a scan, not of the projections: a stock
+        class would otherwise load all weights but the mixing matrices, and compute something else.
+        """
+        values = super().to_dict()
+        if _mixes(self) and self.state_size_name in values:
+            values[self.state_size_name] = min(self.state_sizes)
+        return values
+
+
+def _mixes(config: PreTrainedConfig) -> bool:
+    sizes, projected = getattr(config, "state_sizes", None), getattr(config, "projected_state_sizes", None)
+    return bool(sizes) and bool(projected) and list(sizes) != list(projected)
 
 
 def validate_sizes(config: PreTrainedConfig) -> None:

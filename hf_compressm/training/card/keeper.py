@@ -46,6 +46,11 @@ class _Compressing(Protocol):
         """Every check so far."""
         ...
 
+    @property
+    def returned_to(self) -> int | None:
+        """The step of the best checkpoint, where the run went back past a cut to it."""
+        ...
+
     def saving_checkpoint(self) -> None:
         """What has to be done before a checkpoint is written."""
         ...
@@ -100,7 +105,12 @@ class CardKeeper(TrainerCallback):
             records=records,
             config=self.owner.config,
             calibration_data="batches of the training data",
-            evaluations=evaluations(trainer.state.log_history, records, _dataset_name(dataset) or "the evaluation set"),
+            evaluations=evaluations(
+                trainer.state.log_history,
+                records,
+                _dataset_name(dataset) or "the evaluation set",
+                best=self.owner.returned_to,
+            ),
             step_seconds=self._clock.before_and_after(),
             name=getattr(trainer, "hub_model_id", None),
         )

@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ...architectures import find_layers
 from ...compression import CheckRecord, Compressor, write_history
-from ...compression.decide.progress import is_finished
+from ...compression.decide.progress import is_finished, warn_if_given_up
 from ...errors import ConfigurationError
 from ...files import checkpoint_folder
 from ..batches import CapturedBatches, seed_of_process, training_batches, unchanged_random_state
@@ -25,6 +25,7 @@ from ..callback import CompreSSMCallback
 from ..distributed import processes_of_training, run_facts
 from ..resume import saved_run
 from ..schedule import check_steps
+from ..trainer_loss import trainer_loss
 from .checkpoint import SegmentCheckpoint
 from .deepspeed import DeepSpeedCheckpoint
 from .fsdp import FSDPCheckpoint
@@ -239,14 +240,17 @@ def _check(
     compressor = Compressor(
         model,
         callback.config,
-        loss_function=callback.loss_function,
+        loss_function=callback.loss_function or trainer_loss(callback),
         optimizer=optimizer,
         processes=processes,
         progress=None if show else False,
     )
     processes.agree("the training", run_facts(callback.config, compressor.sizes))
     compressor.restore(records)
-    made = compressor.check_or_skip(_batches(trainer, callback, step, compressor.batches_per_check), step, steps)
+    made = compressor.check_or_skip(
+        lambda: _batches(trainer, callback, step, compressor.batches_per_check), step, steps
+    )
+    warn_if_given_up(compressor.records, steps, step, tries_again=False)
     model.to(home)
     return compressor.records, made[-1].outcome == "cut", optimizer
 

@@ -397,3 +397,29 @@ def test_mixed_layers_run_through_the_fast_scan() -> None:
     with fast_cpu_scan():
         assert mixed_multi_head.mamba2_chunk_scan is not stock
     assert mixed_multi_head.mamba2_chunk_scan is stock
+
+
+@every_mixed
+def test_a_mixed_folder_does_not_load_into_the_stock_class(family: str, tmp_path) -> None:
+    model = cut(family)
+    model.save_pretrained(tmp_path)
+    stock = type(build(family))
+    for stock_class in (stock, type(build(family).base_model)):
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            stock_class.from_pretrained(tmp_path)
+    stock_config = stock.config_class.from_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())[model.config.state_size_name] == HALF
+    assert getattr(stock_config, model.config.state_size_name) == HALF
+    again = type(model).from_pretrained(tmp_path)
+    assert getattr(again.config, model.config.state_size_name) == N
+    assert torch.equal(logits_of(again, {"input_ids": tokens()}), logits_of(model, {"input_ids": tokens()}))
+    assert type(model.config).from_dict(model.config.to_dict()).to_dict() == model.config.to_dict()
+
+
+def test_folders_of_earlier_versions_tell_the_projected_size_and_load(tmp_path) -> None:
+    model = cut("mamba2")
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**written, "state_size": N}))
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(logits_of(again, {"input_ids": tokens()}), logits_of(model, {"input_ids": tokens()}))
