@@ -88,10 +88,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.one:
         session = Session(torch.device(options.device), options.tiny, options.output, options.seconds)
-        tune_quickly(session.device)
+        if session.device.type == "cuda":
+            tune_quickly(options.configurations)
         return 3 if run_part(options.one, session) else 0
     shared = ["--device", options.device, "--output", str(options.output), "--seconds", str(options.seconds)]
-    ends = run_all(options.parts, [*shared, *(["--tiny"] if options.tiny else [])], options.seconds)
+    shared += ["--tiny"] if options.tiny else []
+    shared += ["--configurations", str(options.configurations)] if options.configurations else []
+    ends = run_all(options.parts, shared, options.seconds)
     for part, end in ends.items():
         print(f"{part}: {end}")
     return 0 if all(end.startswith("done") for end in ends.values()) else 1

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from torch import nn
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress
+from hf_compressm import CheckRecord, CompreSSMCallback, CompreSSMConfig, compress
 from hf_compressm.architectures import find_layers
 from tests.cases import logits_of
 from tests.training.test_callback import HALF, Notes, Rows, make_trainer
@@ -61,6 +64,47 @@ def form(request):
     return FORMS[request.param]
 
 
+@pytest.fixture(autouse=True)
+def _first_configuration_that_fits(monkeypatch):
+    """A chunk scan has more than a hundred configurations, of which each takes seconds to compile."""
+    from triton.runtime import autotuner
+    from triton.runtime.errors import OutOfResources
+
+    def run(self, *args, **kwargs):
+        self.nargs = dict(zip(self.arg_names, args))
+        for config in self.configs:
+            try:
+                return self.fn.run(*args, **{**config.all_kwargs(), **kwargs})
+            except OutOfResources:
+                continue
+        raise AssertionError("no configuration fits")
+
+    monkeypatch.setattr(autotuner.Autotuner, "run", run)
+
+
+@contextmanager
+def torch_path() -> Iterator[None]:
+    """transformers' own code in the place of the kernels, which it calls for tensors on a CPU too."""
+    from transformers.models.mamba import modeling_mamba
+    from transformers.models.mamba2 import modeling_mamba2
+
+    from hf_compressm.models.compressed import mixed_multi_head
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (modeling_mamba, modeling_mamba2, mixed_multi_head):
+            for name, function in list(vars(module).items()):
+                if implementation(function) is not None:
+                    patch.setattr(module, name, inspect.unwrap(function))
+        yield
+
+
+def implementation(function) -> object | None:
+    """What a function of transformers calls that has a kernel of another package behind it."""
+    if not (inspect.isfunction(function) and hasattr(function, "__wrapped__")):
+        return None
+    return inspect.getclosurevars(function).nonlocals.get("implementation")
+
+
 def batch(length: int = 96) -> dict[str, torch.Tensor]:
     tokens = torch.randint(0, 32, (4, length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": tokens, "labels": tokens}
@@ -80,27 +124,19 @@ def test_transformers_runs_the_kernels() -> None:
     from transformers.models.mamba import modeling_mamba
     from transformers.models.mamba2 import modeling_mamba2
 
-    model, found = mamba().cuda().train(), []
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        model(**on_gpu(batch())).loss.backward()
-        mamba2().cuda().train()(**on_gpu(batch())).loss.backward()
-    found = " ".join(event.key for event in profile.key_averages())
-    assert "selective_scan_fwd_kernel" in found and "selective_scan_bwd_kernel" in found
-    assert "causal_conv1d_fwd" in found and "_chunk_scan_fwd_kernel" in found
-    assert modeling_mamba and modeling_mamba2
+    for module in (modeling_mamba, modeling_mamba2):
+        found = {name: implementation(function) for name, function in vars(module).items()}
+        homes = {name: kernel.__module__.split(".")[0] for name, kernel in found.items() if kernel is not None}
+        assert len(homes) == 5 and set(homes.values()) == {"mamba_ssm", "causal_conv1d"}, homes
 
 
 def test_a_cut_is_that_on_a_cpu(form) -> None:
     """The kernels' model, calibrated, cut and run, against the torch path on a CPU; training mode and gradients too."""
     build, settings = form
     models, records = [build(), build().cuda()], []
-    for model, inputs in zip(models, (batch(), on_gpu(batch()))):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        model.train()(**inputs).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        config = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, **settings)
-        records.append(compress(model, [inputs], config, optimizer=optimizer))
+    for model, inputs, path in zip(models, (batch(), on_gpu(batch())), (torch_path, nullcontext)):
+        with path():
+            records.append(_trained_and_cut(model, inputs, settings))
     here, there = records
     assert here.outcome == there.outcome == "cut"
     assert there.loss_before == pytest.approx(here.loss_before, rel=1e-3)
@@ -110,17 +146,28 @@ def test_a_cut_is_that_on_a_cpu(form) -> None:
         assert other.hankel_singular_values == pytest.approx(one.hankel_singular_values, rel=1e-2, abs=1e-3 * largest)
     # Two cuts may choose other states where two are alike: what is compared from here on is one and the same model.
     twin = copy.deepcopy(models[1]).cpu()
-    close(logits_of(twin, batch()), logits_of(models[1], on_gpu(batch())), 2e-3)
-    losses = []
-    for model, inputs in ((twin, batch()), (models[1], on_gpu(batch()))):
-        model.train().zero_grad()
-        losses.append(model(**inputs).loss)
-        losses[-1].backward()
+    logits, losses = [], []
+    for model, inputs, path in ((twin, batch(), torch_path), (models[1], on_gpu(batch()), nullcontext)):
+        with path():
+            logits.append(logits_of(model, inputs))
+            model.train().zero_grad()
+            losses.append(model(**inputs).loss)
+            losses[-1].backward()
+    close(*logits, 2e-3)
     close(*losses, 1e-3)
     for (name, one), (_, other) in zip(twin.named_parameters(), models[1].named_parameters()):
         assert (one.grad is None) == (other.grad is None), name
         if one.grad is not None:
             close(one.grad, other.grad, 2e-2)
+
+
+def _trained_and_cut(model: nn.Module, inputs: dict[str, torch.Tensor], settings: dict) -> CheckRecord:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    model.train()(**inputs).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    config = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, **settings)
+    return compress(model, [inputs], config, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -157,7 +204,14 @@ def test_a_run_goes_on_after_its_cut(form, precision, tmp_path) -> None:
 def test_sizes_that_are_no_multiple_of_8_train_on(form, size: int) -> None:
     build, settings = form
     model, inputs = build().cuda(), on_gpu(batch())
-    record = compress(model, [inputs], CompreSSMConfig(strategy="fixed", keep_ratio=size / 16, **settings))
+    config = CompreSSMConfig(strategy="fixed", keep_ratio=size / 16, **settings)
+    if settings and size % 4:
+        # The convolution's kernel wants rows of a multiple of 8, which holds for a stock Mamba-2 with these heads.
+        with pytest.raises(RuntimeError, match="multiples of 8"):
+            compress(model, [inputs], config)
+        assert {layer.state_size for layer in find_layers(model)} == {16}
+        return
+    record = compress(model, [inputs], config)
     assert record.outcome == "cut", record.reason
     model.train()(**inputs).loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

@@ -22,6 +22,12 @@ import tempfile
 from pathlib import Path
 
 _FORCE = {"MAMBA_FORCE_BUILD": "TRUE", "CAUSAL_CONV1D_FORCE_BUILD": "TRUE", "NVCC_THREADS": "1"}
+# mamba-ssm 2.2 imports names that transformers 5 no longer has; without them nothing of it can be imported.
+_OLD_NAMES = "from transformers.generation import GreedySearchDecoderOnlyOutput, SampleDecoderOnlyOutput, TextStreamer"
+_NEW_NAMES = (
+    "from transformers.generation import GenerateDecoderOnlyOutput, TextStreamer\n"
+    "GreedySearchDecoderOnlyOutput = SampleDecoderOnlyOutput = GenerateDecoderOnlyOutput"
+)
 _GENCODE = re.compile(r'cc_flag\.append\("arch=compute_(\w+),code=sm_\w+"\)')
 
 
@@ -61,6 +67,8 @@ def build(archive: Path, output: Path, architecture: str, jobs: int) -> None:
         [source] = Path(folder).iterdir()
         setup = source / "setup.py"
         setup.write_text(keep_one_architecture(setup.read_text(), architecture))
+        for generation in source.glob("mamba_ssm/utils/generation.py"):
+            generation.write_text(generation.read_text().replace(_OLD_NAMES, _NEW_NAMES))
         command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(output), "."]
         subprocess.run(command, cwd=source, env={**os.environ, **_FORCE, "MAX_JOBS": str(jobs)}, check=True)
 

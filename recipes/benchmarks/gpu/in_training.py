@@ -24,7 +24,7 @@ from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from .session import Session
 
 # Full and small N, layers, width, length, batch, steps, pieces of text for the test.
-SETTING = (128, 16, 8, 512, 1024, 16, 400, 128)
+SETTING = (128, 16, 8, 512, 1024, 16, 300, 128)
 TINY = (8, 4, 2, 16, 32, 4, 6, 4)
 WINDOW = (0.0, 0.15)
 _TEXT_BYTES = 8_000_000

@@ -40,7 +40,9 @@ def make_mamba2(
 def make(family: str, state_size: int, hidden_size: int, layers: int, vocabulary: int, **settings: Any):
     """A stock causal model of the family `"mamba"` or `"mamba2"`, with the same weights at each call."""
     build = {"mamba": make_mamba, "mamba2": make_mamba2}[family]
-    return build(state_size, hidden_size=hidden_size, layers=layers, vocabulary=vocabulary, **settings)
+    # Drawing a hundred million numbers takes a CPU seconds.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return build(state_size, hidden_size=hidden_size, layers=layers, vocabulary=vocabulary, **settings)
 
 
 def token_batch(session: Session, batch: int, length: int, vocabulary: int) -> dict[str, Tensor]:
@@ -95,7 +97,12 @@ def single_step(model: PreTrainedModel, prompt: Tensor) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+    # A graph does not keep alive what it reads and writes.
+    return partial(_replay, graph, step)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, step: Callable[[], Any]) -> None:
+    graph.replay()
 
 
 def decoding(

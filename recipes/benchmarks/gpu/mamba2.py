@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 
 import torch
 
-from hf_compressm import CompreSSMConfig, compress
+from hf_compressm.architectures import find_layers
+from hf_compressm.models.compressed.mixing import mix
 
 from .comparison import HEADER, cells, measured
 from .language_models import make, token_batch
 from .session import Session, kernels_in_place
 
-FORMS = {"selection": {"stock": True, "reductor": "selection"}, "mixed": {}}
 # Full state size, kept ones, layers, width, vocabulary, batch, length, repeats, decoded sequences, decoded tokens.
-SETTING = (128, (64, 32, 24, 16, 8), 12, 768, 256, 8, 2048, 7, 128, 32)
-TINY = (16, (8, 4), 2, 32, 27, 2, 16, 1, 2, 3)
+SETTING = (128, (64, 24, 16, 8), 12, 768, 256, 8, 2048, 7, 128, 32)
+TINY = (16, (8, 4), 2, 64, 27, 2, 16, 1, 2, 3)
 
 
 def run(session: Session) -> None:
-    """Cut one model to every size in both forms, and time all of them."""
+    """Time the forms side by side."""
     if not (kernels_in_place() or session.tiny):
         raise RuntimeError("mamba-ssm or causal-conv1d is not there; gpu/build_kernels.py builds them")
     full, kept, layers, width, vocabulary, batch_size, length, repeats, prompts, new = TINY if session.tiny else SETTING
     shape = {"chunk_size": 8, "head_dim": 16} if session.tiny else {}
     batch = token_batch(session, batch_size, length, vocabulary)
-    model = make("mamba2", full, width, layers, vocabulary, **shape).to(session.device)
-    calibration = {key: value[:2, :256] for key, value in batch.items()}
     stock = f"stock, N = {full}"
-    builders = {stock: partial(copy.deepcopy, model)}
-    for form, settings in FORMS.items():
-        for size in kept:
-            builders[f"{form}, N = {size}"] = partial(_cut, model, size / full, settings, calibration)
+    builders = {stock: partial(make, "mamba2", full, width, layers, vocabulary, **shape)}
+    for size in kept:
+        builders[f"selection, N = {size}"] = partial(make, "mamba2", size, width, layers, vocabulary, **shape)
+    for size in kept:
+        builders[f"mixed, N = {size}"] = partial(mixed, size, full, width, layers, vocabulary, **shape)
     figures = measured(session, builders, batch, repeats, prompts, new)
     rows = []
     for name in builders:
@@ -44,19 +42,18 @@ def run(session: Session) -> None:
         ["form", "N", *HEADER],
         rows,
         figures,
-        "`Mamba2ForCausalLM` with mamba-ssm's chunk scan, random weights and tokens, vocabulary 256; each smaller "
-        "model is a cut of the first by `compress`. Training step: bf16 autocast, forward, backward, fused AdamW; "
-        "medians of synchronised calls, the models taking turns; in brackets against the stock model. Memory: the most "
-        "that torch had allocated for that model. Decoding in bf16 of 128 sequences, 32 tokens each, by `generate` and by "
-        "replaying one captured step as a CUDA graph.",
+        "`Mamba2ForCausalLM` with mamba-ssm's chunk scan, random weights and tokens, vocabulary 256, in the forms that "
+        "a cut leaves: a smaller stock model (selection), or the projections of the first with smaller states (mixed). "
+        "Training step: bf16 autocast, forward, backward, fused AdamW; medians of synchronised calls, the models "
+        "taking turns; in brackets against the stock model. Memory: the most that torch had allocated for that model. "
+        "Decoding in bf16 of 128 sequences, 32 tokens each, by `generate` and by replaying one captured step as a CUDA "
+        "graph.",
     )
 
 
-def _cut(
-    model: torch.nn.Module, ratio: float, settings: dict[str, object], calibration: dict[str, torch.Tensor]
-) -> torch.nn.Module:
-    small = copy.deepcopy(model)
-    record = compress(small, [calibration], CompreSSMConfig(strategy="fixed", keep_ratio=ratio, **settings))
-    if record.outcome != "cut":
-        raise RuntimeError(f"nothing was cut: {record.summary()}")
-    return small
+def mixed(size: int, full: int, width: int, layers: int, vocabulary: int, **shape: int) -> torch.nn.Module:
+    """A model of the full size whose layers mix their states down to a smaller one."""
+    model = make("mamba2", full, width, layers, vocabulary, **shape)
+    for layer in find_layers(model):
+        mix(layer.module, size)
+    return model

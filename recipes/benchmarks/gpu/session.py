@@ -109,18 +109,30 @@ class Session:
         write_result(name, title, header, rows, content, note, made_by=made_by(self.device), folder=self.output)
 
 
-def tune_quickly(device: torch.device) -> None:
+def tune_quickly(configurations: int | None) -> None:
     """
-    Let Triton time each of a kernel's configurations for 20 ms instead of 100.
+    Let Triton time each of a kernel's configurations for 20 ms instead of 100, and only some of them.
 
-    mamba-ssm's chunk scan has some hundred of them, which are timed again for every state size and in every process.
+    mamba-ssm's chunk scan has more than a hundred, each of which takes seconds to compile, for every state size.
+
+    Args:
+        configurations (`int`, *optional*): How many of each kernel's list, evenly from the first to the last; all when
+            unset.
     """
-    if device.type != "cuda":
-        return
-    from triton.runtime import driver
+    from triton.runtime import autotuner, driver
     from triton.testing import do_bench
 
     driver.active.get_benchmarker = lambda: partial(do_bench, warmup=5, rep=20)
+    if configurations is None:
+        return
+    prune = autotuner.Autotuner.prune_configs
+
+    def some(self: Any, *args: Any) -> list[Any]:
+        found = prune(self, *args)
+        steps = max(1, configurations - 1)
+        return [found[i] for i in sorted({(len(found) - 1) * k // steps for k in range(configurations)})]
+
+    autotuner.Autotuner.prune_configs = some
 
 
 def kernels_in_place() -> bool:
@@ -156,6 +168,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--device", default="cuda", help="cuda (default) or cpu")
     made.add_argument("--tiny", action="store_true", help="sizes with which every line runs in seconds on a CPU")
     made.add_argument("--output", type=Path, default=RESULTS, help="folder of the tables")
+    made.add_argument("--configurations", type=int, help="Triton configurations tried of each kernel; all when unset")
     made.add_argument("--seconds", type=float, default=150.0, help="how long each part may go on beginning new figures")
     return made
 
