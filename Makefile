@@ -6,7 +6,7 @@ EXTRAS ?= test
 WORKERS ?= 2
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo test test-lowest test-deepspeed lint bench clean
+.PHONY: help setup demo test test-lowest test-deepspeed test-gpu lint bench bench-gpu clean
 
 help:
 	@echo "make demo            train a Mamba on real data, cut its state in training, load the result in stock transformers"
@@ -14,6 +14,8 @@ help:
 	@echo "make test-lowest     all tests with the oldest supported transformers"
 	@echo "make test-deepspeed  the tests of ZeRO-1, 2 and 3, with DeepSpeed and its CPU backend"
 	@echo "make bench           all benchmarks; rewrites the tables in recipes/benchmarks/results"
+	@echo "make bench-gpu       all that is measured on one CUDA device, with its tests, in under 10 minutes; PARTS=... for some"
+	@echo "make test-gpu        the tests on a CUDA device alone (both take the python3 that has torch: RUN=python3)"
 	@echo "make lint            style checks"
 	@echo "make clean           remove the virtual environments and what the demo wrote"
 
@@ -44,6 +46,12 @@ lint: setup
 
 bench: setup
 	$(RUN) recipes/benchmarks/run_all.py
+
+bench-gpu:
+	PYTHONPATH=. $(RUN) recipes/benchmarks/run_gpu.py $(if $(PARTS),--parts $(PARTS))
+
+test-gpu:
+	PYTHONPATH=. $(RUN) recipes/benchmarks/run_gpu.py --parts tests
 
 clean:
 	rm -rf .venv .venv-lowest .venv-deepspeed demo_output

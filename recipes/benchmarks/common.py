@@ -99,7 +99,14 @@ def _processor() -> str:
 
 
 def write_result(
-    name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], figures: object, note: str = ""
+    name: str,
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    figures: object,
+    note: str = "",
+    made_by: str | None = None,
+    folder: Path = RESULTS,
 ) -> None:
     """
     Write a table to `results/NAME.md` and its figures to `results/NAME.json`, and print the table.
@@ -111,12 +118,14 @@ def write_result(
         rows (`Sequence[Sequence[str]]`): The cells.
         figures (`object`): What the cells were made from, for JSON.
         note (`str`, *optional*): What a reader has to know of how it was measured.
+        made_by (`str`, *optional*): The command, the machine and the versions; those of this process when unset.
+        folder (`Path`, *optional*): Where to write, when not to `results`.
     """
-    RESULTS.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     table = tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
-    text = f"# {title}\n\n{table}\n\n{note + chr(10) + chr(10) if note else ''}Made by {provenance()}.\n"
-    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
-    (RESULTS / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    text = f"# {title}\n\n{table}\n\n{note + chr(10) + chr(10) if note else ''}Made by {made_by or provenance()}.\n"
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print(f"\n{title}\n{table}", flush=True)
 
 

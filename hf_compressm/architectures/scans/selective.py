@@ -65,7 +65,11 @@ def selective_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
         if fast:
             output, state = selective_scan(inputs.u, inputs.delta, A, inputs.B, inputs.C)
         else:
-            output, state = stock(hidden_states, delta, A, B, C, return_last_state=True, **kwargs)
+            # A kernel refuses time steps that autocast has widened in the softplus.
+            output, state = stock(
+                hidden_states, dt, A, B, C, delta_bias=delta_bias, delta_softplus=delta_softplus,
+                return_last_state=True, **kwargs,
+            )  # fmt: skip
             output = output.mT
         if observer is not None:
             if is_packed(**kwargs):
