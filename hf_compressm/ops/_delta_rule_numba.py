@@ -19,7 +19,7 @@ import numpy as np
 
 from ._numba import kernel, part
 
-LANES = 32
+LANES = 64
 STEPS = 16
 
 # Planes of the lanes of one time step. In both passes:
