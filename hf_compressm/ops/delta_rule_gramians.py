@@ -148,13 +148,14 @@ class _Sums:
         states: (batch, stops, heads, N, head_dim).  enters: (batch, stops).  readout: (batch, stops, key heads, N).
         """
         heads, n_states = self.readout_energy.shape
+        samples = states.flatten(0, 1) if bool(enters.all()) else states[enters]
+        columns = samples.to(self.gramian.device).unflatten(1, (heads, -1)).permute(1, 3, 0, 2, 4)
         # To double precision before any product: a float32 product would drown small directions.
-        columns = states[enters].to(self.gramian.device).double().unflatten(1, (heads, -1))
-        rows = columns.permute(1, 3, 0, 2, 4).reshape(heads, n_states, -1)
+        rows = columns.to(torch.float64, memory_format=torch.contiguous_format).flatten(2)
         self.gramian.baddbmm_(rows, rows.mT)
-        if readout is not None:
-            read = readout[enters].to(self.gramian.device).double()
-            self.readout_energy += (columns.square().sum((2, 4)) * read.square()).sum(0)
+        if readout is not None and len(samples):
+            read = readout[enters].to(self.gramian.device).double().permute(1, 2, 0)
+            self.readout_energy += (rows.square().unflatten(2, (len(samples), -1)).sum(3) * read.square()).sum(2)
 
     def scaled(self, factor: float) -> tuple[Tensor, Tensor]:
         """Both sums times a factor."""
