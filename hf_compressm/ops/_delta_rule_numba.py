@@ -106,13 +106,10 @@ def delta_rule_forward(
                     _flush_subnormals(state)
                     for lane in range(LANES):
                         lanes[_DELTA, lane] = 0.0
-                    if keep:
-                        for n in range(n_states):
-                            _store(state, n, boundaries[b, h, t // STEPS, n], first)
+                    for n in range(n_states if keep else 0):
+                        _store(state, n, boundaries[b, h, t // STEPS, n], first)
                 _load_decay(decay[b, t, h], factor)
-                for lane in range(LANES):
-                    lanes[_STORED, lane] = 0.0
-                    lanes[_OUTPUT, lane] = 0.0
+                lanes[_STORED] = lanes[_OUTPUT] = 0.0
                 q, k, e = query[b, t, g], key[b, t, g], erase[b, t, g]
                 product = value.dtype.type(0)
                 for n in range(n_states):

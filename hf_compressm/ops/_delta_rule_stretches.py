@@ -18,7 +18,16 @@ _PAIRS = 4
 
 @dataclass(frozen=True)
 class Rule:
-    """The arguments of a delta rule in one dtype; `log_decay` is (batch, length, heads, 1 or N)."""
+    """
+    The arguments of a delta rule in one dtype.
+
+    Args:
+        query, key, erase (`torch.Tensor` of shape `(batch, length, key_heads, N)`): As in [`~ops.delta_rule`].
+        log_decay (`torch.Tensor` of shape `(batch, length, heads, 1 or N)`): Logarithms of the decays.
+        beta (`torch.Tensor` of shape `(batch, length, heads)`): As in [`~ops.delta_rule`].
+        value, grad_output (`torch.Tensor` of shape `(batch, length, heads, head_dim)`, *optional*): What is written, or
+            the gradient of what is read.
+    """
 
     query: Tensor
     key: Tensor
