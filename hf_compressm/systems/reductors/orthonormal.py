@@ -1,7 +1,7 @@
 r"""Orthonormal truncation: keep the subspace of the state, with the same basis on both sides, that loses least energy.
 
 Error bound: none known. A transition \\( I - \beta k k^\top \\) (the delta rule) keeps its form under \\( T = W = U \\)
-alone, as \\( I - \beta (U^\top k)(U^\top k)^\top \\), and then it is stable, since \\( U^\top k \\) is no longer than k.
+alone, as \\( I - \beta (U^\top k)(U^\top k)^\top \\), and stays stable, since \\( U^\top k \\) is no longer than k.
 """
 
 from __future__ import annotations
