@@ -19,21 +19,18 @@ from typing import Any
 
 AUTO_CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 
-_COMPRESSED = [
-    "bamba",
-    "falcon_h1",
-    "falcon_mamba",
-    "granitemoehybrid",
-    "jamba",
-    "mamba",
-    "mamba2",
-    "nemotron_h",
-    "zamba",
-    "zamba2",
-]
-MODEL_TYPES = frozenset(
-    ["lru", "s4d", "mamba_classifier", "mamba2_classifier", *(f"compressed_{stock}" for stock in _COMPRESSED)]
-)
+_OWN = frozenset(["lru", "s4d", "mamba_classifier", "mamba2_classifier"])
+_COMPRESSED = "compressed_"
+
+
+def is_announced(model_type: object) -> bool:
+    """
+    Whether a model type is, or may be, one of this library: which stock types have a compressed one, its models know.
+
+    Args:
+        model_type (`object`): The name of a type of models.
+    """
+    return isinstance(model_type, str) and (model_type in _OWN or model_type.startswith(_COMPRESSED))
 
 
 def announce_models() -> None:
@@ -48,7 +45,7 @@ class _Registered(dict):
     """Configuration classes by model type; those of this library come when they are first asked for."""
 
     def __contains__(self, model_type: object) -> bool:
-        if not super().__contains__(model_type) and model_type in MODEL_TYPES:
+        if not super().__contains__(model_type) and is_announced(model_type):
             importlib.import_module("hf_compressm.models")
         return super().__contains__(model_type)
 

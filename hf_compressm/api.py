@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from .architectures import fast_cpu_scan, find_layers, unsupported_note
 from .cards import Provenance
 from .compression.compressor import Compressor
+from .compression.decide.chosen import chosen_layers
 from .compression.history import CheckRecord
 from .compression.measure.calibration import calibrate
 from .compression.measure.model_pass import LossFunction
@@ -30,6 +31,7 @@ def analyze(
     config: CompreSSMConfig | dict[str, Any] | None = None,
     loss_function: LossFunction | None = None,
     progress: bool | None = None,
+    sizes: Sequence[int] = (),
 ) -> Spectrum:
     """
     Measure the Hankel singular values of every state-space layer of a model. Nothing is changed.
@@ -43,9 +45,12 @@ def analyze(
         loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
             loss when unset.
         progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
+        sizes (`Sequence[int]`, *optional*): State sizes to try: the model is cut to each as [`compress`] would do it,
+            measured, and put back. The losses are those of the second half of the batches, which makes no cut.
 
     Raises:
         [`~errors.UnsupportedModelError`]: the model has no layer that can be cut.
+        [`~errors.ConfigurationError`]: a size is not possible.
         [`~errors.CalibrationError`]: the batches give no finite loss or Gramians.
 
     Example:
@@ -64,7 +69,10 @@ def analyze(
     ```
     """
     config = CompreSSMConfig.coerced(config)
-    layers = find_layers(model)
+    if sizes:
+        compressor = Compressor(model, config, loss_function=loss_function, progress=progress)
+        return compressor.measure_sizes(list(() if batches is None else batches), sizes)
+    layers = chosen_layers(find_layers(model), config)
     with fast_cpu_scan(config.fast_cpu_scan):
         calibration = calibrate(
             model,
@@ -93,13 +101,11 @@ def compress(
     Args:
         model (`torch.nn.Module`): A model with supported layers anywhere inside. `save_pretrained` and `push_to_hub`
             afterwards write an ordinary checkpoint of the new size, with a model card, the history and a picture.
-        batches (`Iterable`, *optional*): Calibration inputs; mappings are passed to the model as keyword arguments. All
-            of them are used, so cut a long data loader short with `itertools.islice`. A model whose layers are all
-            time-invariant needs none.
+        batches (`Iterable`, *optional*): Calibration inputs, as in [`analyze`].
         config ([`CompreSSMConfig`] or its `dict`, *optional*): What to cut and how; its schedule (`window`,
             `interval`) is not used.
         optimizer (`torch.optim.Optimizer`, *optional*): Keeps training the model: its groups get the new parameters,
-            its moments are carried over.
+            its moments move with them.
         loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
             loss when unset.
         progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
@@ -138,7 +144,13 @@ def compress(
     if note is not None:
         logger.warning(note)
     record = compressor.check(list(() if batches is None else batches))
+    _let_saves_tell(model, compressor)
+    return record
+
+
+def _let_saves_tell(model: nn.Module, compressor: Compressor) -> None:
+    """Have the card and the history of later saves say what was done, now and in earlier calls."""
     earlier = carried_provenance(model) or Provenance([])
     # A cut that was taken back is two records, and the spectra are in the first.
-    carry(model, replace(earlier, records=[*earlier.records, *compressor.records], config=config))
-    return record
+    records = [*earlier.records, *compressor.records]
+    carry(model, replace(earlier, records=records, config=compressor.config))

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import InitVar, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from .consistency import CALIBRATION_LOSS, inferred, require_consistent, without_ignored
 from .errors import ConfigurationError
 from .systems.reductors.reductor import SelectionRule, SelectionScore, registered_reductors
-from .validation import is_number, require_bool, require_choice, require_integer, require_share, require_window
+from .validation import (
+    is_number,
+    require_bool,
+    require_choice,
+    require_integer,
+    require_pattern,
+    require_share,
+    require_window,
+)
 
 CONFIG_NAME = "compressm_config.json"
 
-STRATEGIES = ("tolerance", "fixed", "pragmatic", "target")
+STRATEGIES = ("tolerance", "fixed", "pragmatic", "target", "loss")
 BUDGETS = ("layer", "model")
 GRAMIANS = ("loss_gradient", "input_weighted", "closed_form", "white_noise", "averaged")
 OPTIMIZER_MOMENTS = ("carry", "slice", "reset")
 AFTER_ROLLBACK = ("stop", "halve")
-CALIBRATION_LOSS = "calibration_loss"
-
-# The fall of accuracy that the strategy "pragmatic" of Chahine et al. (2026) still accepts.
-_PRAGMATIC_ROLLBACK_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -38,18 +43,29 @@ class CompreSSMConfig:
             Share of the Hankel energy (the sum of a layer's Hankel singular values) that one check may drop, strictly
             between 0 and 1. This is \\( \tau \\) of Chahine et al., 2026 (arXiv 2510.02823). Used by the strategy
             `"tolerance"`.
-        strategy (`str`, *optional*, defaults to `"tolerance"`):
-            How a check finds the new state size. `"tolerance"`: the smallest size that keeps `1 - tolerance` of the
-            Hankel energy. `"fixed"`: `keep_ratio` of the present size, whatever the spectrum says. `"pragmatic"`:
-            `"fixed"`, with a rollback where a cut hurts (`rollback_tolerance` is 0.02 unless set). `"target"`: equal
-            ratios from check to check, so that the last one reaches `target_state_size` or `target_ratio`.
+        strategy (`str`, *optional*):
+            How a check finds the new state size. `"tolerance"` when unset, or what `state_size`, `ratio` or
+            `max_loss_increase` call for; a setting that the strategy ignores is refused. `"tolerance"`: the smallest
+            size that keeps `1 - tolerance` of the Hankel energy. `"fixed"`: `keep_ratio` of the present size, whatever
+            the spectrum says. `"pragmatic"`: `"fixed"`, with a rollback where a cut hurts (`rollback_tolerance` is 0.02
+            unless set). `"target"`: equal ratios from check to check, so that the last one reaches `target_state_size`
+            or `target_ratio`. `"loss"`: the smallest size at which the loss rises by no more than `max_loss_increase`,
+            measured on batches that the cut was not made with.
         keep_ratio (`float`, *optional*, defaults to 0.5):
             Share of the present state size that one check keeps under the strategies `"fixed"` and `"pragmatic"`,
             strictly between 0 and 1.
+        max_loss_increase (`float`, *optional*):
+            For the strategy `"loss"` (0.005 there unless set): how much a check may make the loss worse, as a share of
+            it, strictly between 0 and 1. Each layer has the size that the order of the Hankel singular values gives it,
+            see `uniform` and `budget`.
         target_state_size (`int`, *optional*):
             State size at the end of the window, for the strategy `"target"`.
         target_ratio (`float`, *optional*):
             The same as a share of the size at the start of the run, strictly between 0 and 1.
+        state_size (`int`, *optional*):
+            Short for `strategy="target", target_state_size=state_size`.
+        ratio (`float`, *optional*):
+            Short for `strategy="target", target_ratio=ratio`.
         window (`tuple[float, float]` or `tuple[int, int]`, *optional*, defaults to `(0.0, 0.3)`):
             First and last moment at which a check may happen: as shares of the training steps where the end is at most
             1, else as optimizer steps (two whole numbers). In a long run the spectrum settles earlier: Chahine et al.
@@ -66,10 +82,17 @@ class CompreSSMConfig:
             not worth the disturbance.
         uniform (`bool`, *optional*, defaults to `True`):
             Give all layers the size that the most demanding one needs, so that the stock model class loads the result.
+        target_layers (`str` or `list[str]`, *optional*):
+            The only layers that may be cut, all when unset: a regular expression that matches the whole name of a
+            layer's module, or names and ends of names (after a dot), as `target_modules` of peft.
+        exclude_layers (`str` or `list[str]`, *optional*):
+            Layers that keep their state, written in the same way; it goes before `target_layers`. With `uniform`, the
+            others have one size among themselves.
         budget (`str`, *optional*, defaults to `"layer"`):
             What the strategy `"tolerance"` holds the dropped Hankel energy against. `"layer"`: each layer against its
             own. `"model"`: the sum over all layers against the sum of theirs, with the fewest states in the whole model
-            that keep it, so that layers with more energy keep more states; needs `uniform=False`.
+            that keep it, so that layers with more energy keep more states; needs `uniform=False`. The strategy `"loss"`
+            spends states in the same order.
         multiple_of (`int`, *optional*, defaults to 1):
             Round new sizes up to a multiple of this number, for kernels that prefer it.
         min_state_size (`int`, *optional*, defaults to 1):
@@ -114,8 +137,13 @@ class CompreSSMConfig:
             both in closed form, which assumes white noise at the layer's input and needs no data. Where batches have no
             loss a time-invariant layer takes `"input_weighted"` for `"loss_gradient"`, and without batches
             `"closed_form"`.
+        compare_truncations (`bool`, *optional*, defaults to `False`):
+            Make several truncations of the size that was found, measure the loss of each on batches that it was not
+            made with, and keep the best.
         calibration_batches (`int`, *optional*, defaults to 1):
-            Batches that one check looks at, in every process.
+            Batches that one check measures the Gramians on, in every process. As many more are drawn where a loss has
+            to be measured on other ones, and one more to measure what a cut of a time-invariant layer does to its
+            output.
         seed (`int`, *optional*, defaults to 0):
             Seed of the calibration samples, the probes and random selection. It is combined with the training step and
             leaves the global random state alone.
@@ -138,7 +166,7 @@ class CompreSSMConfig:
     """
 
     tolerance: float = 0.01
-    strategy: str = "tolerance"
+    strategy: str | None = None
     keep_ratio: float = 0.5
     target_state_size: int | None = None
     target_ratio: float | None = None
@@ -163,18 +191,22 @@ class CompreSSMConfig:
     calibration_batches: int = 1
     seed: int = 0
     fast_cpu_scan: bool = True
+    target_layers: str | list[str] | None = None
+    exclude_layers: str | list[str] | None = None
+    max_loss_increase: float | None = None
+    compare_truncations: bool = False
+    state_size: InitVar[int | None] = None
+    ratio: InitVar[float | None] = None
 
-    def __post_init__(self) -> None:
-        if isinstance(self.window, list):
-            object.__setattr__(self, "window", tuple(self.window))
-        if self.strategy == "pragmatic" and self.rollback_tolerance is None:
-            object.__setattr__(self, "rollback_tolerance", _PRAGMATIC_ROLLBACK_TOLERANCE)
+    def __post_init__(self, state_size: int | None, ratio: float | None) -> None:
+        for name, value in inferred(self, {"target_state_size": state_size, "target_ratio": ratio}).items():
+            object.__setattr__(self, name, value)
         for name, choices in _CHOICES.items():
             require_choice(name, getattr(self, name), choices)
         require_choice("reductor", self.reductor, ("auto", *registered_reductors()))
         for name in ("tolerance", "keep_ratio"):
             require_share(name, getattr(self, name))
-        for name in ("target_ratio", "when_stable"):
+        for name in ("target_ratio", "when_stable", "max_loss_increase"):
             if getattr(self, name) is not None:
                 require_share(name, getattr(self, name))
         for name in ("interval", "target_state_size"):
@@ -184,64 +216,26 @@ class CompreSSMConfig:
             require_integer(name, getattr(self, name), minimum=1)
         for name in ("seed", "rollback_after"):
             require_integer(name, getattr(self, name), minimum=0)
-        for name in ("uniform", "stock", "fast_cpu_scan"):
+        for name in ("uniform", "stock", "fast_cpu_scan", "compare_truncations"):
             require_bool(name, getattr(self, name))
         if not is_number(self.minimum_reduction) or not 0 <= self.minimum_reduction < 1:
             raise ConfigurationError(
                 f"minimum_reduction is {self.minimum_reduction!r}; give a number in [0, 1), for example 0.05."
             )
+        for name in ("target_layers", "exclude_layers"):
+            require_pattern(name, getattr(self, name))
         require_window("window", self.window)
-        if self.budget == "model" and (self.uniform or self.strategy != "tolerance"):
-            raise ConfigurationError(
-                "budget='model' gives each layer the states that its share of the Hankel energy asks for; it needs "
-                f"uniform=False and strategy='tolerance', but uniform is {self.uniform} and strategy "
-                f"{self.strategy!r}."
-            )
-        self._require_consistent_target()
-        self._require_consistent_rollback()
-
-    def _require_consistent_target(self) -> None:
-        given = [name for name in ("target_state_size", "target_ratio") if getattr(self, name) is not None]
-        if self.strategy == "target" and len(given) != 1:
-            raise ConfigurationError(
-                f"the strategy 'target' needs one of target_state_size and target_ratio; {len(given)} of them "
-                "are given."
-            )
-        if self.strategy != "target" and given:
-            raise ConfigurationError(
-                f"{given[0]} is given, but the strategy is {self.strategy!r}; set strategy='target' or leave it out."
-            )
-        size = self.target_state_size
-        if size is not None and (size < self.min_state_size or size % self.multiple_of):
-            raise ConfigurationError(
-                f"target_state_size is {size}; with min_state_size {self.min_state_size} and multiple_of "
-                f"{self.multiple_of} it has to be a multiple of {self.multiple_of} and at least {self.min_state_size}."
-            )
-
-    def _require_consistent_rollback(self) -> None:
-        tolerance, metric = self.rollback_tolerance, self.rollback_metric
-        if tolerance is not None and (not is_number(tolerance) or tolerance < 0):
-            raise ConfigurationError(f"rollback_tolerance is {tolerance!r}; give a number of at least 0, or None.")
-        if not isinstance(metric, str) or not metric:
-            raise ConfigurationError(
-                f"rollback_metric is {metric!r}; give {CALIBRATION_LOSS!r} or the name of a metric of the evaluation, "
-                "for example 'eval_loss'."
-            )
-        if tolerance is None and (self.rollback_after or metric != CALIBRATION_LOSS):
-            raise ConfigurationError(
-                f"rollback_metric is {metric!r} and rollback_after {self.rollback_after}, but without a "
-                "rollback_tolerance no cut is taken back. Set it, for example to 0.02."
-            )
-        if self.rollback_after and metric == CALIBRATION_LOSS:
-            raise ConfigurationError(
-                f"rollback_after is {self.rollback_after}, but the calibration loss is compared at the cut itself; set "
-                "rollback_metric to a metric of the evaluation, for example 'eval_loss', or leave rollback_after at 0."
-            )
+        require_consistent(self)
 
     @property
     def can_roll_back(self) -> bool:
         """Whether cuts are judged afterwards."""
         return self.rollback_tolerance is not None
+
+    @property
+    def judged_on_other_batches(self) -> bool:
+        """Whether a check measures losses on batches that its truncations were not made with."""
+        return self.strategy == "loss" or self.compare_truncations
 
     @property
     def judged_by_evaluation(self) -> bool:
@@ -251,8 +245,7 @@ class CompreSSMConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as a dictionary that JSON can hold."""
         settings = asdict(self)
-        settings["window"] = list(self.window)
-        return settings
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> CompreSSMConfig:
@@ -298,13 +291,7 @@ class CompreSSMConfig:
             [`~errors.ConfigurationError`]: the text is not a JSON object, or a setting in it is not allowed or
                 given twice.
         """
-        try:
-            settings = json.loads(text, object_pairs_hook=_without_repeats)
-        except json.JSONDecodeError as error:
-            raise ConfigurationError(f"the configuration is not valid JSON: {error}.") from error
-        if not isinstance(settings, dict):
-            raise ConfigurationError(f"the configuration is a JSON {type(settings).__name__}; give an object.")
-        return cls.from_dict(settings)
+        return cls.from_dict(_settings_in(text))
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> Path:
         """Write `compressm_config.json` to a folder, which is made if needed; returns the file's path."""
@@ -319,13 +306,15 @@ class CompreSSMConfig:
         """
         Read the settings from a JSON file, or from `compressm_config.json` in a folder.
 
+        Earlier versions saved settings that their strategy ignored; those are left at their defaults.
+
         Raises:
             [`~errors.ConfigurationError`]: a setting in the file is not allowed.
             `FileNotFoundError`: there is no such file.
         """
         path = Path(path)
         file = path / CONFIG_NAME if path.is_dir() else path
-        return cls.from_json_string(file.read_text(encoding="utf-8"))
+        return cls.from_dict(without_ignored(_settings_in(file.read_text(encoding="utf-8"))))
 
 
 _CHOICES = {
@@ -337,6 +326,16 @@ _CHOICES = {
     "gramians": GRAMIANS,
     "after_rollback": AFTER_ROLLBACK,
 }
+
+
+def _settings_in(text: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text, object_pairs_hook=_without_repeats)
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(f"the configuration is not valid JSON: {error}.") from error
+    if not isinstance(settings, dict):
+        raise ConfigurationError(f"the configuration is a JSON {type(settings).__name__}; give an object.")
+    return settings
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from .errors import ConfigurationError
@@ -74,3 +75,27 @@ def require_window(name: str, window: Any) -> None:
         raise ConfigurationError(
             f"{name} is {window!r}; an end above 1 means steps, so give two whole numbers, for example (0, 2000)."
         )
+
+
+def require_pattern(name: str, value: Any) -> None:
+    """
+    Raise unless the value is unset, a regular expression, or a list of names.
+
+    Args:
+        name (`str`): The setting.
+        value (`object`): Its value.
+
+    Raises:
+        [`~errors.ConfigurationError`]: it is of another type, empty, or no regular expression.
+    """
+    listed = isinstance(value, (list, tuple)) and value and all(isinstance(part, str) and part for part in value)
+    if value is None or listed:
+        return
+    if not isinstance(value, str) or not value:
+        raise ConfigurationError(
+            f"{name} is {value!r}; give a regular expression for whole layer names, or a list of names or their ends."
+        )
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ConfigurationError(f"{name} is {value!r}, which is no regular expression: {error}.") from error

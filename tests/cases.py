@@ -151,8 +151,8 @@ TRAINED_CASES = [case for case in CASES if case.is_trained_everywhere]
 
 def size_in_config(model: PreTrainedModel) -> int | list[int]:
     """The state size that the config of a model tells, by whatever name the family has for it."""
-    [name] = {getattr(layer, "config_size_name", "state_size") for layer in find_layers(model)}
-    return getattr(model.config, name)
+    layer = find_layers(model)[0]
+    return getattr(model.config, layer.stock.config_size_name if layer.is_selective else "state_size")
 
 
 def case_id(case: Case) -> str:

@@ -12,6 +12,8 @@ from .changes import (
 )
 from .compressed_forms import all_changes, can_hold_forms
 from .contract import ScanObserver, StateSpaceLayer, SumOverProcesses
+from .families.mixable import MixableLayer
+from .measured_truncation import MeasuredTruncation
 from .moment_maps.axis import AxisMap, AxisSelection, Rescaling
 from .moment_maps.modal import ModalMap
 from .parameters import successor
@@ -20,14 +22,17 @@ from .scans.delta_rule import DeltaRuleInputs
 from .scans.inputs import ScanInputs, TimeAverages
 from .scans.multi_head import MultiHeadScanInputs
 from .scans.selective import SelectiveScanInputs
+from .scans.stepped import SteppedScanInputs
 from .scans.switch import (
     disable_fast_cpu_scan,
     enable_fast_cpu_scan,
     fast_cpu_scan,
     fast_cpu_scan_enabled,
     register_scan,
+    watched,
 )
 from .scans.time_invariant import SystemInputs
+from .state_layout import SizeAttribute, StateAxis, StateLayout, per_head, runs
 from .unsupported import unsupported_note, unsupported_recurrent_layers
 
 __all__ = [
@@ -41,6 +46,8 @@ __all__ = [
     "AxisSelection",
     "DeltaRuleInputs",
     "LayerReduction",
+    "MixableLayer",
+    "MeasuredTruncation",
     "ModalMap",
     "MultiHeadScanInputs",
     "ParameterChange",
@@ -48,8 +55,12 @@ __all__ = [
     "ScanInputs",
     "ScanObserver",
     "SelectiveScanInputs",
+    "SizeAttribute",
+    "StateAxis",
     "StateForm",
+    "StateLayout",
     "StateSpaceLayer",
+    "SteppedScanInputs",
     "SumOverProcesses",
     "SystemInputs",
     "TimeAverages",
@@ -59,10 +70,13 @@ __all__ = [
     "fast_cpu_scan",
     "fast_cpu_scan_enabled",
     "find_layers",
+    "per_head",
     "register",
     "register_scan",
     "registered_families",
+    "runs",
     "successor",
     "unsupported_note",
     "unsupported_recurrent_layers",
+    "watched",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..models.compressed import compressed_class_of, saves_itself
+from ..models.compressed import compressed_class_of, saves_itself, stock_class_of
 from .changes import ABSENT, AttributeChange, LayerReduction, StateForm
 from .contract import StateSpaceLayer
 from .registry import config_changes
@@ -80,28 +80,23 @@ def _host(model: nn.Module, name: str) -> nn.Module | None:
     for depth in range(len(path)):
         owner = model.get_submodule(".".join(path[:depth]))
         config = getattr(owner, "config", None)
-        if config is not None and (_is_compressed(owner) or compressed_class_of(owner) is not None):
+        if config is not None and (stock_class_of(owner) or compressed_class_of(owner)) is not None:
             return owner
         if saves_itself(owner):
             return None
     return None
 
 
-def _is_compressed(owner: nn.Module) -> bool:
-    return any(cls.__name__ == "CompressedStates" for cls in type(owner).__mro__)
-
-
 def _changes_of(host: nn.Module, forms: Sequence[StateForm]) -> list[AttributeChange]:
     sizes, projected = [int(form.size) for form in forms], [int(form.projected) for form in forms]
-    needs_class = len(set(forms)) > 1 or sizes != projected
+    needs_class, stock = len(set(forms)) > 1 or sizes != projected, stock_class_of(host)
     if needs_class:
-        classes = [] if _is_compressed(host) else _class_changes(host, compressed_class_of(host))
+        classes = [] if stock is not None else _class_changes(host, compressed_class_of(host))
         # Both at once would not be valid in between where one is longer than the other; the class comes first.
         fields = {"projected_state_sizes": projected, "state_sizes": sizes}
         return [*classes, *(AttributeChange(host.config, name, value) for name, value in fields.items())]
-    if not _is_compressed(host):
+    if stock is None:
         return []
-    stock = next(cls for cls in type(host).__mro__ if cls.__module__.partition(".")[0] == "transformers")
     absent = ("projected_state_sizes", "state_sizes", "auto_map")
     return [*(AttributeChange(host.config, name, ABSENT) for name in absent), *_class_changes(host, stock)]
 

@@ -160,13 +160,15 @@ def checks_table(records: list[CheckRecord]) -> str:
 
 def layers_table(provenance: Provenance, mark: Callable[[str], str] | None = None) -> str:
     """
-    One row a layer: its sizes, the share of energy that its last check dropped, an error bound where it has one.
+    One row a layer: its sizes, the share of energy that its last check dropped, and what is known of its error: a bound
+    where it has one, else the error of its output where it was measured.
 
     Args:
         provenance ([`Provenance`]): The facts.
         mark (`Callable`, *optional*): How a layer's name is written; as inline code when unset.
     """
     has_bound = _has_error_bound(provenance)
+    has_error = any(layer.output_error is not None for _, layer in provenance.layers())
     rows = [
         [
             (mark or code)(layer.name or "(model)"),
@@ -174,11 +176,13 @@ def layers_table(provenance: Provenance, mark: Callable[[str], str] | None = Non
             f"{layer.size_after}",
             f"{layer.tail_share:.3%}",
             *([f"{2 * layer.tail:.3g}"] if has_bound else []),
+            *(["" if layer.output_error is None else f"{layer.output_error:.2%}"] if has_error else []),
         ]
         for first, layer in provenance.layers()
     ]
     header = ["layer", "states at first", "states now", "Hankel energy dropped by the last check"]
     header += ["error bound"] if has_bound else []
+    header += ["relative error of the output on other data"] if has_error else []
     return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
 
 
@@ -218,7 +222,11 @@ def _settings(provenance: Provenance) -> str:
     config = provenance.config
     if config is None:
         return ""
-    names = {"tolerance": ["tolerance"], "target": ["target_state_size", "target_ratio"]}
+    names = {
+        "tolerance": ["tolerance"],
+        "target": ["target_state_size", "target_ratio"],
+        "loss": ["max_loss_increase"],
+    }
     amounts = [(name, getattr(config, name)) for name in names.get(config.strategy, ["keep_ratio"])]
     told = [f"{name.replace('_', ' ')} {value:g}" for name, value in amounts if value is not None]
     return ", ".join([*told, f"reductor `{config.reductor}`", f"Gramians `{config.gramians}`", f"seed {config.seed}"])

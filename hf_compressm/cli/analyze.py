@@ -9,20 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import Debug, Quiet, Revision, TrustRemoteCode, command, quiet_libraries, say
-from .data import (
-    BatchSize,
-    DataFiles,
-    DatasetName,
-    DataSource,
-    Length,
-    Sequences,
-    Split,
-    TextColumn,
-    TextFiles,
-    Tokenizer,
-    read_batches,
-    told_how_to_give_data,
-)
+from .data import DataSource, read_batches, told_how_to_give_data
 
 if TYPE_CHECKING:
     from ..compression import Spectrum
@@ -33,15 +20,7 @@ _ENERGIES = (0.9, 0.95, 0.99, 0.999)
 @command
 def analyze(
     model: Annotated[str, typer.Argument(help="A folder, or a model on the Hub (user/name).")],
-    text_file: TextFiles = None,
-    dataset: DatasetName = None,
-    data_file: DataFiles = None,
-    split: Split = "train",
-    text_column: TextColumn = None,
-    tokenizer: Tokenizer = None,
-    sequences: Sequences = 64,
-    length: Length = 512,
-    batch_size: BatchSize = 8,
+    source: DataSource,
     tolerance: Annotated[float, typer.Option(help="Share of the Hankel energy that a cut might drop.")] = 0.01,
     gramians: Annotated[
         str, typer.Option(help="How selective layers are measured: loss_gradient, white_noise or averaged.")
@@ -70,9 +49,6 @@ def analyze(
     hf-compressm analyze runs/my-lru --tolerance 0.02 --json
     ```
     """
-    source = DataSource(
-        text_file or (), dataset, data_file or (), split, text_column, tokenizer, sequences, length, batch_size
-    )
     quiet_libraries()
     from ..config import CompreSSMConfig
     from ..hub import fetch, load_model

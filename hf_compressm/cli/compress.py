@@ -6,27 +6,14 @@ import errno
 import os
 import shutil
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .console import NOTHING_TO_CUT, Debug, Quiet, Revision, TrustRemoteCode, command, quiet_libraries, say
-from .data import (
-    BatchSize,
-    DataFiles,
-    DatasetName,
-    DataSource,
-    Length,
-    Sequences,
-    Split,
-    TextColumn,
-    TextFiles,
-    Tokenizer,
-    read_batches,
-    told_how_to_give_data,
-)
+from .data import DataSource, read_batches, told_how_to_give_data
 
 if TYPE_CHECKING:
     from ..config import CompreSSMConfig
@@ -38,39 +25,75 @@ _COMPANIONS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class CutOptions:
+    """
+    How much to cut and how; in the command, an option a field.
+
+    Args:
+        tolerance (`float`, *optional*): Share of the Hankel energy that may be dropped.
+        state_size (`int`, *optional*): States to keep in every layer.
+        ratio (`float`, *optional*): Share of the states to keep.
+        method (`str`, *optional*): The reductor.
+        per_layer (`bool`): Give each layer a size of its own.
+        stock (`bool`): Only make what the model's class in transformers holds.
+        multiple_of (`int`): Round sizes up to a multiple of this.
+        gramians (`str`): How selective layers are measured.
+        seed (`int`): Seed of the calibration.
+    """
+
+    tolerance: Annotated[
+        float | None, typer.Option(help="Drop at most this share of the Hankel energy (default 0.01).")
+    ] = None
+    state_size: Annotated[int | None, typer.Option(min=1, help="Keep this many states in every layer.")] = None
+    ratio: Annotated[float | None, typer.Option(help="Keep this share of the states.")] = None
+    method: Annotated[
+        str | None,
+        typer.Option(help="interpolative, selection or balanced; by default what suits the family."),
+    ] = None
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Give each layer a size of its own, where the family can hold it.")
+    ] = False
+    stock: Annotated[bool, typer.Option("--stock", help="Only make what the model's class in transformers holds.")] = (
+        False
+    )
+    multiple_of: Annotated[int, typer.Option(min=1, help="Round sizes up to a multiple of this.")] = 1
+    gramians: Annotated[
+        str, typer.Option(help="How selective layers are measured: loss_gradient, white_noise or averaged.")
+    ] = "loss_gradient"
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration.")] = 0
+
+    def config(self) -> CompreSSMConfig:
+        """
+        The same as a configuration.
+
+        Raises:
+            [`~errors.ConfigurationError`]: two of the options exclude each other.
+        """
+        from ..config import CompreSSMConfig
+        from ..errors import ConfigurationError
+
+        if sum(value is not None for value in (self.tolerance, self.state_size, self.ratio)) > 1:
+            raise ConfigurationError("give one of --tolerance, --state-size and --ratio, not several.")
+        if self.state_size is not None and self.per_layer:
+            raise ConfigurationError("--state-size gives every layer the same size; leave out --per-layer.")
+        amount: dict[str, Any] = {"tolerance": 0.01 if self.tolerance is None else self.tolerance}
+        if self.state_size is not None:
+            amount = {"strategy": "target", "target_state_size": self.state_size}
+        elif self.ratio is not None:
+            amount = {"strategy": "target", "target_ratio": self.ratio}
+        if self.method is not None:
+            amount["reductor"] = self.method
+        same = {name: getattr(self, name) for name in ("stock", "multiple_of", "gramians", "seed")}
+        return CompreSSMConfig(**amount, uniform=not self.per_layer, **same)
+
+
 @command
 def compress(
     model: Annotated[str, typer.Argument(help="A folder, or a model on the Hub (user/name).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the smaller model.")],
-    tolerance: Annotated[
-        float | None, typer.Option(help="Drop at most this share of the Hankel energy (default 0.01).")
-    ] = None,
-    state_size: Annotated[int | None, typer.Option(min=1, help="Keep this many states in every layer.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Keep this share of the states.")] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help="interpolative, selection or balanced; by default what suits the family."),
-    ] = None,
-    per_layer: Annotated[
-        bool, typer.Option("--per-layer", help="Give each layer a size of its own, where the family can hold it.")
-    ] = False,
-    stock: Annotated[
-        bool, typer.Option("--stock", help="Only make what the model's class in transformers holds.")
-    ] = False,
-    multiple_of: Annotated[int, typer.Option(min=1, help="Round sizes up to a multiple of this.")] = 1,
-    text_file: TextFiles = None,
-    dataset: DatasetName = None,
-    data_file: DataFiles = None,
-    split: Split = "train",
-    text_column: TextColumn = None,
-    tokenizer: Tokenizer = None,
-    sequences: Sequences = 64,
-    length: Length = 512,
-    batch_size: BatchSize = 8,
-    gramians: Annotated[
-        str, typer.Option(help="How selective layers are measured: loss_gradient, white_noise or averaged.")
-    ] = "loss_gradient",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration.")] = 0,
+    cut: CutOptions,
+    source: DataSource,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Measure and say what would be cut; write nothing.")
     ] = False,
@@ -95,10 +118,7 @@ def compress(
     hf-compressm compress my-model -o smaller --state-size 8 --data-file train.parquet --push-to-hub me/smaller
     ```
     """
-    config = _config(tolerance, state_size, ratio, method, per_layer, stock, multiple_of, gramians, seed)
-    source = DataSource(
-        text_file or (), dataset, data_file or (), split, text_column, tokenizer, sequences, length, batch_size
-    )
+    config = cut.config()
     _require_free(output, overwrite or dry_run)
     quiet_libraries()
     from ..hub import fetch, load_model
@@ -123,41 +143,6 @@ def compress(
 
         address = push_folder(output, push_to_hub, private=private or None, trust_remote_code=trust_remote_code)
         typer.echo(f"Pushed: {address}")
-
-
-def _config(
-    tolerance: float | None,
-    state_size: int | None,
-    ratio: float | None,
-    method: str | None,
-    per_layer: bool,
-    stock: bool,
-    multiple_of: int,
-    gramians: str,
-    seed: int,
-) -> CompreSSMConfig:
-    from ..config import CompreSSMConfig
-    from ..errors import ConfigurationError
-
-    if sum(value is not None for value in (tolerance, state_size, ratio)) > 1:
-        raise ConfigurationError("give one of --tolerance, --state-size and --ratio, not several.")
-    if state_size is not None and per_layer:
-        raise ConfigurationError("--state-size gives every layer the same size; leave out --per-layer.")
-    amount: dict[str, Any] = {"tolerance": 0.01 if tolerance is None else tolerance}
-    if state_size is not None:
-        amount = {"strategy": "target", "target_state_size": state_size}
-    elif ratio is not None:
-        amount = {"strategy": "target", "target_ratio": ratio}
-    chosen = {} if method is None else {"reductor": method}
-    return CompreSSMConfig(
-        **amount,
-        **chosen,
-        uniform=not per_layer,
-        stock=stock,
-        multiple_of=multiple_of,
-        gramians=gramians,
-        seed=seed,
-    )
 
 
 def _announcement(
@@ -194,7 +179,7 @@ def _cut(
     model: Any, folder: Path, batches: Any, config: CompreSSMConfig, source: DataSource, name: str, quiet: bool
 ) -> tuple[Any, str]:
     """Evaluate, cut, evaluate again; returns the facts for the card and what to print."""
-    from ..api import compress as cut
+    from ..api import compress as cut_layers
     from ..cards import Evaluation, Provenance, evaluation_table
     from ..compression import history_of
     from .evaluate import evaluate
@@ -203,7 +188,7 @@ def _cut(
     on = source.describe() + (" (sequences after the calibration)" if batches.evaluation else " (the calibration data)")
     show = not quiet
     before = evaluate(model, unseen, show) if unseen else {}
-    record = cut(model, batches.calibration or None, config, progress=None if show else False)
+    record = cut_layers(model, batches.calibration or None, config, progress=None if show else False)
     after = evaluate(model, unseen, show) if unseen and record.outcome == "cut" else {}
     inherited = _inherited(folder)
     provenance = Provenance(

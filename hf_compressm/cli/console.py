@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import functools
+import inspect
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
@@ -34,13 +36,32 @@ def say(text: str, quiet: bool = False) -> None:
 
 
 def command(function: _Command) -> _Command:
-    """Give a command quiet libraries and errors of one line; it takes `quiet` and `debug`."""
+    """
+    Give a command quiet libraries, errors of one line, and options that belong together as one object.
+
+    Args:
+        function (`Callable`): Takes `quiet` and `debug`. A parameter that is a dataclass gets one option a field,
+            which is annotated as a parameter of a command is.
+    """
+    parameters, groups = [], {}
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        if is_dataclass(parameter.annotation):
+            hints = get_type_hints(parameter.annotation, include_extras=True)
+            groups[parameter.name] = parameter.annotation
+            parameters += [
+                parameter.replace(name=field.name, annotation=hints[field.name], default=field.default)
+                for field in fields(parameter.annotation)
+            ]
+        else:
+            parameters.append(parameter)
 
     @functools.wraps(function)
-    def wrapped(*args: Any, quiet: bool, debug: bool, **kwargs: Any) -> None:
+    def wrapped(*, quiet: bool, debug: bool, **options: Any) -> None:
         _hush(quiet, debug)
         try:
-            function(*args, quiet=quiet, debug=debug, **kwargs)
+            for name, group in groups.items():
+                options[name] = group(**{field.name: options.pop(field.name) for field in fields(group)})
+            function(quiet=quiet, debug=debug, **options)
         except typer.Exit:
             raise
         except KeyboardInterrupt:
@@ -52,6 +73,8 @@ def command(function: _Command) -> _Command:
             typer.echo(f"hf-compressm: error: {explanation(error)}", err=True)
             raise typer.Exit(1) from None
 
+    wrapped.__signature__ = inspect.Signature(parameters)
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapped
 
 

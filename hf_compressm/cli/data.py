@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,21 +18,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-TextFiles = Annotated[
-    list[Path] | None, typer.Option("--text-file", help="Text to calibrate on; may be given several times.")
-]
-DatasetName = Annotated[str | None, typer.Option("--dataset", help="Data set of the Hub, as `name` or `name:config`.")]
-DataFiles = Annotated[
-    list[Path] | None,
-    typer.Option("--data-file", help="Local data (.parquet, .json, .jsonl, .csv, .txt); may be given several times."),
-]
-Split = Annotated[str, typer.Option(help="Split of the data set.")]
-TextColumn = Annotated[str | None, typer.Option(help="Column that holds text; found by itself as a rule.")]
-Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer, where the model's folder has none.")]
-Sequences = Annotated[int, typer.Option(min=1, help="Sequences to calibrate on.")]
-Length = Annotated[int, typer.Option(min=2, help="Tokens of a sequence of text.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Sequences of a batch.")]
-
 # Formats that hold data and nothing that could run; `datasets` would unpickle a .pkl file.
 _FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 _INPUTS = ("input_ids", "input_values", "pixel_values", "inputs_embeds")
@@ -43,12 +28,12 @@ _LABELS = ("labels", "label")
 @dataclass(frozen=True)
 class DataSource:
     """
-    Where calibration data comes from, and how much of it.
+    Where calibration data comes from, and how much of it; in a command, an option a field.
 
     Args:
-        text_files (`Sequence[Path]`): Text files.
+        text_files (`list[Path]`, *optional*): Text files.
         dataset (`str`, *optional*): A data set of the Hub, as `name` or `name:config`.
-        data_files (`Sequence[Path]`): Local files of rows.
+        data_files (`list[Path]`, *optional*): Local files of rows.
         split (`str`): Split of the data set.
         text_column (`str`, *optional*): Column that holds text.
         tokenizer (`str`, *optional*): Folder or Hub name of the tokenizer.
@@ -57,15 +42,24 @@ class DataSource:
         batch_size (`int`): Sequences of a batch.
     """
 
-    text_files: Sequence[Path] = ()
-    dataset: str | None = None
-    data_files: Sequence[Path] = ()
-    split: str = "train"
-    text_column: str | None = None
-    tokenizer: str | None = None
-    sequences: int = 64
-    length: int = 512
-    batch_size: int = 8
+    text_files: Annotated[
+        list[Path] | None, typer.Option("--text-file", help="Text to calibrate on; may be given several times.")
+    ] = None
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", help="Data set of the Hub, as `name` or `name:config`.")
+    ] = None
+    data_files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--data-file", help="Local data (.parquet, .json, .jsonl, .csv, .txt); may be given several times."
+        ),
+    ] = None
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train"
+    text_column: Annotated[str | None, typer.Option(help="Column that holds text; found by itself as a rule.")] = None
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, where the model's folder has none.")] = None
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences to calibrate on.")] = 64
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence of text.")] = 512
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a batch.")] = 8
 
     def __post_init__(self) -> None:
         given = [bool(self.text_files), bool(self.dataset), bool(self.data_files)]
@@ -86,7 +80,7 @@ class DataSource:
         """The data in words, for a card."""
         if self.dataset:
             return f"{self.dataset} ({self.split})"
-        return ", ".join(path.name for path in [*self.text_files, *self.data_files])
+        return ", ".join(path.name for path in [*(self.text_files or ()), *(self.data_files or ())])
 
 
 @dataclass(frozen=True)
@@ -183,15 +177,15 @@ def _rows(source: DataSource) -> Iterator[dict[str, Any]]:
                 f"the data set {source.dataset} (split {source.split!r}) cannot be read: "
                 f"{' '.join(str(error).split())[:200]}"
             ) from error
-    formats = {_FORMATS.get(path.suffix.lower()) for path in source.data_files}
+    formats = {_FORMATS.get(path.suffix.lower()) for path in source.data_files or ()}
     if None in formats or len(formats) != 1:
         raise CalibrationError(
             f"{source.describe()}: give files of one format, with one of the endings {', '.join(_FORMATS)}."
         )
-    for path in source.data_files:
+    for path in source.data_files or ():
         if not path.is_file():
             raise CalibrationError(f"there is no file {path}.")
-    files = [str(path) for path in source.data_files]
+    files = [str(path) for path in source.data_files or ()]
     return iter(load_dataset(formats.pop(), data_files=files, split="train", streaming=True))
 
 

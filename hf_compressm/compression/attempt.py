@@ -15,7 +15,7 @@ from .cut.training_state import TrainingState
 from .cut.weight_averages import WeightCopy
 from .decide.plan import LayerPlan
 from .decide.truncations import Found, find_truncations
-from .measure.calibration import Calibration
+from .measure.layer_gramians import LayerGramians
 from .processes import Processes
 
 
@@ -44,62 +44,112 @@ class Attempt:
         return {name: item.truncation for name, item in self.found.items()}
 
 
+@dataclass(frozen=True)
+class MadeCut:
+    """
+    A cut that is ready to be written.
+
+    Args:
+        found (`dict[str, Found]`): What each layer is cut with, by name.
+        reductions (`list[LayerReduction]`): What the layers built.
+        failures (`list[str]`): Why layers that should be cut cannot be.
+    """
+
+    found: dict[str, Found]
+    reductions: list[LayerReduction]
+    failures: list[str]
+
+
+@dataclass(frozen=True)
+class CutMaker:
+    """
+    Makes the truncations of plans, in all processes alike.
+
+    Args:
+        state ([`~compression.cut.training_state.TrainingState`]): The model and what belongs to it.
+        gramians (`Mapping[str, LayerGramians]`): The Gramians of the layers, by name.
+        reductors (`Mapping[str, str]`): The reductor of each layer.
+        config ([`CompreSSMConfig`]): How to cut.
+        processes ([`~compression.processes.Processes`]): The processes that train the model together.
+        seed (`int`): Seed of random selections.
+        progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
+    """
+
+    state: TrainingState
+    gramians: Mapping[str, LayerGramians]
+    reductors: Mapping[str, str]
+    config: CompreSSMConfig
+    processes: Processes
+    seed: int
+    progress: bool | None = None
+
+    def alternatives(self) -> list[str]:
+        """The names of the ways to truncate, the usual one first; see [`LayerGramians.alternatives`]."""
+        names = [name for layer, known in self.gramians.items() for name in known.alternatives(self.reductors[layer])]
+        return list(dict.fromkeys(names))
+
+    def make(self, plan: Mapping[str, LayerPlan], alternative: str = "") -> MadeCut:
+        """
+        Find the truncations of a plan and build what they do to the layers.
+
+        Args:
+            plan (`Mapping[str, LayerPlan]`): What is wanted of each layer, by name.
+            alternative (`str`, *optional*, defaults to `""`): The way to truncate.
+        """
+        sizes = {name: layer.new_size for name, layer in plan.items() if layer.is_cut}
+        layers = {layer.name: layer for layer in self.state.layers}
+        found, failed = find_truncations(
+            self.gramians, sizes, self.reductors, self.config, self.seed, self.processes,
+            lambda name, truncation: layers[name].reduce(truncation), self.progress, alternative,
+        )  # fmt: skip
+        truncations = {name: item.truncation for name, item in found.items()}
+        reductions, unfit = build_reductions(self.state.layers, truncations)
+        fitting = {name: item for name, item in found.items() if name not in unfit}
+        return MadeCut(fitting, reductions, [f"{name}: {message}" for name, message in {**failed, **unfit}.items()])
+
+
 def attempt_cut(
-    state: TrainingState,
+    maker: CutMaker,
     plan: Mapping[str, LayerPlan],
-    calibration: Calibration,
-    reductors: Mapping[str, str],
-    config: CompreSSMConfig,
-    processes: Processes,
-    seed: int,
+    alternative: str,
+    loss: float | None,
     evaluate: Callable[[], float],
     step: int | None = None,
-    progress: bool | None = None,
 ) -> Attempt:
     """
     Cut all layers that a plan wants to be smaller, in all processes alike, or none.
 
     Args:
-        state ([`~compression.cut.training_state.TrainingState`]): The model and what belongs to it.
+        maker ([`CutMaker`]): Makes the truncations.
         plan (`Mapping[str, LayerPlan]`): What is wanted of each layer, by name.
-        calibration ([`Calibration`]): The Gramians, and the loss before the cut.
-        reductors (`Mapping[str, str]`): The reductor of each layer.
-        config ([`CompreSSMConfig`]): How to cut.
-        processes ([`~compression.processes.Processes`]): The processes that train the model together.
-        seed (`int`): Seed of random selections.
+        alternative (`str`): The way to truncate.
+        loss (`float`, *optional*): The calibration loss before the cut.
         evaluate (`Callable`): Returns the calibration loss; asked where there was one before the cut.
         step (`int`, *optional*): The training step.
-        progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
 
     Raises:
         [`~errors.DisagreementError`]: the processes would cut differently. Nothing was changed.
     """
     if not any(layer.is_cut for layer in plan.values()):
         wanted, size = max(layer.wanted for layer in plan.values()), max(layer.size for layer in plan.values())
-        return Attempt("kept", f"the spectra ask for {wanted} of {size} states", calibration.loss)
-    sizes = {name: layer.new_size for name, layer in plan.items() if layer.is_cut}
-    layers = {layer.name: layer for layer in state.layers}
-    found, failed = find_truncations(
-        calibration.gramians, sizes, reductors, config, seed, processes,
-        lambda name, truncation: layers[name].reduce(truncation), progress,
-    )  # fmt: skip
-    reductions, unfit = build_reductions(state.layers, {name: item.truncation for name, item in found.items()})
-    found = {name: item for name, item in found.items() if name not in unfit}
-    truncations = {name: item.truncation for name, item in found.items()}
-    failures = [f"{name}: {message}" for name, message in {**failed, **unfit}.items()]
-    if failures and (config.uniform or not reductions):
-        processes.agree("how to cut", {"failures": failures})
-        return Attempt("skipped", f"a truncation failed its checks: {'; '.join(failures)}", calibration.loss)
+        asks = "the loss asks" if maker.config.strategy == "loss" else "the spectra ask"
+        return Attempt("kept", f"{asks} for {wanted} of {size} states", loss)
+    made = maker.make(plan, alternative)
+    if made.failures and (maker.config.uniform or not made.reductions):
+        maker.processes.agree("how to cut", {"failures": made.failures})
+        return Attempt("skipped", f"a truncation failed its checks: {'; '.join(made.failures)}", loss)
+    truncations = {name: item.truncation for name, item in made.found.items()}
     facts = {name: truncation.fingerprint() for name, truncation in truncations.items()}
-    processes.agree("how to cut", {**facts, "failures": failures})
-    copies = state.copies()
-    pending = _pending(state, reductions, copies, config, step)
-    probe = None if calibration.loss is None else evaluate
-    loss = state.commit(reductions, [copy.cut(truncations) for copy in copies], probe)
-    if loss is not None and not math.isfinite(loss):
-        return Attempt("skipped", f"the loss after the cut was {loss}; the cut was taken back")
-    reason = "the spectra allow it" if not failures else f"some layers stay as they are: {'; '.join(failures)}"
-    return Attempt("cut", reason, loss, found, pending)
+    maker.processes.agree("how to cut", {**facts, "failures": made.failures})
+    copies = maker.state.copies()
+    pending = _pending(maker.state, made.reductions, copies, maker.config, step)
+    probe = None if loss is None else evaluate
+    after = maker.state.commit(made.reductions, [copy.cut(truncations) for copy in copies], probe)
+    if after is not None and not math.isfinite(after):
+        return Attempt("skipped", f"the loss after the cut was {after}; the cut was taken back")
+    allow = "the loss allows it" if maker.config.strategy == "loss" else "the spectra allow it"
+    reason = allow if not made.failures else f"some layers stay as they are: {'; '.join(made.failures)}"
+    return Attempt("cut", reason, after, made.found, pending)
 
 
 def _pending(

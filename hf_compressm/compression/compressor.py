@@ -20,18 +20,22 @@ from ..errors import (
     TruncationError,
     UnstableSystemError,
 )
-from .attempt import attempt_cut
+from .attempt import CutMaker, attempt_cut
 from .cut.pending_cut import PendingCut
 from .cut.snapshot import Snapshot
 from .cut.training_state import Follow, TrainingState
-from .decide.plan import plan_reduction
-from .decide.progress import is_finished, moment_of, score_correlation
-from .decide.reductors import reductors_of
+from .decide.chosen import Chosen, free_to_change, split_in_half
+from .decide.plan import LayerPlan, plan_reduction
+from .decide.progress import Moment, check_number, combined_seed, is_finished, moment_of, score_correlation
 from .history import CheckRecord
 from .layer_records import Seen, layer_records, records_of_return
-from .measure.calibration import calibrate
+from .measure.calibration import Calibration, calibrate
 from .measure.model_pass import LossFunction, evaluate_loss
+from .measure.output_error import OutputsOf
 from .processes import Processes, SingleProcess
+from .size_table import measure_sizes
+from .spectrum import Spectrum
+from .trials import Trials
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +83,7 @@ class Compressor:
         self._processes = processes or SingleProcess()
         self._progress = progress
         self._scores: dict[str, Tensor] = {}
-        self._reductors = reductors_of(self.layers, config, lambda layer: can_hold_forms(model, layer))
+        self._chosen = Chosen.of(self.layers, config, lambda layer: can_hold_forms(model, layer))
         self._state = TrainingState(
             model, self.layers, optimizer, config.optimizer_moments, tuple(followers), find_copies
         )
@@ -90,9 +94,14 @@ class Compressor:
         return {layer.name: layer.state_size for layer in self.layers}
 
     @property
+    def batches_per_check(self) -> int:
+        """How many batches a check makes use of."""
+        return self._chosen.batches_per_check(self.config)
+
+    @property
     def is_finished(self) -> bool:
         """Whether no later check can cut anything."""
-        return is_finished(self.records, self.config, list(self.sizes))
+        return is_finished(self.records, self.config, list(self._chosen.reductors))
 
     def check(self, batches: Sequence[Any], step: int | None = None, number: int = 1, total: int = 1) -> CheckRecord:
         """
@@ -122,47 +131,24 @@ class Compressor:
             raise
 
     def _check(self, batches: Sequence[Any], step: int | None, number: int, total: int) -> CheckRecord:
-        start = time.perf_counter()
-        seed = _combined_seed(self.config.seed, step)
-        parameters = self._count_parameters()
+        start, parameters = time.perf_counter(), self._count_parameters()
+        seed = combined_seed(self.config.seed, step)
         with torch.inference_mode(False), fast_cpu_scan(self.config.fast_cpu_scan):
-            calibration = calibrate(
-                self.model,
-                self.layers,
-                batches,
-                gramians=self.config.gramians,
-                loss_function=self._loss_function,
-                sum_over_processes=self._processes.sum,
-                seed=seed,
-                progress=self._progress,
+            batches, others = self._chosen.split(batches, self.config)
+            calibration = self._calibrate(batches, seed)
+            batches = [batch for place, batch in enumerate(batches) if place not in calibration.left_out]
+            seen = self._see(calibration)
+            moment = moment_of(self.records, self.config, seen.correlations, number, total)
+            maker = CutMaker(
+                self._state, seen.gramians, self._chosen.reductors, self.config, self._processes, seed, self._progress
             )
-            self._require_judge(calibration.loss)
-            measured = calibration.gramians
-            spectra = {name: gramians.hankel_singular_values() for name, gramians in measured.items()}
-            scores = {name: gramians.state_scores().flatten() for name, gramians in measured.items()}
-            spectra, scores = self._processes.first((spectra, scores))
-            correlations = {name: score_correlation(self._scores.get(name), scores[name]) for name in scores}
-            moment = moment_of(self.records, self.config, correlations, number, total)
-            plan = plan_reduction(spectra, self.sizes, self.config, moment)
-            result = attempt_cut(
-                self._state,
-                plan,
-                calibration,
-                self._reductors,
-                self.config,
-                self._processes,
-                seed,
-                evaluate=lambda: self._loss(batches),
-                step=step,
-                progress=self._progress,
-            )
+            trials = Trials(maker, lambda: self._loss_on(others))
+            plan, alternative = self._decide(trials, seen.spectra, moment)
+            outputs = OutputsOf([layer for layer in self._chosen.layers if layer.name in plan], self.model, others)
+            result = attempt_cut(maker, plan, alternative, calibration.loss, lambda: self._loss(batches), step)
             self.pending = result.pending or self.pending
-        lost = {name: measured[name].lost_energy(truncation) for name, truncation in result.truncations.items()}
-        for name, gramians in measured.items():
-            truncation = result.truncations.get(name)
-            after = scores[name] if truncation is None else gramians.scores_after(truncation).flatten()
-            self._scores[name] = after.cpu()
-        seen = Seen(spectra, self._scores, correlations, lost)
+            seen.note_cut(result.found, outputs.errors(self._processes.sum) if result.outcome == "cut" else {})
+        self._scores.update(seen.scores)
         record = self._record(
             result.outcome,
             result.reason,
@@ -172,15 +158,73 @@ class Compressor:
             layers=layer_records(self.layers, plan, seen, result.found),
             loss_before=calibration.loss,
             loss_after=result.loss_after,
+            trials=trials.records,
         )
         return self._judged(record)
 
-    def _require_judge(self, loss: float | None) -> None:
-        if loss is None and self.config.can_roll_back and not self.config.judged_by_evaluation:
+    def measure_sizes(self, batches: Sequence[Any], sizes: Sequence[int]) -> Spectrum:
+        """
+        The spectra, and what the model would be with these state sizes in every layer. Nothing is changed.
+
+        Args:
+            batches (`Sequence`): Two or more; the losses are those of the second half, which makes no cut.
+            sizes (`Sequence[int]`): State sizes below the present one.
+
+        Raises:
+            [`~errors.CalibrationError`]: there are too few batches, or they give no finite loss or Gramians.
+            [`~errors.ConfigurationError`]: a size is not possible.
+        """
+        seed = combined_seed(self.config.seed, None)
+        with torch.inference_mode(False), fast_cpu_scan(self.config.fast_cpu_scan):
+            batches, others = split_in_half(batches, "a table of sizes")
+            calibration = self._calibrate(batches, seed)
+            seen = self._see(calibration)
+            maker = CutMaker(
+                self._state, seen.gramians, self._chosen.reductors, self.config, self._processes, seed, self._progress
+            )
+            layers = [layer for layer in self._chosen.layers if layer.name in seen.gramians]
+            rows = measure_sizes(maker, layers, sizes, lambda: self._loss_on(others), others[0])
+        return Spectrum(seen.spectra, calibration.loss, tuple(rows))
+
+    def _calibrate(self, batches: Sequence[Any], seed: int) -> Calibration:
+        calibration = calibrate(
+            self.model,
+            self._chosen.layers,
+            batches,
+            gramians=self.config.gramians,
+            loss_function=self._loss_function,
+            sum_over_processes=self._processes.sum,
+            seed=seed,
+            progress=self._progress,
+        )
+        if calibration.loss is None and self.config.can_roll_back and not self.config.judged_by_evaluation:
             raise CalibrationError(
                 f"rollback_tolerance is {self.config.rollback_tolerance:g}, but the calibration batches give no loss "
                 "that a cut could be judged by. Give batches with labels, or a loss_function."
             )
+        return calibration
+
+    def _see(self, calibration: Calibration) -> Seen:
+        """What the calibration says of the layers that may change, the same in every process."""
+        gramians = free_to_change(self.layers, calibration.gramians, self._chosen.with_own_size)
+        spectra = {name: known.hankel_singular_values() for name, known in gramians.items()}
+        scores = {name: known.state_scores().flatten() for name, known in gramians.items()}
+        spectra, scores = self._processes.first((spectra, scores))
+        correlations = {name: score_correlation(self._scores.get(name), scores[name]) for name in scores}
+        return Seen(gramians, spectra, scores, correlations)
+
+    def _decide(self, trials: Trials, spectra: dict[str, Tensor], moment: Moment) -> tuple[dict[str, LayerPlan], str]:
+        """The new size of each layer, and the way to truncate them."""
+        sizes = {name: self.sizes[name] for name in spectra}
+        if self.config.strategy == "loss":
+            plan = trials.smallest(spectra, sizes, moment)
+        else:
+            plan = plan_reduction(spectra, sizes, self.config, moment)
+        return plan, trials.best_alternative(plan) if self.config.compare_truncations else ""
+
+    def _loss_on(self, batches: Sequence[Any]) -> float:
+        """The loss on batches that no truncation was made with; the same number in every process."""
+        return self._processes.first(self._loss(batches))
 
     def check_or_skip(self, batches: Sequence[Any], step: int, steps: Sequence[int]) -> list[CheckRecord]:
         """
@@ -196,10 +240,16 @@ class Compressor:
         """
         known = len(self.records)
         try:
-            self.check(batches, step=step, number=steps.index(step) + 1, total=len(steps))
+            self.check(batches, step=step, number=check_number(steps, step), total=len(steps))
+        except DisagreementError:
+            raise
         except (CalibrationError, NotFiniteError, TruncationError, UnstableSystemError) as error:
             self.skip(str(error), step=step)
             logger.warning("the check after step %d was skipped: %s", step, error)
+        except Exception as error:
+            # Of the user's model, loss or data; the training can go on without this check.
+            self.skip(f"{type(error).__name__}: {error}", step=step)
+            logger.exception("the check after step %d was skipped, and the training goes on", step)
         return self.records[known:]
 
     def _judged(self, record: CheckRecord) -> CheckRecord:
@@ -293,8 +343,3 @@ class Compressor:
 
     def _count_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
-
-
-def _combined_seed(seed: int, step: int | None) -> int:
-    """One seed for every (run, step), so that a resumed run draws what the uninterrupted one draws."""
-    return (seed * 1_000_003 + (0 if step is None else step)) % 2**63

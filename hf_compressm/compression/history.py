@@ -41,6 +41,8 @@ class LayerRecord:
             failed its checks. Unset where nothing was cut.
         gramians (`str`, *optional*): The form of the Gramians behind the cut of a time-invariant layer, a value of
             `CompreSSMConfig.gramians`; `"measured"` for a selective layer.
+        output_error (`float`, *optional*): For a time-invariant layer, the relative error of its output that the cut
+            made, on inputs of the layer that the truncation was not made with.
     """
 
     name: str
@@ -56,6 +58,23 @@ class LayerRecord:
     lost_energy: float | None = None
     reductor: str | None = None
     gramians: str | None = None
+    output_error: float | None = None
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """
+    A cut that was made to measure its loss on batches that it was not made with, and taken back.
+
+    Args:
+        sizes (`dict[str, int]`): The state size of each layer, by name.
+        truncation (`str`): How the truncations were made, where several ways were compared; empty for the usual one.
+        loss (`float`, *optional*): The mean loss; unset where the cut could not be made or had no finite loss.
+    """
+
+    sizes: dict[str, int]
+    truncation: str = ""
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,7 @@ class CheckRecord:
         seconds (`float`): Duration of the whole check.
         parameters_before (`int`): Parameters of the model before the check.
         parameters_after (`int`): Parameters after it.
+        trials (`list[TrialRecord]`): What was tried before the cut was chosen; the first is the model as it was.
     """
 
     outcome: str
@@ -86,6 +106,7 @@ class CheckRecord:
     seconds: float = 0.0
     parameters_before: int = 0
     parameters_after: int = 0
+    trials: list[TrialRecord] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The record as a dictionary that JSON can hold."""
@@ -95,7 +116,8 @@ class CheckRecord:
     def from_dict(cls, values: dict[str, Any]) -> CheckRecord:
         """The record that [`~CheckRecord.to_dict`] gave; fields of a later version are left out."""
         layers = [LayerRecord(**_known(LayerRecord, layer)) for layer in values.get("layers", [])]
-        return cls(**{**_known(cls, values), "layers": layers})
+        trials = [TrialRecord(**_known(TrialRecord, trial)) for trial in values.get("trials", [])]
+        return cls(**{**_known(cls, values), "layers": layers, "trials": trials})
 
     def summary(self) -> str:
         """One line for a person."""

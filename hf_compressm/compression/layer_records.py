@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -11,32 +11,49 @@ from ..architectures import StateSpaceLayer
 from .decide.plan import LayerPlan
 from .decide.truncations import Found
 from .history import LayerRecord
+from .measure.layer_gramians import LayerGramians
 
 
-@dataclass(frozen=True)
+@dataclass
 class Seen:
     """
     What a check measured, by layer name.
 
     Args:
+        gramians (`Mapping[str, LayerGramians]`): The Gramians before the cut.
         spectra (`Mapping[str, torch.Tensor]`): The Hankel singular values before the cut, `(N,)`, descending.
-        scores (`Mapping[str, torch.Tensor]`): The states' scores after it, `(N,)`.
+        scores (`dict[str, torch.Tensor]`): The states' scores, `(N,)`: before the cut, and once it is noted after it.
         correlations (`Mapping[str, float]`): The rank correlation of the states' order with that of the check before;
             None where nothing could be compared.
-        lost_energy (`Mapping[str, float]`): The share of the observable energy that the cut lost, where it is known.
     """
 
+    gramians: Mapping[str, LayerGramians]
     spectra: Mapping[str, Tensor]
-    scores: Mapping[str, Tensor]
+    scores: dict[str, Tensor]
     correlations: Mapping[str, float | None]
-    lost_energy: Mapping[str, float | None]
+    lost_energy: dict[str, float | None] = field(default_factory=dict, init=False)
+    output_errors: Mapping[str, float] = field(default_factory=dict, init=False)
+
+    def note_cut(self, cut: Mapping[str, Found], output_errors: Mapping[str, float]) -> None:
+        """
+        Take note of what was done.
+
+        Args:
+            cut (`Mapping[str, Found]`): What the layers that were cut were cut with.
+            output_errors (`Mapping[str, float]`): The relative errors of layers' outputs, where they were measured.
+        """
+        for name, item in cut.items():
+            self.scores[name] = self.gramians[name].scores_after(item.truncation).flatten()
+            self.lost_energy[name] = self.gramians[name].lost_energy(item.truncation)
+        self.scores = {name: scores.cpu() for name, scores in self.scores.items()}
+        self.output_errors = output_errors
 
 
 def layer_records(
     layers: Sequence[StateSpaceLayer], plan: Mapping[str, LayerPlan], seen: Seen, cut: Mapping[str, Found]
 ) -> list[LayerRecord]:
     """
-    The record of every layer.
+    The record of every layer that the check planned for.
 
     Args:
         layers (`Sequence[StateSpaceLayer]`): The layers.
@@ -45,7 +62,7 @@ def layer_records(
         cut (`Mapping[str, Found]`): What the layers that were cut were cut with.
     """
     records = []
-    for layer in layers:
+    for layer in [layer for layer in layers if layer.name in plan]:
         sigma, layer_plan = seen.spectra[layer.name], plan[layer.name]
         size_after = layer_plan.new_size if layer.name in cut else layer_plan.size
         tail, total = float(sigma[size_after:].sum()), float(sigma.sum())
@@ -62,6 +79,7 @@ def layer_records(
                 rank_correlation=seen.correlations[layer.name],
                 state_scores=seen.scores[layer.name].tolist(),
                 lost_energy=seen.lost_energy.get(layer.name),
+                output_error=seen.output_errors.get(layer.name) if layer.name in cut else None,
                 reductor=cut[layer.name].reductor if layer.name in cut else None,
                 gramians=cut[layer.name].gramians if layer.name in cut else None,
             )

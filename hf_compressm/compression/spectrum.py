@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..systems import energy_rank
 from .history import CheckRecord
+from .size_table import SizeRow
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _TABLE_ENERGIES = (0.9, 0.95, 0.99, 0.999)
@@ -31,10 +33,12 @@ class Spectrum:
         sigma (`Mapping[str, torch.Tensor]`): For each layer's name its Hankel singular values, `(N,)` float64,
             descending. Their scale differs from layer to layer; only ratios within a layer carry meaning.
         loss (`float`, *optional*): Mean loss of the calibration batches.
+        sizes (`Sequence[SizeRow]`, *optional*): What the model would be at several state sizes, the present one first.
     """
 
     sigma: Mapping[str, Tensor]
     loss: float | None = None
+    sizes: Sequence[SizeRow] = ()
 
     @classmethod
     def from_record(cls, record: CheckRecord) -> Spectrum:
@@ -69,9 +73,29 @@ class Spectrum:
         ]
         return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
 
+    def size_table(self) -> str:
+        """What the model would be at several state sizes, as a Markdown table: the loss says what a cut costs."""
+        header = ["state size", "loss", "change", "parameters", "state bytes", "step, ms"]
+        first = self.sizes[0].loss if self.sizes else None
+        rows = []
+        for row in self.sizes:
+            known = row.loss is not None and bool(first)
+            rows.append(
+                [
+                    str(row.state_size),
+                    "cannot be made" if row.loss is None else f"{row.loss:.4f}",
+                    f"{row.loss / first - 1:+.2%}" if known else "",
+                    f"{row.parameters:,}",
+                    "" if row.state_bytes is None else f"{row.state_bytes:,}",
+                    "" if row.step_seconds is None else f"{1e3 * row.step_seconds:.1f}",
+                ]
+            )
+        return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
+
     def plot(self, path: str | os.PathLike | None = None, tolerance: float | None = None) -> Figure:
         """
-        Draw the spectra: each layer's singular values, and the share of energy beyond each state.
+        Draw the spectra: each layer's singular values, and the share of energy beyond each state; then, where sizes
+        were measured, the loss at each.
 
         Args:
             path (`str` or `os.PathLike`, *optional*): Where to write the picture; the ending names the format.
@@ -82,8 +106,11 @@ class Spectrum:
         """
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(10, 3.8), layout="constrained")
-        values, energy = figure.subplots(1, 2)
+        panels = 3 if self.sizes else 2
+        figure = Figure(figsize=(5 * panels, 3.8), layout="constrained")
+        values, energy, *losses = figure.subplots(1, panels)
+        for axes in losses:
+            _draw_losses(axes, self.sizes)
         colours = _colours(len(self.sigma))
         for (name, sigma), colour in zip(self.sigma.items(), colours):
             sigma = sigma.detach().cpu().double()
@@ -108,6 +135,17 @@ class Spectrum:
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
+
+
+def _draw_losses(axes: Axes, rows: Sequence[SizeRow]) -> None:
+    known = sorted((row.state_size, row.loss) for row in rows if row.loss is not None)
+    axes.plot([size for size, _ in known], [loss for _, loss in known], marker=".")
+    axes.axhline(rows[0].loss, color="black", linestyle="--", linewidth=1, label="before a cut")
+    axes.set(xscale="log", xlabel="state size", ylabel="loss after a cut, on other batches")
+    axes.set_xticks([size for size, _ in known], [str(size) for size, _ in known], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
 
 
 def _colours(count: int) -> list:

@@ -45,43 +45,48 @@ def multi_head_scan(
     """
     sizes = _checked_sizes(u, delta, A, B, C, initial_state)
     dtype = compute_dtype(u, delta, A, B, C)
+    groups = sizes["groups"]
     # The products of float32 tensors would be made in the short type of a surrounding autocast.
     with torch.autocast(u.device.type, enabled=False):
         u, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
-        batch, length, heads, head_dim, groups, n_states = (
-            sizes[name] for name in ("batch", "length", "heads", "head_dim", "groups", "N")
-        )
         if initial_state is None:
-            state = u.new_zeros(batch, groups, heads // groups, head_dim, n_states)
-        else:
-            state = initial_state.to(dtype).unflatten(1, (groups, -1))
-        if length == 0:
-            return torch.zeros_like(u), state.flatten(1, 2)
+            initial_state = u.new_zeros(*(sizes[name] for name in ("batch", "heads", "head_dim", "N")))
+        state = initial_state.to(dtype).unflatten(1, (groups, -1))
+        y, state = (torch.zeros_like(u), state) if sizes["length"] == 0 else _scan_in_chunks(u, delta, A, B, C, state)
+        return y, state.flatten(1, 2)
 
-        size = min(_CHUNK, length)
-        # (batch, chunks, groups, heads of a group, steps[, head_dim]) and (batch, chunks, groups, steps, N)
-        logs = _chunks(delta * A, size).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)
-        inputs = _chunks(u * delta[..., None], size).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
-        B, C = (_chunks(tensor, size).transpose(2, 3) for tensor in (B, C))
-        through = logs.cumsum(-1)
 
-        later = torch.ones(size, size, dtype=torch.bool, device=u.device).triu(1)
-        decays = (through[..., :, None] - through[..., None, :]).masked_fill(later, -torch.inf).exp()
-        within = (decays * (C @ B.mT)[:, :, :, None]) @ inputs
+def _scan_in_chunks(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    The scan of at least one step, on tensors of one dtype: products within chunks of time, and states between them.
 
-        to_end = (through[..., -1:] - through).exp()
-        added = ((inputs * to_end[..., None]).mT.flatten(3, 4) @ B).unflatten(3, (heads // groups, head_dim))
-        whole = through[..., -1].exp()[..., None, None]
-        begins = []
-        for chunk_added, chunk_decay in zip(added.unbind(1), whole.unbind(1)):
-            begins.append(state)
-            state = torch.addcmul(chunk_added, chunk_decay, state)
-        carried = C @ torch.stack(begins, dim=1).flatten(3, 4).mT
-        carried = carried.unflatten(4, (heads // groups, head_dim)).transpose(3, 4)
-        y = torch.addcmul(within, carried, through.exp()[..., None])
-        y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, -1, heads, head_dim)[:, :length]
-        # Callers take views of the result.
-        return y.contiguous(), state.flatten(1, 2)
+    state: (batch, groups, heads of a group, head_dim, N), before the first step; returned in the same form.
+    """
+    length, groups, heads_of_group, head_dim = u.shape[1], *state.shape[1:4]
+    size = min(_CHUNK, length)
+    # (batch, chunks, groups, heads of a group, steps[, head_dim]) and (batch, chunks, groups, steps, N)
+    logs = _chunks(delta * A, size).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)
+    inputs = _chunks(u * delta[..., None], size).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
+    B, C = (_chunks(tensor, size).transpose(2, 3) for tensor in (B, C))
+    through = logs.cumsum(-1)
+
+    later = torch.ones(size, size, dtype=torch.bool, device=u.device).triu(1)
+    decays = (through[..., :, None] - through[..., None, :]).masked_fill(later, -torch.inf).exp()
+    within = (decays * (C @ B.mT)[:, :, :, None]) @ inputs
+
+    to_end = (through[..., -1:] - through).exp()
+    added = ((inputs * to_end[..., None]).mT.flatten(3, 4) @ B).unflatten(3, (heads_of_group, head_dim))
+    whole = through[..., -1].exp()[..., None, None]
+    begins = []
+    for chunk_added, chunk_decay in zip(added.unbind(1), whole.unbind(1)):
+        begins.append(state)
+        state = torch.addcmul(chunk_added, chunk_decay, state)
+    from_before = C @ torch.stack(begins, dim=1).flatten(3, 4).mT
+    from_before = from_before.unflatten(4, (heads_of_group, head_dim)).transpose(3, 4)
+    y = torch.addcmul(within, from_before, through.exp()[..., None])
+    y = y.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).flatten(2, 3)[:, :length]
+    # Callers take views of the result.
+    return y.contiguous(), state
 
 
 def multi_head_scan_reference(

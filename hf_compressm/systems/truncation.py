@@ -29,9 +29,6 @@ class Truncation:
         shares (`torch.Tensor` of shape `(..., r, N)`, *optional*): Which share of each full state's variance each kept
             state carries, where a reductor knows it; the identity on kept states. A quantity that belongs to single
             states and is summed over them moves with it.
-        squares (`torch.Tensor` of shape `(..., 2, N)`, *optional*): Mean square of each full state's entry of the input
-            matrix, and of the readout, where these vary and were measured. A layer with a norm over the states needs
-            them.
         active (`torch.Tensor` of shape `(..., r)` and dtype bool, *optional*): False for inert states, whose columns of
             `T` and `W` are zero: nothing reaches them and nothing reads them. They fill a batch up to one size. All
             states are active when unset.
@@ -57,7 +54,6 @@ class Truncation:
     indices: torch.Tensor | None = None
     shares: torch.Tensor | None = None
     active: torch.Tensor | None = None
-    squares: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self._check_shapes()
@@ -87,9 +83,6 @@ class Truncation:
             raise DimensionError(f"T is {T.dtype} and W {W.dtype}; both must have the same real or complex dtype.")
         if self.shares is not None and self.shares.shape != T.mT.shape:
             raise DimensionError(f"shares have shape {tuple(self.shares.shape)}; they must be {tuple(T.mT.shape)}.")
-        expected = (*T.shape[:-2], 2, T.shape[-2])
-        if self.squares is not None and tuple(self.squares.shape) != expected:
-            raise DimensionError(f"squares have shape {tuple(self.squares.shape)}; they must be {expected}.")
         if T.device != W.device:
             raise DimensionError(f"T is on {T.device} and W on {W.device}; move them to one device.")
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainingArguments
 
+from ..compression.measure.model_pass import says_nothing
 from ..config import CompreSSMConfig
 from ..errors import ConfigurationError
 
@@ -22,6 +23,10 @@ from ..errors import ConfigurationError
 _COMPLETE_SAMPLERS = frozenset(
     {"RandomSampler", "SequentialSampler", "DistributedSampler", "SeedableRandomSampler", "LengthGroupedSampler"}
 )
+
+
+# A batch whose labels are all ignored is drawn anew; data without any other kind must come to an end.
+_DRAWS = 20
 
 
 class SampledBatches:
@@ -51,9 +56,18 @@ class SampledBatches:
         batches = []
         with unchanged_random_state():
             for _ in range(self._count):
-                indices = torch.randint(len(self._dataset), (size,), generator=generator).tolist()
-                batches.append(self._collate([self._dataset[index] for index in indices]))
+                for _ in range(_DRAWS):
+                    indices = torch.randint(len(self._dataset), (size,), generator=generator).tolist()
+                    batch = self._collate([self._dataset[index] for index in indices])
+                    if not says_nothing(batch):
+                        break
+                batches.append(batch)
         return batches
+
+    def sample(self) -> Any:
+        """One batch, to try the loss with."""
+        with unchanged_random_state():
+            return self._collate([self._dataset[index] for index in range(min(self._batch_size, len(self._dataset)))])
 
     def close(self) -> None:
         """Nothing to release."""
@@ -89,7 +103,10 @@ class CapturedBatches:
         batches = list(self._kept)
         self._kept.clear()
         self._armed = False
-        return batches
+        return [batch for batch in batches if not says_nothing(batch)] or batches
+
+    def sample(self) -> None:
+        """Nothing is known before the first step."""
 
     def close(self) -> None:
         """Stop watching the model."""
@@ -115,6 +132,11 @@ class GivenBatches:
         """All batches."""
         with unchanged_random_state():
             return list(self._batches)
+
+    def sample(self) -> Any:
+        """One batch, to try the loss with; None where there is none."""
+        with unchanged_random_state():
+            return next(iter(self._batches), None)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -29,6 +29,7 @@ from ..compression import (
     sizes_after,
     write_history,
 )
+from ..compression.decide.progress import makes_up
 from ..compression.processes import SingleProcess
 from ..config import CompreSSMConfig
 from ..errors import ConfigurationError, UnsupportedModelError
@@ -42,6 +43,7 @@ from .resume import SavedRun
 from .schedule import check_steps
 from .trackers import report, tell, trackers_among
 from .trainer_lookup import neighbours
+from .trainer_loss import require_loss, trainer_loss
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +93,7 @@ class CompressionRun:
             raise ConfigurationError("the Trainer has two CompreSSMCallbacks; one has to hold all settings.")
         self._trackers = trackers_among(self._neighbours)
         self._processes = processes_of_training()
+        loss_function = loss_function or trainer_loss(callback)
         self._compressor = self._new_compressor(optimizer, loss_function)
         self._resume(saved)
         _drop_stale_states(optimizer)
@@ -98,10 +101,11 @@ class CompressionRun:
             model,
             train_dataloader,
             args.train_batch_size,
-            config.calibration_batches,
+            self._compressor.batches_per_check,
             seed_of_process(args, config),
             given=calibration_batches,
         )
+        self._require_loss(loss_function)
         self._begin()
 
     def _new_compressor(self, optimizer: Any, loss_function: LossFunction | None) -> Compressor:
@@ -124,6 +128,13 @@ class CompressionRun:
         replaced = [{**layer.state_parameters(), **layer.rescaled_parameters()} for layer in compressor.layers]
         require_trained(optimizer, [parameter for of_layer in replaced for parameter in of_layer.values()])
         return compressor
+
+    def _require_loss(self, loss_function: LossFunction | None) -> None:
+        """Try the loss that the checks will take, so that what cannot work is said before the first step."""
+        selective = any(layer.is_selective for layer in self._compressor.layers)
+        needed = self.config.gramians == "loss_gradient" and (selective or loss_function is not None)
+        batch = self._batches.sample() if needed else None
+        require_loss(self._model, batch, loss_function, needed, self._processes)
 
     def _begin(self) -> None:
         """Mark the folder, make the kernels ready and say what will be checked."""
@@ -155,8 +166,10 @@ class CompressionRun:
 
     def step_begins(self) -> None:
         """Let a stream's batches be kept on the way to a check."""
-        horizon = range(self._state.global_step + 1, self._state.global_step + 1 + self.config.calibration_batches)
-        self._batches.arm(not self._compressor.is_finished and any(step in self.steps for step in horizon))
+        horizon = range(self._state.global_step + 1, self._state.global_step + 1 + self._compressor.batches_per_check)
+        self._batches.arm(
+            not self._compressor.is_finished and any(step in self.steps or self._makes_up(step) for step in horizon)
+        )
 
     def step_ended(self) -> None:
         """Check where one is due, and ask for the evaluations that judge it; once a step."""
@@ -164,10 +177,14 @@ class CompressionRun:
         if step == self._latest_step:
             return
         self._latest_step = step
-        if step in self.steps and not self._compressor.is_finished:
+        if (step in self.steps or self._makes_up(step)) and not self._compressor.is_finished:
             self._check(step)
         if self._watch is not None and not self._compressor.is_finished:
             self._control.should_evaluate |= self._watch.wants_evaluation(step, self._compressor.pending)
+
+    def _makes_up(self, step: int) -> bool:
+        # A cut that an evaluation judges was given its time when the run began.
+        return self._watch is None and makes_up(self._compressor.records, self.steps, step)
 
     def evaluated(self, metrics: dict[str, Any]) -> None:
         """Take a cut back where the evaluation says so."""

@@ -175,8 +175,7 @@ def compression_config(settings: ExperimentSettings, final_state_size: int | Non
         steps = round((end - start) * (settings.training.max_steps if end <= 1 else 1), 6)
         # One check stands at the window's end.
         values["interval"] = None if checks == 1 else max(1, int(steps // checks))
-    target = _target(settings.state_size, final_state_size)
-    return CompreSSMConfig(**{**values, **target})
+    return _config(values, settings.state_size, final_state_size)
 
 
 def _compression(settings: ExperimentSettings) -> dict[str, Any]:
@@ -186,19 +185,21 @@ def _compression(settings: ExperimentSettings) -> dict[str, Any]:
     return values
 
 
-def _target(state_size: int, final_state_size: int | None) -> dict[str, Any]:
+def _config(values: dict[str, Any], state_size: int, final_state_size: int | None) -> CompreSSMConfig:
+    """A configuration that leads to the final state size, where there is one, and else follows the settings."""
     if final_state_size is None:
-        return {}
+        return CompreSSMConfig(**values)
     if not 0 < final_state_size < state_size:
         raise ValueError(f"the final state size is {final_state_size}; give one between 1 and {state_size - 1}.")
-    return {"strategy": "target", "target_state_size": final_state_size}
+    others = {name: value for name, value in values.items() if name not in ("strategy", "tolerance", "keep_ratio")}
+    return CompreSSMConfig(**others, strategy="target", target_state_size=final_state_size)
 
 
 def _cut_after_training(run: Run, model: PreTrainedModel) -> tuple[CheckRecord, Cost]:
     # The cut is made in one go, whatever the schedule of a cut in training is.
     schedule = ("checks", "interval", "window", "when_stable")
     values = {name: value for name, value in _compression(run.settings).items() if name not in schedule}
-    config = CompreSSMConfig(**{**values, **_target(run.settings.state_size, run.final_state_size)})
+    config = _config(values, run.settings.state_size, run.final_state_size)
     batch = {name: tensor.to(model.device) for name, tensor in run.calibration_batch().items()}
     stopwatch = Stopwatch()
     with stopwatch:

@@ -397,7 +397,7 @@ class Pair(nn.Module):
 def test_configs_further_out_follow(case) -> None:
     model = Pair(case.build())
     cut_all(model, [Truncation.from_indices(torch.tensor([1, 4]), N)] * case.layers)
-    [name] = {type(layer).config_size_name for layer in find_layers(model)}
+    [name] = {layer.stock.config_size_name for layer in find_layers(model)}
     assert getattr(model.config.text_config, name) == getattr(model.inner.config, name) == 2
     assert model.config.state_size == 100, "a config of another kind may mean something else by the name"
 

@@ -15,6 +15,7 @@ from hf_compressm.models import sequence as lru
 from hf_compressm.models import sequence as s4d
 from hf_compressm.models.sequence.modeling_lru import LRU
 from hf_compressm.models.sequence.modeling_s4d import S4D
+from hf_compressm.models.sequence.recurrent_cache import RecurrentCache
 from hf_compressm.systems import DiagonalLTI
 
 
@@ -122,7 +123,7 @@ def test_s4d_starts_with_the_published_poles() -> None:
 def test_the_plain_torch_form_of_a_layer_equals_the_library(make, monkeypatch) -> None:
     layer = make()
     u, mask = torch.randn(2, 100, layer.hidden_size), torch.rand(2, 100) > 0.1
-    cache = lru.modeling_lru.RecurrentCache(1)
+    cache = RecurrentCache(1)
     fast = [
         layer(u, mask),
         layer(u[:, :60], None, cache),
@@ -146,7 +147,7 @@ def test_recurrence_convolution_and_system_of_an_s4d_layer_agree() -> None:
     layer = make_s4d()
     u = torch.randn(2, 500, 3)
     convolution = layer(u)
-    cache = s4d.modeling_s4d.RecurrentCache(1)
+    cache = RecurrentCache(1)
     recurrence = torch.cat([layer(step, None, cache) for step in u.split(1, 1)], 1)
     torch.testing.assert_close(recurrence, convolution, atol=1e-4, rtol=1e-4)
     lam, C = layer.system()

@@ -6,6 +6,7 @@ Source of the model: IBM, Princeton, CMU and UIUC, 2024, "Bamba: Inference-Effic
 
 from __future__ import annotations
 
+from ...models.compressed.stock_families import STOCK_FAMILIES
 from ..registry import register
 from ..scans.multi_head import register_chunk_scan
 from .multi_head import MultiHeadLayer
@@ -16,8 +17,7 @@ class BambaLayer(MultiHeadLayer):
     """A Bamba mixer, seen as a state-space system."""
 
     family = "bamba"
-    mixer_names = frozenset({"BambaMixer"})
-    config_size_name = "mamba_d_state"
+    stock = STOCK_FAMILIES[family]
 
 
-register_chunk_scan("transformers.models.bamba.modeling_bamba")
+register_chunk_scan(BambaLayer.stock.modeling)

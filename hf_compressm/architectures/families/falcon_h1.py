@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ...models.compressed.stock_families import STOCK_FAMILIES
 from ...systems import registered_reductors
 from ..registry import register
 from ..scans.multi_head import register_chunk_scan
@@ -25,8 +26,7 @@ class FalconH1Layer(MultiHeadLayer):
     """A Falcon-H1 mixer, seen as a state-space system."""
 
     family = "falcon_h1"
-    mixer_names = frozenset({"FalconH1Mixer"})
-    config_size_name = "mamba_d_state"
+    stock = STOCK_FAMILIES[family]
 
     @classmethod
     def sizes_may_differ(cls, stock: bool, reductor: str) -> bool:
@@ -45,4 +45,4 @@ class FalconH1Layer(MultiHeadLayer):
         return replace(layout, attributes=(*layout.attributes, *attributes))
 
 
-register_chunk_scan("transformers.models.falcon_h1.modeling_falcon_h1")
+register_chunk_scan(FalconH1Layer.stock.modeling)

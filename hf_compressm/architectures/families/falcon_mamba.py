@@ -6,6 +6,7 @@ Source of the layer: Zuo et al., 2024, "Falcon Mamba: The First Competitive Atte
 
 from __future__ import annotations
 
+from ...models.compressed.stock_families import STOCK_FAMILIES
 from ..registry import register
 from ..scans.selective import register_selective_scan
 from .normed_mamba import NormedMambaLayer
@@ -16,7 +17,7 @@ class FalconMambaLayer(NormedMambaLayer):
     """A FalconMamba mixer, seen as a state-space system."""
 
     family = "falcon_mamba"
-    mixer_names = frozenset({"FalconMambaMixer"})
+    stock = STOCK_FAMILIES[family]
 
 
-register_selective_scan("transformers.models.falcon_mamba.modeling_falcon_mamba")
+register_selective_scan(FalconMambaLayer.stock.modeling)

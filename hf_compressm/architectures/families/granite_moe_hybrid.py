@@ -6,6 +6,7 @@ Source of the model: IBM, 2025, Granite 4.0 language models
 
 from __future__ import annotations
 
+from ...models.compressed.stock_families import STOCK_FAMILIES
 from ..registry import register
 from ..scans.multi_head import register_chunk_scan
 from .multi_head import MultiHeadLayer
@@ -16,8 +17,7 @@ class GraniteMoeHybridLayer(MultiHeadLayer):
     """A GraniteMoeHybrid mixer, seen as a state-space system."""
 
     family = "granite_moe_hybrid"
-    mixer_names = frozenset({"GraniteMoeHybridMambaLayer"})
-    config_size_name = "mamba_d_state"
+    stock = STOCK_FAMILIES[family]
 
 
-register_chunk_scan("transformers.models.granitemoehybrid.modeling_granitemoehybrid")
+register_chunk_scan(GraniteMoeHybridLayer.stock.modeling)

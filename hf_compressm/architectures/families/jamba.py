@@ -5,6 +5,7 @@ Source of the layer: Lieber et al., 2024, "Jamba: A Hybrid Transformer-Mamba Lan
 
 from __future__ import annotations
 
+from ...models.compressed.stock_families import STOCK_FAMILIES
 from ..registry import register
 from ..scans.selective import register_selective_scan
 from .normed_mamba import NormedMambaLayer
@@ -15,8 +16,7 @@ class JambaLayer(NormedMambaLayer):
     """A Jamba Mamba mixer, seen as a state-space system."""
 
     family = "jamba"
-    mixer_names = frozenset({"JambaMambaMixer"})
-    config_size_name = "mamba_d_state"
+    stock = STOCK_FAMILIES[family]
 
 
-register_selective_scan("transformers.models.jamba.modeling_jamba")
+register_selective_scan(JambaLayer.stock.modeling)

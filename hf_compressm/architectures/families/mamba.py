@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ...models.compressed.stock_families import STOCK_FAMILIES
 from ...systems import Truncation, reductor_names
 from ..changes import LayerReduction
 from ..registry import register
@@ -31,7 +32,9 @@ class MambaLayer(SelectiveLayer):
     """A Mamba mixer of transformers or of mamba-ssm, seen as a state-space system."""
 
     family = "mamba"
+    stock = STOCK_FAMILIES[family]
     required_parts = ("A_log", "D", "in_proj", "conv1d", "x_proj", "dt_proj")
+    other_mixers = None
     # A norm between x_proj and the scan forbids folding the readout into x_proj; Zamba has a projection a head.
     foreign_parts = ("b_layernorm", "c_layernorm", "rms_eps", "x_proj_weight")
     cut_projections = {"x_proj": nn.Linear}
@@ -77,4 +80,4 @@ class MambaLayer(SelectiveLayer):
         return LayerReduction(self, changes, self.size_changes(truncation.state_size), truncation.state_size)
 
 
-register_selective_scan("transformers.models.mamba.modeling_mamba")
+register_selective_scan(MambaLayer.stock.modeling)

@@ -6,6 +6,7 @@ Structured State Space Duality" (arXiv 2405.21060).
 
 from __future__ import annotations
 
+from ...models.compressed.stock_families import STOCK_FAMILIES
 from ..registry import register
 from ..scans.multi_head import register_chunk_scan
 from .multi_head import MultiHeadLayer
@@ -16,7 +17,8 @@ class Mamba2Layer(MultiHeadLayer):
     """A Mamba-2 mixer of transformers or of mamba-ssm, seen as a state-space system."""
 
     family = "mamba2"
-    mixer_names = frozenset({"Mamba2Mixer", "Mamba2"})
+    stock = STOCK_FAMILIES[family]
+    other_mixers = frozenset({"Mamba2"})
 
 
-register_chunk_scan("transformers.models.mamba2.modeling_mamba2")
+register_chunk_scan(Mamba2Layer.stock.modeling)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import DimensionError, TruncationError
-from ...models.compressed.mixing import mix, mixed_classes, mixing_sites, stock_classes
-from ...systems import Truncation
+from ...models.compressed.mixing import mix, mixed_classes, mixing_groups, mixing_sites, stock_classes
+from ...systems import Truncation, reductor_names
 from ..changes import (
     ABSENT,
     AttributeChange,
@@ -27,14 +27,30 @@ from ..changes import (
     ParameterRemoval,
     StateForm,
 )
+from ..measured_truncation import MeasuredTruncation
 from ..moment_maps.mixing import MixingMap
 from ..parameters import successor
 from ..state_layout import StateAxis, StateLayout, runs
-from .selective import STATE_SIZE_NAMES, SelectiveLayer, named_size
+from .selective import SelectiveLayer
 
 
 class MixableLayer(SelectiveLayer):
-    """A selective layer that a compressed model class can hold with mixed states."""
+    """
+    A selective layer that a compressed model class can hold with mixed states.
+
+    What is here goes for a layer whose decay is one number for all states of a group, which any truncation leaves as it
+    is, and whose stock weights hold selections only. A family of that kind tells its `stock_layout` and no more.
+    """
+
+    @classmethod
+    def reductors(cls, stock: bool) -> frozenset[str]:
+        """Selection, and without `stock` what a mixed layer can hold."""
+        return reductor_names(lambda reductor: reductor.only_selects or not stock)
+
+    @classmethod
+    def default_reductor(cls, stock: bool) -> str:
+        """Balanced truncation in a mixed layer; selection with `stock`."""
+        return "selection" if stock else "balanced"
 
     @property
     def is_mixed(self) -> bool:
@@ -53,7 +69,7 @@ class MixableLayer(SelectiveLayer):
     @property
     def projected_size(self) -> int:
         """How many entries B and C have where they are projected."""
-        return getattr(self.module, named_size(self.module, STATE_SIZE_NAMES))
+        return super().state_size
 
     @property
     @abstractmethod
@@ -119,7 +135,8 @@ class MixableLayer(SelectiveLayer):
         if self.is_mixed:
             return self._remixed(truncation)
         if truncation.is_selection and not self._is_adapted():
-            return self._selected(self._require_selection(truncation), truncation.squares)
+            squares = truncation.squares if isinstance(truncation, MeasuredTruncation) else None
+            return self._selected(self._require_selection(truncation), squares)
         return self._mixed(truncation)
 
     def _mixed(self, truncation: Truncation) -> LayerReduction:
@@ -217,32 +234,37 @@ class MixableLayer(SelectiveLayer):
         return StateLayout(tuple(by_name[name] for name in self._dynamics))
 
     def _mixed_layout(self, projected: int) -> StateLayout:
-        groups = () if self.mixing_groups is None else (self.mixing_groups,)
+        groups = mixing_groups(self.module)
+        groups = () if groups is None else (groups,)
         matrices = [
             StateAxis(path, len(groups) + 1, runs(), others=(*groups, projected)) for path in self._site_paths()
         ]
         return StateLayout((*self._dynamics_layout().axes, *matrices))
 
     def _grouped(self, matrix: Tensor) -> Tensor:
-        return matrix if self.mixing_groups is None else matrix.expand(self.mixing_groups, -1, -1)
+        groups = mixing_groups(self.module)
+        return matrix if groups is None else matrix.expand(groups, -1, -1)
 
     # What a family tells of itself.
 
     _dynamics: ClassVar[tuple[str, ...]] = ()
     """State parameters that have the scan's state size and not the projections'."""
 
-    @property
-    def mixing_groups(self) -> int | None:
-        """How many pairs of mixing matrices the layer has; None where they have no axis for it."""
-        return None
-
-    @abstractmethod
     def _selected(self, kept: Tensor, squares: Tensor | None) -> LayerReduction:
-        """The reduction that keeps some states; `squares` as in a truncation."""
+        """
+        The reduction that keeps some states.
 
-    @abstractmethod
+        Args:
+            kept (`torch.Tensor` of shape `(r,)` or `(groups, r)`, int64): The kept states.
+            squares (`torch.Tensor`, *optional*): As in a [`MeasuredTruncation`].
+        """
+        layout, size = self.stock_layout, kept.shape[-1]
+        changes = layout.selected(self.module, kept, self.projected_size)
+        return LayerReduction(self, changes, layout.size_changes(self.module, size), size)
+
     def _beside(self) -> nn.Parameter:
-        """The parameter that the mixing matrices are trained like."""
+        """The parameter that the mixing matrices are trained like: that of the first axis."""
+        return next(iter(self.stock_layout.parameters(self.module).values()))
 
     def _changes_of_dynamics(self, truncation: Truncation) -> list[ParameterChange]:
         """The changes of the parameters in `_dynamics`."""

@@ -11,10 +11,8 @@ Source of the layer: Dao and Gu, 2024, "Transformers are SSMs" (arXiv 2405.21060
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from ...systems import reductor_names
-from ..changes import LayerReduction
 from ..scans.multi_head import register_chunk_scan
 from ..state_layout import SizeAttribute, StateAxis, StateLayout, attribute_at, runs
 from .mixable import MixableLayer
@@ -33,16 +31,6 @@ class MultiHeadLayer(MixableLayer):
     required_parts = ("A_log", "D", "dt_bias", "in_proj", "conv1d")
     cut_projections = {"in_proj": nn.Linear, "conv1d": nn.Conv1d}
     adaptable_projections = frozenset({"in_proj"})
-
-    @classmethod
-    def reductors(cls, stock: bool) -> frozenset[str]:
-        """Selection, and without `stock` what a mixed layer can hold."""
-        return reductor_names(lambda reductor: reductor.only_selects or not stock)
-
-    @classmethod
-    def default_reductor(cls, stock: bool) -> str:
-        """Balanced truncation in a mixed layer; selection with `stock`."""
-        return "selection" if stock else "balanced"
 
     @property
     def groups(self) -> int:
@@ -75,20 +63,6 @@ class MultiHeadLayer(MixableLayer):
             tuple(axis for axis in axes if attribute_at(module, axis.parameter) is not None),
             (self.size_attribute, *(SizeAttribute(*each) for each in counted)),
         )
-
-    @property
-    def mixing_groups(self) -> int:
-        """One pair of mixing matrices for each group of heads."""
-        return self.groups
-
-    def _beside(self) -> nn.Parameter:
-        return self.module.in_proj.weight
-
-    def _selected(self, kept: Tensor, squares: Tensor | None) -> LayerReduction:
-        """The reduction that keeps some of the states of each group. kept: (groups, r), or (r,) for all groups."""
-        layout, size = self.stock_layout, kept.shape[-1]
-        changes = layout.selected(self.module, kept, self.projected_size)
-        return LayerReduction(self, changes, layout.size_changes(self.module, size), size)
 
 
 # Layers of all of these families that mix states run through one forward pass of this library.

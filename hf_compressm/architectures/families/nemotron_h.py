@@ -6,6 +6,7 @@ Source of the layer: NVIDIA, 2025, "Nemotron-H: A Family of Accurate and Efficie
 
 from __future__ import annotations
 
+from ...models.compressed.stock_families import STOCK_FAMILIES
 from ..registry import register
 from ..scans.multi_head import register_chunk_scan
 from .multi_head import MultiHeadLayer
@@ -16,8 +17,7 @@ class NemotronHLayer(MultiHeadLayer):
     """A Nemotron-H Mamba-2 mixer, seen as a state-space system."""
 
     family = "nemotron_h"
-    mixer_names = frozenset({"NemotronHMamba2Mixer"})
-    config_size_name = "ssm_state_size"
+    stock = STOCK_FAMILIES[family]
 
 
-register_chunk_scan("transformers.models.nemotron_h.modeling_nemotron_h")
+register_chunk_scan(NemotronHLayer.stock.modeling)

@@ -32,6 +32,7 @@ class NormedMambaLayer(MixableLayer, MambaLayer):
     """A Mamba mixer whose B and C pass a norm."""
 
     required_parts = (*MambaLayer.required_parts, *_NORMS)
+    other_mixers = frozenset()
     foreign_parts = ()
     adaptable_projections = frozenset({"x_proj"})
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import TruncationError, UnsupportedModelError
+from ...models.compressed.stock_families import StockFamily
 from ...systems import Truncation
 from ..changes import AttributeChange, LayerReduction
 from ..config_size import ConfigSize
@@ -18,8 +19,8 @@ from ..contract import ScanObserver, StateSpaceLayer
 from ..scans.switch import calls_registered_scan, watching
 from ..state_layout import SizeAttribute, runs
 
-# The names that transformers and mamba-ssm have for the same sizes of a mixer.
-STATE_SIZE_NAMES = ("ssm_state_size", "d_state")
+# What mamba-ssm calls the state size of a mixer.
+_SIZE_NAME_OF_MAMBA_SSM = "d_state"
 # Switches of mamba-ssm between the fused path, which never calls the scan by itself, and the path that does.
 _FUSED_PATH_SWITCHES = ("use_fast_path", "use_mem_eff_path")
 
@@ -34,17 +35,17 @@ class SelectiveLayer(StateSpaceLayer):
         configs (`Sequence`, *optional*): The configs of the models around it, the innermost first.
     """
 
-    mixer_names: ClassVar[frozenset[str]] = frozenset()
-    """Names of the family's mixer classes, or of classes that they derive from; any class where there are none."""
+    stock: ClassVar[StockFamily]
+    """What transformers calls the family's mixer, its module and its config's state size."""
 
-    required_parts: ClassVar[tuple[str, ...]] = ("A_log", "D")
+    other_mixers: ClassVar[frozenset[str] | None] = frozenset()
+    """Names of other libraries' mixers of the same form; None where any class that has the parts is one."""
+
+    required_parts: ClassVar[tuple[str, ...]] = ()
     """Attributes that a mixer of the family has."""
 
     foreign_parts: ClassVar[tuple[str, ...]] = ()
     """Attributes by which a mixer of another family is told from one of this."""
-
-    config_size_name: ClassVar[str] = "state_size"
-    """What the family's config calls the state size."""
 
     cut_projections: ClassVar[dict[str, type[nn.Module]]] = {}
     """Modules inside the mixer whose rows are cut, and the class that they must have."""
@@ -55,13 +56,19 @@ class SelectiveLayer(StateSpaceLayer):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether the module is a mixer of the family and calls a scan that can be watched."""
-        if cls.mixer_names and not any(base.__name__ in cls.mixer_names for base in type(module).__mro__):
-            return False
+        if cls.other_mixers is not None:
+            known = {cls.stock.mixer, *cls.other_mixers}
+            if not any(base.__name__ in known for base in type(module).__mro__):
+                return False
         if not all(hasattr(module, name) for name in cls.required_parts):
             return False
         if any(hasattr(module, name) for name in cls.foreign_parts):
             return False
-        return named_size(module, STATE_SIZE_NAMES) is not None and calls_registered_scan(module)
+        return cls._size_name(module) is not None and calls_registered_scan(module)
+
+    @classmethod
+    def _size_name(cls, module: nn.Module) -> str | None:
+        return named_size(module, (cls.stock.size_name, _SIZE_NAME_OF_MAMBA_SSM))
 
     @classmethod
     def sizes_may_differ(cls, stock: bool, reductor: str) -> bool:
@@ -71,12 +78,12 @@ class SelectiveLayer(StateSpaceLayer):
     @property
     def state_size(self) -> int:
         """The present number of states per channel, N."""
-        return getattr(self.module, named_size(self.module, STATE_SIZE_NAMES))
+        return getattr(self.module, self._size_name(self.module))
 
     @property
     def size_attribute(self) -> SizeAttribute:
         """The attribute of the mixer that tells how many entries B and C have where they are projected."""
-        return SizeAttribute("", named_size(self.module, STATE_SIZE_NAMES), runs())
+        return SizeAttribute("", self._size_name(self.module), runs())
 
     def check_reducible(self) -> None:
         """
@@ -86,7 +93,9 @@ class SelectiveLayer(StateSpaceLayer):
             [`~errors.UnsupportedModelError`]: a parameter is sharded or quantised, a module whose rows would be cut is
                 of another class (an adapter wraps it), or a parameter's shape disagrees with the layer's state size.
         """
-        self._require_own_projections(*(self.cut_projections.keys() - self.adaptable_projections))
+        # An adapter shows the weight that it wraps, by which the layer's sizes are known.
+        adapted = {name for name in self.adaptable_projections if hasattr(getattr(self.module, name), "weight")}
+        self._require_own_projections(*(name for name in self.cut_projections if name not in adapted))
         super().check_reducible()
 
     def check_form(self, stock: bool, reductor: str) -> None:
@@ -133,7 +142,7 @@ class SelectiveLayer(StateSpaceLayer):
     @classmethod
     def config_size(cls) -> ConfigSize:
         """How the family's config tells the state size."""
-        return ConfigSize(cls.config_size_name)
+        return ConfigSize(cls.stock.config_size_name)
 
     @contextmanager
     def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:
@@ -166,6 +175,10 @@ class SelectiveLayer(StateSpaceLayer):
                 )
         return reduction
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
     @abstractmethod
     def _reduction(self, truncation: Truncation) -> LayerReduction:
         """The reduction for a truncation of the layer's own state size."""
@@ -182,7 +195,7 @@ class SelectiveLayer(StateSpaceLayer):
                 f"the truncation mixes states, which {self.name} (a {self.family} layer with one diagonal A per "
                 "channel) cannot hold; use an interpolative or a selecting reductor."
             )
-        return truncation.indices.to(self.module.A_log.device)
+        return truncation.indices.to(self._device)
 
     def _require_selection(self, truncation: Truncation) -> Tensor:
         """
@@ -196,7 +209,7 @@ class SelectiveLayer(StateSpaceLayer):
                 f"the truncation combines states, which the stock weights of {self.name} (a {self.family} layer, whose "
                 "B and C pass a convolution or a norm) cannot hold; use the selection reductor."
             )
-        return truncation.indices.to(self.module.A_log.device)
+        return truncation.indices.to(self._device)
 
 
 def named_size(module: nn.Module, names: tuple[str, ...]) -> str | None:

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ...models.compressed.stock_families import STOCK_FAMILIES
 from ...systems import Truncation, reductor_names
 from ..changes import LayerReduction
 from ..contract import ScanObserver
@@ -31,9 +32,8 @@ class ZambaLayer(SelectiveLayer):
     """A Zamba Mamba mixer, seen as one state-space system a head."""
 
     family = "zamba"
-    mixer_names = frozenset({"ZambaMambaMixer"})
+    stock = STOCK_FAMILIES[family]
     required_parts = ("A_log", "D", "x_proj_weight")
-    config_size_name = "mamba_d_state"
 
     @classmethod
     def reductors(cls, stock: bool) -> frozenset[str]:
@@ -85,4 +85,4 @@ class _HeadByHead:
         return self._observer.observe(replace(inputs, part=next(self._heads)), output)
 
 
-register_selective_scan("transformers.models.zamba.modeling_zamba")
+register_selective_scan(ZambaLayer.stock.modeling)

@@ -5,6 +5,7 @@ Source of the layer: Glorioso et al., 2024, "The Zamba2 Suite: Technical Report"
 
 from __future__ import annotations
 
+from ...models.compressed.stock_families import STOCK_FAMILIES
 from ..registry import register
 from ..scans.multi_head import register_chunk_scan
 from .multi_head import MultiHeadLayer
@@ -15,8 +16,7 @@ class Zamba2Layer(MultiHeadLayer):
     """A Zamba2 Mamba-2 mixer, seen as a state-space system."""
 
     family = "zamba2"
-    mixer_names = frozenset({"Zamba2MambaMixer"})
-    config_size_name = "mamba_d_state"
+    stock = STOCK_FAMILIES[family]
 
 
-register_chunk_scan("transformers.models.zamba2.modeling_zamba2")
+register_chunk_scan(Zamba2Layer.stock.modeling)

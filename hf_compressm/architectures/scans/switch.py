@@ -27,6 +27,7 @@ from torch import nn
 from ...errors import ConfigurationError
 from ...ops import is_transformed
 from ..contract import ScanObserver
+from .inputs import ScanInputs
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,32 @@ def _replacements_in(namespace: dict[str, Any]) -> dict[str, Replacement]:
     if own is None:
         own = {name: found for known in reversed(_replacements.values()) for name, found in known.items()}
     return {name: replacement for name, replacement in own.items() if name in namespace}
+
+
+def watched(inputs_of: Callable[..., ScanInputs]) -> Replacement:
+    """
+    A replacement that computes what the recurrence does and shows it to the observer of the layer that runs it.
+
+    Args:
+        inputs_of (`Callable`): Takes the arguments of the recurrence and returns the [`~architectures.ScanInputs`] that
+            they are. The recurrence returns its raw output, before any skip or gate, or a tuple that begins with it.
+    """
+
+    def replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(stock)
+        def scan(*args: Any, **kwargs: Any) -> Any:
+            observer, result = current_observer(), stock(*args, **kwargs)
+            if observer is None:
+                return result
+            if is_packed(**kwargs):
+                warn_of_packing()
+            output, *others = result if isinstance(result, tuple) else (result,)
+            output = observer.observe(inputs_of(*args, **kwargs), output)
+            return (output, *others) if isinstance(result, tuple) else output
+
+        return scan
+
+    return replacement
 
 
 def is_packed(**kwargs: Any) -> bool:

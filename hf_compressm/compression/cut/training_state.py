@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -13,6 +13,8 @@ from ...architectures import LayerReduction, ParameterChange, StateSpaceLayer, a
 from .changes import Change, ModelChange, commit_together, roll_back_together
 from .optimizer import OptimizerChange
 from .weight_averages import WeightCopy, find_copies
+
+Measured = TypeVar("Measured")
 
 Follow = Callable[[Sequence[ParameterChange]], Change]
 """Prepares what has to change after the model and its optimizer (a wrapper, say) when parameters are replaced."""
@@ -43,6 +45,24 @@ class TrainingState:
     def copies(self) -> list[WeightCopy]:
         """The candidates that are copies of the model's present weights."""
         return find_copies(self.candidates(), self.model, self.layers)
+
+    def with_cut(self, reductions: Sequence[LayerReduction], measure: Callable[[], Measured]) -> Measured:
+        """
+        What the model alone would measure with a cut, which is taken back.
+
+        Args:
+            reductions (`Sequence[LayerReduction]`): What the layers built.
+            measure (`Callable`): Looks at the model.
+
+        Raises:
+            [`~errors.UnsupportedModelError`]: a parameter would be replaced that no module holds.
+        """
+        change = ModelChange(self.model, reductions, all_changes(self.model, self.layers, reductions))
+        commit_together([change])
+        try:
+            return measure()
+        finally:
+            roll_back_together([change])
 
     def commit(
         self,

@@ -58,7 +58,21 @@ def plan_reduction(
         [`~errors.NotFiniteError`]: a spectrum holds NaN.
     """
     moment = moment or Moment()
-    ranks = _ranks(spectra, sizes, config, moment)
+    return plan_of_ranks(_ranks(spectra, sizes, config, moment), sizes, config, moment)
+
+
+def plan_of_ranks(
+    ranks: Mapping[str, int], sizes: Mapping[str, int], config: CompreSSMConfig, moment: Moment
+) -> dict[str, LayerPlan]:
+    """
+    The plan that follows from what each layer asks for, as [`plan_reduction`] describes it.
+
+    Args:
+        ranks (`Mapping[str, int]`): What is asked for, before it is rounded and bounded.
+        sizes (`Mapping[str, int]`): Present state size of each layer.
+        config ([`CompreSSMConfig`]): Its limits are used.
+        moment ([`Moment`]): Where in the run the check is made.
+    """
     wanted = {name: _rounded(ranks[name], size, config) for name, size in sizes.items()}
     if config.uniform:
         largest = max(wanted.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,9 @@ from ..history import CheckRecord, LayerRecord
 
 # One high correlation can be chance; two running mean that the order has stopped moving.
 _CHECKS_TO_SETTLE = 2
+
+# A lack of usable data passes in a few steps or never.
+_STEPS_TO_TRY_AGAIN = 8
 
 
 @dataclass(frozen=True)
@@ -124,3 +128,33 @@ def score_correlation(previous: Tensor | None, scores: Tensor) -> float | None:
     if previous is None or len(scores) < 2 or len(previous) != len(scores):
         return None
     return float(rank_correlation(previous, scores.cpu()))
+
+
+def check_number(steps: Sequence[int], step: int) -> int:
+    """
+    Which of a run's checks is made after a step, from 1 on; one that makes up for a skipped check has that one's.
+
+    Args:
+        steps (`Sequence[int]`): The steps of all checks of the run, ascending.
+        step (`int`): The training step.
+    """
+    return max(1, bisect_right(steps, step))
+
+
+def makes_up(records: Sequence[CheckRecord], steps: Sequence[int], step: int) -> bool:
+    """
+    Whether a check is made after this step in place of a skipped one, which is tried again at each of a few steps.
+
+    Args:
+        records (`Sequence[CheckRecord]`): Everything that happened before.
+        steps (`Sequence[int]`): The steps of all checks of the run, ascending.
+        step (`int`): The training step.
+    """
+    skipped = bool(records) and records[-1].outcome == "skipped" and records[-1].step == step - 1
+    due = bisect_right(steps, step)
+    return skipped and due > 0 and step - steps[due - 1] <= _STEPS_TO_TRY_AGAIN
+
+
+def combined_seed(seed: int, step: int | None) -> int:
+    """One seed for every (run, step), so that a resumed run draws what the uninterrupted one draws."""
+    return (seed * 1_000_003 + (0 if step is None else step)) % 2**63

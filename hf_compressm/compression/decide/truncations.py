@@ -38,6 +38,7 @@ def find_truncations(
     processes: Processes,
     require_writable: Callable[[str, Truncation], object],
     progress: bool | None = None,
+    alternative: str = "",
 ) -> tuple[dict[str, Found], dict[str, str]]:
     """
     Truncate every layer that gets a new size, in all processes alike.
@@ -52,6 +53,8 @@ def find_truncations(
         require_writable (`Callable`): Takes a layer's name and a truncation, and raises a
             [`~errors.TruncationError`] where the layer cannot hold it.
         progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
+        alternative (`str`, *optional*, defaults to `""`): Which of [`LayerGramians.alternatives`] is tried first, where
+            a layer has it.
 
     Returns:
         `tuple[dict[str, Found], dict[str, str]]`: The truncations by layer name, each on the device of the layer's
@@ -65,7 +68,7 @@ def find_truncations(
     disable = None if progress is None else not progress
     for number, name in enumerate(tqdm(sizes, desc="cutting", unit="layer", leave=False, disable=disable)):
         problems = []
-        for measured, reductor in gramians[name].attempts(reductors[name]):
+        for measured, reductor in _attempts(gramians[name], reductors[name], alternative):
             try:
                 truncation = measured.truncate(sizes[name], reductor, config, seed=seed + number)
                 require_writable(name, truncation)
@@ -79,3 +82,9 @@ def find_truncations(
     found, failed = processes.first((found, failed))
     moved = {name: item._replace(truncation=item.truncation.to(gramians[name].device)) for name, item in found.items()}
     return moved, failed
+
+
+def _attempts(gramians: LayerGramians, reductor: str, alternative: str) -> list[tuple[LayerGramians, str]]:
+    usual = gramians.attempts(reductor)
+    other = gramians.alternatives(reductor).get(alternative, gramians)
+    return usual if other is gramians else [*other.attempts(reductor), *usual]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +28,10 @@ from .model_pass import (
     move_to_device,
 )
 from .observers import LOSS_SCALE, GramianObserver, make_observer
+from .reach import reached_everywhere, watched_reach
 from .system_observer import SystemObserver
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,14 @@ class Calibration:
     Args:
         gramians (`dict[str, LayerGramians]`): The Gramians of each layer, by the layer's name.
         loss (`float`, *optional*): Mean loss of the batches; unset where there is none and none was needed.
+        left_out (`frozenset[int]`): Places of the batches whose loss is NaN; they count for nothing.
+        unreached (`dict[str, str]`): Why a layer's Gramians are unknown, by the name of each such layer.
     """
 
     gramians: dict[str, LayerGramians]
     loss: float | None
+    left_out: frozenset[int] = frozenset()
+    unreached: dict[str, str] = field(default_factory=dict)
 
 
 def calibrate(
@@ -75,78 +83,141 @@ def calibrate(
         progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
 
     Raises:
-        [`~errors.CalibrationError`]: there is no batch, a batch gives no loss or one that is not finite, or a layer's
-            Gramians are not finite.
+        [`~errors.CalibrationError`]: there is no batch, a batch gives no loss or an infinite one, the loss of all
+            batches is NaN, no layer was reached, or a layer's Gramians are not finite.
     """
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    trigger = torch.zeros((), device=device, requires_grad=True)
-    systems = {layer.name: layer.system() for layer in layers}
-    selective = [layer for layer in layers if systems[layer.name] is None]
-    observers = {
-        layer.name: _observer_of(layer, systems[layer.name], gramians, generator, trigger)
-        for layer in layers
-        if layer in selective or gramians in ("loss_gradient", "input_weighted")
-    }
-    needs_loss = any(observer.needs_loss_gradient for observer in observers.values())
-    # A time-invariant layer makes use of a loss where there is one.
-    needs_gradient = needs_loss or (bool(observers) and gramians == "loss_gradient")
     total = sum_over_processes or (lambda tensor: tensor)
+    systems = {layer.name: layer.system() for layer in layers}
+    trigger = torch.zeros((), device=device, requires_grad=True)
+    observers = _observers(layers, systems, gramians, torch.Generator().manual_seed(seed), trigger)
+    losses: list[tuple[float, int] | None] = []
+    disable = None if progress is None else not progress
+    with evaluation_mode(model), _watched(layers, observers) as idle:
+        one_batch = _BatchPass(model, list(observers.values()), trigger, loss_function, gramians == "loss_gradient")
+        for batch in tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=disable):
+            losses.append(one_batch(move_to_device(batch, device)))
+    _require_batches(layers, systems, losses)
+    left_out = frozenset(number for number, loss in enumerate(losses) if loss is not None and math.isnan(loss[0]))
+    if left_out:
+        _leave_out(left_out, len(losses))
+    missing = {**{name: observer.unreached() for name, observer in observers.items()}, **dict.fromkeys(idle, "run")}
+    unreached = reached_everywhere([layer.name for layer in layers], missing if losses else {}, total)
+    results = {
+        name: observers[name].result(name, total) if name in observers else ClosedFormGramians(system)
+        for name, system in systems.items()
+        if name not in unreached
+    }
+    kept = [loss for number, loss in enumerate(losses) if number not in left_out]
+    return Calibration(results, _mean_over_processes(kept, total, device), left_out, unreached)
 
-    losses = []
+
+@contextmanager
+def _watched(layers: Sequence[StateSpaceLayer], observers: dict[str, GramianObserver]) -> Iterator[Collection[str]]:
+    """Let the observers see their layers; yields the names of those without an observer that have not run so far."""
     with ExitStack() as stack:
-        stack.enter_context(evaluation_mode(model))
         for layer in layers:
             if layer.name in observers:
                 stack.enter_context(layer.observed(observers[layer.name]))
-        disable = None if progress is None else not progress
-        for batch in tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=disable):
-            batch = move_to_device(batch, device)
-            with torch.set_grad_enabled(needs_gradient):
-                if needs_loss or loss_function is not None:
-                    loss = (loss_function or model_loss)(model, batch)
-                else:
-                    loss = _loss_in(_run(model, batch))
-            terms = loss_terms(batch)
-            losses.append(None if loss is None else (_finite(loss), terms))
-            if needs_gradient and loss is not None and loss.requires_grad:
-                for observer in observers.values():
-                    observer.loss_terms = terms
-                with torch.enable_grad():
-                    torch.autograd.grad(LOSS_SCALE * loss, trigger, allow_unused=True)
-                for observer in observers:
-                    observer.loss_terms = None
+        yield stack.enter_context(watched_reach([layer for layer in layers if layer.name not in observers]))
+
+
+def _observers(
+    layers: Sequence[StateSpaceLayer],
+    systems: dict[str, DiagonalLTI | None],
+    gramians: str,
+    generator: torch.Generator,
+    trigger: Tensor,
+) -> dict[str, GramianObserver]:
+    """An observer for each layer of which data tell something, by the layer's name."""
+    observers: dict[str, GramianObserver] = {}
+    for layer in layers:
+        system = systems[layer.name]
+        if system is None:
+            if gramians in ("input_weighted", "closed_form"):
+                raise ConfigurationError(
+                    f"gramians is {gramians!r}, which asks for a closed form; {layer.name} ({layer.family}) is a "
+                    "selective layer and has none. Choose 'loss_gradient', 'white_noise' or 'averaged'."
+                )
+            observers[layer.name] = make_observer(gramians, generator, trigger)
+        elif gramians in ("loss_gradient", "input_weighted"):
+            observers[layer.name] = SystemObserver(system, generator, trigger if gramians == "loss_gradient" else None)
+    return observers
+
+
+def _require_batches(
+    layers: Sequence[StateSpaceLayer], systems: dict[str, DiagonalLTI | None], losses: Sequence[Any]
+) -> None:
+    selective = [layer for layer in layers if systems[layer.name] is None]
     if selective and not losses:
         raise CalibrationError(
             f"there is no calibration batch; {selective[0].name} ({selective[0].family}) is a selective layer, whose "
             "Gramians are measured on data. Give at least one batch."
         )
-    measured = {name: observer.result(name, total) for name, observer in observers.items()}
-    results = {
-        name: measured[name] if name in measured else ClosedFormGramians(system) for name, system in systems.items()
-    }
-    return Calibration(results, _mean_over_processes(losses, total, device))
 
 
-def _observer_of(
-    layer: StateSpaceLayer, system: DiagonalLTI | None, gramians: str, generator: torch.Generator, trigger: Tensor
-) -> GramianObserver:
-    if system is not None:
-        return SystemObserver(system, generator, trigger if gramians == "loss_gradient" else None)
-    if gramians in ("input_weighted", "closed_form"):
-        raise ConfigurationError(
-            f"gramians is {gramians!r}, which asks for a closed form; {layer.name} ({layer.family}) is a selective "
-            "layer and has none. Choose 'loss_gradient', 'white_noise' or 'averaged'."
+@dataclass(frozen=True)
+class _BatchPass:
+    """One batch through the model, and its gradient back where an observer makes use of it."""
+
+    model: nn.Module
+    observers: Sequence[GramianObserver]
+    trigger: Tensor
+    loss_function: LossFunction | None
+    wants_gradient: bool
+
+    def __call__(self, batch: Any) -> tuple[float, int] | None:
+        """The loss and how many terms it has; NaN is returned, and nothing that the batch showed is kept then."""
+        needs_loss = any(observer.needs_loss_gradient for observer in self.observers)
+        # A time-invariant layer makes use of a loss where there is one.
+        needs_gradient = needs_loss or (self.wants_gradient and bool(self.observers))
+        sums = [observer.sums() for observer in self.observers]
+        # Before the loss function has the batch, which may take entries out of it.
+        terms = loss_terms(batch)
+        with torch.set_grad_enabled(needs_gradient):
+            if needs_loss or self.loss_function is not None:
+                loss = (self.loss_function or model_loss)(self.model, batch)
+            else:
+                loss = _loss_in(_run(self.model, batch))
+        if loss is None:
+            return None
+        value = _number(loss)
+        if math.isnan(value):
+            # What needs no loss is known of the batch all the same.
+            for observer, before in zip(self.observers, sums) if needs_gradient else ():
+                observer.go_back_to(before)
+        elif needs_gradient and loss.requires_grad:
+            self._propagate_back(loss, terms)
+        return value, terms
+
+    def _propagate_back(self, loss: Tensor, terms: int) -> None:
+        for observer in self.observers:
+            observer.loss_terms = terms
+        with torch.enable_grad():
+            torch.autograd.grad(LOSS_SCALE * loss, self.trigger, allow_unused=True)
+        for observer in self.observers:
+            observer.loss_terms = None
+
+
+def _leave_out(left_out: frozenset[int], count: int) -> None:
+    if len(left_out) == count:
+        raise CalibrationError(
+            "the calibration loss is nan; a cut cannot be judged on it. Check the data (are all labels -100?) and the "
+            "learning rate."
         )
-    return make_observer(gramians, generator, trigger)
+    logger.warning(
+        "%d of %d calibration batches are left out, as their loss is NaN (all their labels may be -100).",
+        len(left_out),
+        count,
+    )
 
 
-def _finite(loss: Any) -> float:
+def _number(loss: Any) -> float:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise CalibrationError(f"the loss function returned {found}; it must return a tensor with a single number.")
     value = float(loss.detach())
-    if not math.isfinite(value):
+    if math.isinf(value):
         raise CalibrationError(
             f"the calibration loss is {value}; a cut cannot be judged on it. Check the data and the learning rate."
         )

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...architectures import MeasuredTruncation
 from ...config import CompreSSMConfig
 from ...systems import (
     COARSE_RESOLUTION,
@@ -64,6 +65,10 @@ class LayerGramians(ABC):
     def attempts(self, reductor: str) -> list[tuple[LayerGramians, str]]:
         """What to truncate by and how, in the order in which to try: the next where one fails its checks."""
         return [(self, reductor)]
+
+    def alternatives(self, reductor: str) -> dict[str, LayerGramians]:
+        """The Gramians that a truncation can be made by, by a name for each; what is asked for comes first."""
+        return {"": self}
 
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
         """
@@ -138,9 +143,13 @@ class EmpiricalGramians(LayerGramians):
         """The share of the observable energy `trace(P Q)`, summed over groups, that the truncation loses."""
         return _lost_energy(self, truncation)
 
-    def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
+    def alternatives(self, reductor: str) -> dict[str, LayerGramians]:
+        """What the states do to the loss; or to the output of their own step, with the readout Gramian for Q."""
+        return {"": self} if reductor == "selection" else {"": self, "readout_gramian": replace(self, Q=self.R)}
+
+    def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> MeasuredTruncation:
         """Cut to `rank` states in every group; `reductor`, `config` and `seed` as above. It takes `squares` along."""
-        return replace(super().truncate(rank, reductor, config, seed), squares=self.squares)
+        return MeasuredTruncation.of(super().truncate(rank, reductor, config, seed), self.squares)
 
 
 @dataclass(frozen=True)
@@ -253,6 +262,10 @@ class WeightedGramians(LayerGramians):
     def lost_energy(self, truncation: Truncation) -> float | None:
         """The share of the energy `trace(P Q)` on the data, summed over channels, that the truncation loses."""
         return _lost_energy(self, truncation)
+
+    def alternatives(self, reductor: str) -> dict[str, LayerGramians]:
+        """With Q of the loss; or with Q in closed form."""
+        return {"": self} if self.measured_Q is None else {"": self, "input_weighted": replace(self, measured_Q=None)}
 
     def attempts(self, reductor: str) -> list[tuple[LayerGramians, str]]:
         """As asked; then with Q in closed form, which is stable for any P; then interpolative, which keeps poles."""

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from ...architectures.contract import SumOverProcesses
@@ -18,6 +19,25 @@ def _uncompiled() -> AbstractContextManager[Any]:
     """A compiled forward pass would go past the scan that is watched, and be compiled again for evaluation mode."""
     # Loading the compiler takes seconds, and without it nothing is compiled.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+class _RunAsItIs:
+    """Stands in for torch's reentrant checkpoint: the function, with its graph kept."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+@contextmanager
+def _without_reentrant_checkpoints() -> Iterator[None]:
+    # The reentrant form hides what it runs from torch.autograd.grad.
+    stock = torch.utils.checkpoint.CheckpointFunction
+    torch.utils.checkpoint.CheckpointFunction = _RunAsItIs
+    try:
+        yield
+    finally:
+        torch.utils.checkpoint.CheckpointFunction = stock
 
 
 # What torch's cross entropy and transformers' collators leave out of the mean.
@@ -90,7 +110,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         if getattr(config, "use_cache", False) is True
     ]
     devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), _uncompiled():
+    with torch.random.fork_rng(devices=devices), _uncompiled(), _without_reentrant_checkpoints():
         try:
             model.eval()
             for config in cached:
@@ -114,6 +134,15 @@ def loss_terms(batch: Any) -> int:
         return max(1, int((labels != _IGNORED_LABEL).sum()))
     tensors = [value for value in _tensors_in(batch) if value.ndim]
     return tensors[0].shape[0] if tensors else 1
+
+
+def says_nothing(batch: Any) -> bool:
+    """Whether all labels of a batch are ignored (-100), also where the first of each row has no token before it."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.numel():
+        return False
+    predicted = labels[:, 1:] if labels.ndim == 2 and labels.shape[1] > 1 else labels
+    return bool((predicted == _IGNORED_LABEL).all())
 
 
 def _tensors_in(batch: Any) -> Iterator[Tensor]:

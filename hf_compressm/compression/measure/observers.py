@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,12 +40,24 @@ class GramianObserver(ABC):
         """Look at a scan and its raw output, before any skip or gate; what is returned goes on in its place."""
 
     @abstractmethod
+    def unreached(self) -> str | None:
+        """What the calibration batches did not do with the layer, or None where its Gramians are known."""
+
+    @abstractmethod
+    def sums(self) -> Any:
+        """What was summed so far, to go back to with [`go_back_to`]."""
+
+    @abstractmethod
+    def go_back_to(self, sums: Any) -> None:
+        """Forget what was seen since [`sums`] gave this."""
+
+    @abstractmethod
     def result(self, layer_name: str, sum_over_processes: SumOverProcesses) -> EmpiricalGramians:
         """
-        The Gramians of everything that all processes have seen.
+        The Gramians of everything that all processes have seen, of a layer that was reached.
 
         Raises:
-            [`~errors.CalibrationError`]: the layer was never run, or what was summed is not finite.
+            [`~errors.CalibrationError`]: what was summed is not finite.
         """
 
 
@@ -82,15 +94,23 @@ class _SampledGramians(GramianObserver):
         sums = self._sums[inputs.part]
         sums.Q = sums.Q + weight * inputs.adjoint_gramian(grad_output, times)
 
+    def unreached(self) -> str | None:
+        """What the calibration batches did not do with the layer, or None where its Gramians are known."""
+        if not self._sums:
+            return "run"
+        return "reached by the gradient" if any(isinstance(part.Q, float) for part in self._sums.values()) else None
+
+    def sums(self) -> dict[int | None, _Sums]:
+        """What was summed so far; sums are replaced, never written to."""
+        return {part: replace(sums) for part, sums in self._sums.items()}
+
+    def go_back_to(self, sums: dict[int | None, _Sums]) -> None:
+        """Forget what was seen since."""
+        self._sums = sums
+
     def result(self, layer_name: str, sum_over_processes: SumOverProcesses) -> EmpiricalGramians:
         """The Gramians of everything that all processes have seen."""
         parts = list(_in_order(self._sums).values())
-        if not parts or any(isinstance(part.Q, float) for part in parts):
-            what = "reached by the gradient of" if parts else "run by"
-            raise CalibrationError(
-                f"{layer_name} was not {what} the calibration batches, so its Gramians are unknown. Calibrate with "
-                "batches that use every state-space layer."
-            )
         names = ("P", "Q", "readout_energy", "R", "squares")
         sums = [_side_by_side(self._sums, name) for name in names]
         rows = sums[0].new_tensor([float(parts[0].rows)])
@@ -204,10 +224,20 @@ class AveragedObserver(GramianObserver):
         self._sums[inputs.part] = self._sums.get(inputs.part, 0.0) + inputs.sums()
         return output
 
+    def unreached(self) -> str | None:
+        """What the calibration batches did not do with the layer, or None where its means are known."""
+        return None if self._sums else "run"
+
+    def sums(self) -> dict[int | None, Tensor]:
+        """What was summed so far; sums are replaced, never written to."""
+        return dict(self._sums)
+
+    def go_back_to(self, sums: dict[int | None, Tensor]) -> None:
+        """Forget what was seen since."""
+        self._sums = sums
+
     def result(self, layer_name: str, sum_over_processes: SumOverProcesses) -> EmpiricalGramians:
         """The summed closed-form Gramians of the averaged channels."""
-        if not self._sums:
-            raise CalibrationError(f"{layer_name} was not run by the calibration batches, so its means are unknown.")
         sums = sum_over_processes(torch.stack(list(_in_order(self._sums).values())))
         found = {
             part: _summed_gramians(systems(total[:-1] / total[-1]))

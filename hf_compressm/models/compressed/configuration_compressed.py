@@ -7,30 +7,26 @@ they are first asked for.
 
 from __future__ import annotations
 
-import importlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .stock_families import STOCK_FAMILIES
+from .stock_families import family_of
 
 PREFIX = "Compressed"
-
-# The stock configurations, and the name that each has for the state size.
-STATE_SIZE_NAMES = {row.config: row.config_size_name for row in STOCK_FAMILIES.values()}
 
 LARGEST_STATE_SIZE = 65536
 
 when_first_built: list[Callable[[type[PreTrainedConfig]], None]] = []
 """Called once with each compressed configuration class, just before its first configuration is built."""
 
-_made: dict[str, type[PreTrainedConfig]] = {}
 _built: set[type[PreTrainedConfig]] = set()
 
 
-class CompressedStates:
+class LayerSizes:
     """What a compressed configuration adds to that of transformers."""
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -68,6 +64,7 @@ def validate_sizes(config: PreTrainedConfig) -> None:
             )
 
 
+@functools.cache
 def compressed_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """
     The compressed configuration class of a stock one, made at its first use.
@@ -77,31 +74,31 @@ def compressed_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedCon
     projected; a layer in which it is the larger one mixes them just before its scan.
 
     Args:
-        stock (`type`): One of the configuration classes in `STATE_SIZE_NAMES`.
+        stock (`type`): One of the configuration classes in `STOCK_FAMILIES`.
 
     Raises:
         `KeyError`: the class is none of them.
     """
-    name = PREFIX + stock.__name__
-    if name not in _made:
-        state_size_name = STATE_SIZE_NAMES[stock.__name__]
-        namespace = {
-            "__module__": __name__,
-            "__doc__": f"`{stock.__name__}` with the state size of each layer; see `compressed_config_class`.",
-            "__annotations__": {"state_sizes": list[int] | None, "projected_state_sizes": list[int] | None},
-            "state_sizes": None,
-            "projected_state_sizes": None,
-            "model_type": f"compressed_{stock.model_type}",
-            "state_size_name": state_size_name,
-        }
-        made = strict(type(name, (CompressedStates, stock), namespace))
-        made.register_for_auto_class()
-        _made[name] = made
-    return _made[name]
+    row = family_of(stock.__name__)
+    if row is None:
+        raise KeyError(stock.__name__)
+    namespace = {
+        "__module__": __name__,
+        "__doc__": f"`{stock.__name__}` with the state size of each layer; see `compressed_config_class`.",
+        "__annotations__": {"state_sizes": list[int] | None, "projected_state_sizes": list[int] | None},
+        "state_sizes": None,
+        "projected_state_sizes": None,
+        "model_type": f"compressed_{stock.model_type}",
+        "state_size_name": row.config_size_name,
+    }
+    made = strict(type(PREFIX + stock.__name__, (LayerSizes, stock), namespace))
+    made.register_for_auto_class()
+    return made
 
 
 def __getattr__(name: str) -> Any:
     stock = name.removeprefix(PREFIX)
-    if stock == name or stock not in STATE_SIZE_NAMES:
+    row = family_of(stock)
+    if stock == name or row is None or stock != row.config:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return compressed_config_class(getattr(importlib.import_module("transformers"), stock))
+    return compressed_config_class(row.class_named(stock))

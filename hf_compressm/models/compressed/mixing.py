@@ -9,25 +9,17 @@ recurrent cache have r entries. In Mamba-2 A is one number a head, so the dynami
 
 from __future__ import annotations
 
-import importlib
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .mixed_multi_head import MixedMultiHead
-from .stock_families import STOCK_FAMILIES
+from .mixed_scan import MixedScan
+from .stock_families import family_of, family_of_mixer
 
 PREFIX = "Mixed"
-
-# Where transformers has each class that can be mixed, and which classes share Mamba-2's forward pass.
-_ROWS = STOCK_FAMILIES.values()
-MULTI_HEAD_MIXERS = {row.mixer: row.module for row in _ROWS if row.kind == "multi_head"}
-NORMED_MIXERS = {row.mixer: row.module for row in _ROWS if row.kind == "normed"}
-NORMS = {row.norm: row.module for row in _ROWS if row.norm is not None}
-FOLDED_MIXERS = {row.mixer: row.module for row in _ROWS if row.kind == "folded"}
-
-_made: dict[type, type] = {}
 
 
 class _Hidden:
@@ -65,30 +57,31 @@ class UnfusedFalconMamba:
             self.training = training
 
 
+@functools.cache
 def mixed_class(stock: type[nn.Module]) -> type[nn.Module]:
     """
-    The class of a mixer or norm that combines states; the class itself where it has been made or none is needed.
+    The class of a mixer or norm that combines states, made at its first use; any other class itself.
 
     Args:
         stock (`type`): A class of transformers.
     """
-    if stock in _made.values():
+    mixin = _mixin(stock.__name__)
+    if mixin is None:
         return stock
-    if stock not in _made:
-        mixin = _mixin(stock.__name__)
-        if mixin is None:
-            return stock
-        doc = f"`{stock.__name__}` of transformers that combines states; see `{mixin.__name__}`."
-        _made[stock] = type(PREFIX + stock.__name__, (mixin, stock), {"__module__": __name__, "__doc__": doc})
-    return _made[stock]
+    doc = f"`{stock.__name__}` of transformers that combines states; see `{mixin.__name__}`."
+    namespace = {"__module__": __name__, "__doc__": doc, "stock_class": stock}
+    return type(PREFIX + stock.__name__, (mixin, stock), namespace)
 
 
 def _mixin(name: str) -> type | None:
-    if name in MULTI_HEAD_MIXERS:
-        return MixedMultiHead
-    if name in NORMS:
+    row = family_of(name)
+    if row is None or name == row.config:
+        return None
+    if name == row.norm:
         return MixedNorm
-    return UnfusedFalconMamba if name == "FalconMambaMixer" else None
+    if row.has_fused_training:
+        return UnfusedFalconMamba
+    return {"multi_head": MixedMultiHead, "scan": MixedScan}.get(row.kind)
 
 
 def mixing_sites(mixer: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -98,12 +91,23 @@ def mixing_sites(mixer: nn.Module) -> list[tuple[nn.Module, str]]:
     Args:
         mixer (`torch.nn.Module`): A mixer of transformers; one that folds its readout has none.
     """
-    names = {cls.__name__ for cls in type(mixer).__mro__}
-    if names & MULTI_HEAD_MIXERS.keys():
-        return [(mixer, "input_mixing"), (mixer, "readout_mixing")]
-    if names & NORMED_MIXERS.keys():
+    row = family_of_mixer(type(mixer))
+    if row is None or row.kind == "folded":
+        return []
+    if row.kind == "normed":
         return [(mixer.b_layernorm, "mixing"), (mixer.c_layernorm, "mixing")]
-    return []
+    return [(mixer, "input_mixing"), (mixer, "readout_mixing")]
+
+
+def mixing_groups(mixer: nn.Module) -> int | None:
+    """
+    How many pairs of mixing matrices a mixer has; None where they have no axis for it.
+
+    Args:
+        mixer (`torch.nn.Module`): A mixer of transformers.
+    """
+    row = family_of_mixer(type(mixer))
+    return None if row is None or row.groups_name is None else getattr(mixer, row.groups_name)
 
 
 def mixed_classes(mixer: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
@@ -125,9 +129,8 @@ def stock_classes(mixer: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
     Args:
         mixer (`torch.nn.Module`): A mixer.
     """
-    before = {made: stock for stock, made in _made.items()}
     modules = [mixer, *(module for module, _ in mixing_sites(mixer) if module is not mixer)]
-    return [(module, before[type(module)]) for module in modules if type(module) in before]
+    return [(module, type(module).stock_class) for module in modules if hasattr(type(module), "stock_class")]
 
 
 def mix(mixer: nn.Module, size: int) -> None:
@@ -138,22 +141,19 @@ def mix(mixer: nn.Module, size: int) -> None:
         mixer (`torch.nn.Module`): A mixer of transformers.
         size (`int`): The number of states after the mixing.
     """
-    N = mixer.ssm_state_size
+    row = family_of_mixer(type(mixer))
+    N, groups, like = getattr(mixer, row.size_name), mixing_groups(mixer), next(mixer.parameters())
     for module, cls in mixed_classes(mixer):
         module.__class__ = cls
-    like = mixer.A_log
     for module, name in mixing_sites(mixer):
         kept = torch.eye(N, size, dtype=like.dtype, device=like.device)
-        values = kept.repeat(mixer.n_groups, 1, 1) if module is mixer else kept
-        module.register_parameter(name, nn.Parameter(values))
-    if like.ndim == 2:
-        mixer.A_log = nn.Parameter(like.detach()[:, :size].clone())
+        module.register_parameter(name, nn.Parameter(kept if groups is None else kept.repeat(groups, 1, 1)))
+    if row.kind == "normed":
+        mixer.A_log = nn.Parameter(mixer.A_log.detach()[:, :size].clone())
 
 
 def __getattr__(name: str) -> Any:
-    homes = {**MULTI_HEAD_MIXERS, **NORMS, "FalconMambaMixer": "falcon_mamba"}
     stock = name.removeprefix(PREFIX)
-    if stock == name or stock not in homes:
+    if stock == name or _mixin(stock) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"transformers.models.{homes[stock]}.modeling_{homes[stock]}")
-    return mixed_class(getattr(module, stock))
+    return mixed_class(family_of(stock).class_named(stock))

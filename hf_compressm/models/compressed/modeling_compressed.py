@@ -9,23 +9,21 @@ configuration tells.
 from __future__ import annotations
 
 import copy
-import importlib
+import functools
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from .configuration_compressed import PREFIX, STATE_SIZE_NAMES, compressed_config_class
-from .mixing import FOLDED_MIXERS, MULTI_HEAD_MIXERS, NORMED_MIXERS, mix
+from .configuration_compressed import PREFIX, compressed_config_class
+from .mixing import mix
+from .stock_families import STOCK_FAMILIES, family_of, family_of_mixer
 
-_MIXERS = {**FOLDED_MIXERS, **NORMED_MIXERS, **MULTI_HEAD_MIXERS}
 AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "Model": "AutoModel",
 }
-
-_made: dict[str, type[PreTrainedModel]] = {}
 
 
 class CompressedStates:
@@ -54,11 +52,7 @@ def state_space_mixers(model: nn.Module) -> dict[str, nn.Module]:
     Args:
         model (`torch.nn.Module`): A model of transformers.
     """
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if any(cls.__name__ in _MIXERS for cls in type(module).__mro__)
-    }
+    return {name: module for name, module in model.named_modules() if family_of_mixer(type(module)) is not None}
 
 
 def give_forms(model: PreTrainedModel) -> None:
@@ -78,7 +72,7 @@ def give_forms(model: PreTrainedModel) -> None:
             "state-space layers."
         )
     for (name, mixer), size, projected in zip(mixers.items(), config.state_sizes, config.projected_state_sizes):
-        if projected != mixer.ssm_state_size:
+        if projected != getattr(mixer, family_of_mixer(type(mixer)).size_name):
             mixer = _of_size(model, name, mixer, projected)
         if size < projected:
             mix(mixer, size)
@@ -101,31 +95,29 @@ def _of_size(model: PreTrainedModel, name: str, mixer: nn.Module, size: int) -> 
     return new
 
 
+@functools.cache
 def compressed_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """
     The compressed class of a stock model class, made at its first use.
 
     Args:
-        stock (`type`): A model class of transformers whose configuration class is in `STATE_SIZE_NAMES`.
+        stock (`type`): A model class of transformers whose configuration class is in `STOCK_FAMILIES`.
 
     Raises:
         `KeyError`: its configuration class is none of them.
     """
-    name = PREFIX + stock.__name__
-    if name not in _made:
-        config_class = compressed_config_class(stock.config_class)
-        namespace = {
-            "__module__": __name__,
-            "__doc__": f"`{stock.__name__}` with the state sizes and forms of a `{config_class.__name__}`.",
-            "config_class": config_class,
-        }
-        made = type(name, (CompressedStates, stock), namespace)
-        auto_class = next((auto for end, auto in AUTO_CLASSES.items() if name.endswith(end)), None)
-        if auto_class is not None:
-            made.register_for_auto_class(auto_class)
-        _convert_checkpoints_alike(config_class.model_type, stock.config_class.model_type)
-        _made[name] = made
-    return _made[name]
+    config_class = compressed_config_class(stock.config_class)
+    namespace = {
+        "__module__": __name__,
+        "__doc__": f"`{stock.__name__}` with the state sizes and forms of a `{config_class.__name__}`.",
+        "config_class": config_class,
+    }
+    made = type(PREFIX + stock.__name__, (CompressedStates, stock), namespace)
+    auto_class = next((auto for end, auto in AUTO_CLASSES.items() if stock.__name__.endswith(end)), None)
+    if auto_class is not None:
+        made.register_for_auto_class(auto_class)
+    _convert_checkpoints_alike(config_class.model_type, stock.config_class.model_type)
+    return made
 
 
 def compressed_class_of(model: nn.Module) -> type[PreTrainedModel] | None:
@@ -133,13 +125,24 @@ def compressed_class_of(model: nn.Module) -> type[PreTrainedModel] | None:
     The compressed class that a model can take over by its `__class__`, or None where there is none.
 
     Args:
-        model (`torch.nn.Module`): Any module; one of transformers' own model classes has a compressed one.
+        model (`torch.nn.Module`): Any module; one of a stock family's own model classes has a compressed one.
     """
-    stock = type(model)
-    known = isinstance(model, PreTrainedModel) and type(model.config).__name__ in STATE_SIZE_NAMES
-    if not known or stock.__module__.partition(".")[0] != "transformers":
-        return None
-    return compressed_model_class(stock)
+    row = family_of(type(model.config).__name__) if isinstance(model, PreTrainedModel) else None
+    # A class that someone has derived from one of these does what the compressed class does not know of.
+    return compressed_model_class(type(model)) if row is not None and type(model).__module__ == row.modeling else None
+
+
+def stock_class_of(model: nn.Module) -> type[PreTrainedModel] | None:
+    """
+    The stock class of a model of a compressed class, or None for any other model.
+
+    Args:
+        model (`torch.nn.Module`): Any module; its class may be that of code which came with a checkpoint.
+    """
+    classes = type(model).__mro__
+    # In the classes that this module makes, the stock one follows.
+    after = (stock for cls, stock in zip(classes, classes[1:]) if cls.__name__ == CompressedStates.__name__)
+    return next(after, None)
 
 
 def saves_itself(model: nn.Module) -> bool:
@@ -159,8 +162,10 @@ def _convert_checkpoints_alike(model_type: str, stock_type: str) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    stock = getattr(importlib.import_module("transformers"), name.removeprefix(PREFIX), None)
-    known = isinstance(stock, type) and issubclass(stock, PreTrainedModel)
-    if not name.startswith(PREFIX) or not known or stock.config_class.__name__ not in STATE_SIZE_NAMES:
+    stock = name.removeprefix(PREFIX)
+    rows = [row for row in STOCK_FAMILIES.values() if stock != name and stock.startswith(row.stem)]
+    found = next((cls for row in rows if (cls := row.class_named(stock)) is not None), None)
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    if not is_model or family_of(found.config_class.__name__) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return compressed_model_class(stock)
+    return compressed_model_class(found)

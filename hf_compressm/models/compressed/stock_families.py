@@ -1,22 +1,51 @@
-"""The selective mixers of transformers whose state can have a size of its own: one row a family."""
+"""
+The selective mixers of transformers whose state can have a size of its own: one row a family.
+
+What follows from a row is written nowhere else: which classes and configurations can be compressed, where they are, how
+a mixed layer combines its states, and what the layers of `hf_compressm.architectures.families` are recognised by.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib
+from typing import Any, NamedTuple
+
+
+class ScanCall(NamedTuple):
+    """
+    How a mixer of the kind `"scan"` calls its recurrence, or one step of it.
+
+    Args:
+        name (`str`): The global name in the mixer's module by which its forward pass calls it.
+        write (`str`): The argument that writes to the state: B, or the keys of linear attention. Its last axis has one
+            entry a state; the axis before it, one a group, where the family has groups.
+        read (`str`): The argument that reads the state: C, or the queries. Its shape is that of `write`.
+    """
+
+    name: str
+    write: str
+    read: str
 
 
 class StockFamily(NamedTuple):
     """
-    What transformers calls the parts of one family.
+    What transformers, or another package, calls the parts of one family.
 
     Args:
-        mixer (`str`): Name of the mixer's class.
-        module (`str`): Folder of the model in `transformers.models`.
+        mixer (`str`): Name of the mixer's class. It is built with a configuration and `layer_idx`.
+        module (`str`): Folder of the model in `transformers.models`; or, with a dot in it, the module with the classes.
         config (`str`): Name of the configuration's class.
         config_size_name (`str`): The configuration's name for the state size.
-        kind (`str`): `"folded"` (B and C are linear in the input), `"normed"` (norms follow the projections of B and C)
-            or `"multi_head"` (the form of Mamba-2).
+        kind (`str`): How a layer gets a smaller state. `"folded"`: B and C are linear in the input, the weights hold
+            it. `"normed"`: the norms of B and C combine states. `"multi_head"`: the forward pass of Mamba-2 does.
+            `"scan"`: the arguments of the calls in `scans` are combined, whatever the forward pass is.
         norm (`str`, *optional*): Name of the class of the norms of B and C.
+        has_fused_training (`bool`, *optional*, defaults to `False`): Whether the mixer trains through one kernel for
+            all of its steps, which knows no mixing.
+        size_name (`str`, *optional*, defaults to `"ssm_state_size"`): The mixer's name for the state size.
+        groups_name (`str`, *optional*): The mixer's name for the number of groups of heads, each with its own B and C;
+            without one there is one B and one C.
+        scans (`tuple[ScanCall, ...]`, *optional*): How a mixer of the kind `"scan"` calls its recurrence.
     """
 
     mixer: str
@@ -25,27 +54,65 @@ class StockFamily(NamedTuple):
     config_size_name: str
     kind: str
     norm: str | None = None
+    has_fused_training: bool = False
+    size_name: str = "ssm_state_size"
+    groups_name: str | None = None
+    scans: tuple[ScanCall, ...] = ()
 
     @property
     def modeling(self) -> str:
-        """The module with the mixer's class."""
-        return f"transformers.models.{self.module}.modeling_{self.module}"
+        """The module with the classes of the models, the mixer and its norms."""
+        return self.module if "." in self.module else f"transformers.models.{self.module}.modeling_{self.module}"
+
+    @property
+    def stem(self) -> str:
+        """What the names of the family's configuration and models begin with."""
+        return self.config.removesuffix("Config")
+
+    def class_named(self, name: str) -> Any:
+        """One of the family's classes by its name; None where it has none of that name."""
+        if "." not in self.module:
+            found = getattr(importlib.import_module("transformers"), name, None)
+            if found is not None:
+                return found
+        return getattr(importlib.import_module(self.modeling), name, None)
+
+
+def _multi_head(mixer: str, module: str, config: str, config_size_name: str) -> StockFamily:
+    return StockFamily(mixer, module, config, config_size_name, "multi_head", groups_name="n_groups")
 
 
 # By the names that `hf_compressm.architectures.families` gives them.
 STOCK_FAMILIES = {
-    "bamba": StockFamily("BambaMixer", "bamba", "BambaConfig", "mamba_d_state", "multi_head"),
-    "falcon_h1": StockFamily("FalconH1Mixer", "falcon_h1", "FalconH1Config", "mamba_d_state", "multi_head"),
+    "bamba": _multi_head("BambaMixer", "bamba", "BambaConfig", "mamba_d_state"),
+    "falcon_h1": _multi_head("FalconH1Mixer", "falcon_h1", "FalconH1Config", "mamba_d_state"),
     "falcon_mamba": StockFamily(
-        "FalconMambaMixer", "falcon_mamba", "FalconMambaConfig", "state_size", "normed", "FalconMambaWeightlessRMSNorm"
+        "FalconMambaMixer",
+        "falcon_mamba",
+        "FalconMambaConfig",
+        "state_size",
+        "normed",
+        norm="FalconMambaWeightlessRMSNorm",
+        has_fused_training=True,
     ),
-    "granite_moe_hybrid": StockFamily(
-        "GraniteMoeHybridMambaLayer", "granitemoehybrid", "GraniteMoeHybridConfig", "mamba_d_state", "multi_head"
+    "granite_moe_hybrid": _multi_head(
+        "GraniteMoeHybridMambaLayer", "granitemoehybrid", "GraniteMoeHybridConfig", "mamba_d_state"
     ),
-    "jamba": StockFamily("JambaMambaMixer", "jamba", "JambaConfig", "mamba_d_state", "normed", "JambaRMSNorm"),
-    "mamba2": StockFamily("Mamba2Mixer", "mamba2", "Mamba2Config", "state_size", "multi_head"),
+    "jamba": StockFamily("JambaMambaMixer", "jamba", "JambaConfig", "mamba_d_state", "normed", norm="JambaRMSNorm"),
+    "mamba2": _multi_head("Mamba2Mixer", "mamba2", "Mamba2Config", "state_size"),
     "mamba": StockFamily("MambaMixer", "mamba", "MambaConfig", "state_size", "folded"),
-    "nemotron_h": StockFamily("NemotronHMamba2Mixer", "nemotron_h", "NemotronHConfig", "ssm_state_size", "multi_head"),
-    "zamba2": StockFamily("Zamba2MambaMixer", "zamba2", "Zamba2Config", "mamba_d_state", "multi_head"),
+    "nemotron_h": _multi_head("NemotronHMamba2Mixer", "nemotron_h", "NemotronHConfig", "ssm_state_size"),
+    "zamba2": _multi_head("Zamba2MambaMixer", "zamba2", "Zamba2Config", "mamba_d_state"),
     "zamba": StockFamily("ZambaMambaMixer", "zamba", "ZambaConfig", "mamba_d_state", "folded"),
 }
+
+
+def family_of(name: str) -> StockFamily | None:
+    """The row of a mixer, norm or configuration, by the name of its class; None where there is none."""
+    return next((row for row in STOCK_FAMILIES.values() if name in (row.mixer, row.norm, row.config)), None)
+
+
+def family_of_mixer(mixer: type) -> StockFamily | None:
+    """The row of a mixer's class, or of the stock one that it derives from; None where there is none."""
+    names = {base.__name__ for base in mixer.__mro__}
+    return next((row for row in STOCK_FAMILIES.values() if row.mixer in names), None)

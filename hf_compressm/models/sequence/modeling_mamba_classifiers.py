@@ -10,7 +10,8 @@ from transformers import Mamba2Model, Mamba2PreTrainedModel, MambaModel, MambaPr
 from transformers import initialization as init
 
 from .configuration_mamba_classifiers import Mamba2ClassifierConfig, MambaClassifierConfig
-from .sequence_blocks import ClassificationHead, SequenceClassification, SequenceInput
+from .sequence_classification import ClassificationHead, SequenceClassification
+from .sequence_inputs import SequenceInput
 
 
 class _Classifier(SequenceClassification):

@@ -77,16 +77,21 @@ def balanced_truncation(
     r = checked_rank(r, system.order)
     system.require_stable()
     if r == system.order:
-        every_state = torch.arange(r, device=system.lam.device).expand(*system.batch_shape, r)
-        return system, Truncation.from_indices(every_state, full_size=r, dtype=torch.complex128)
+        return system, _every_state(system)
     if decomposition is None:
         decomposition = system.hankel_decomposition(COARSE_RESOLUTION)
-    if decomposition.resolution == 0:
-        return _diagonalised(system, decomposition, r, condition_limit)
     try:
         return _diagonalised(system, decomposition, r, condition_limit)
     except TruncationError:
+        if decomposition.resolution == 0:
+            raise
         return _diagonalised(system, system.hankel_decomposition(), r, condition_limit)
+
+
+def _every_state(system: DiagonalLTI) -> Truncation:
+    """The truncation that drops nothing."""
+    indices = torch.arange(system.order, device=system.lam.device).expand(*system.batch_shape, -1)
+    return Truncation.from_indices(indices, full_size=system.order, dtype=torch.complex128)
 
 
 def _diagonalised(

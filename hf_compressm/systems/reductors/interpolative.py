@@ -34,15 +34,8 @@ def interpolative_truncation(
     coordinates. The kept states keep their dynamics, and the readout absorbs the rest, `C_r = C T`. Where the dropped
     states are exact combinations of the kept ones, nothing is lost, for any input-dependent dynamics.
 
-    `S` is chosen greedily. `R`, the covariance of what the kept states leave unexplained, starts as `P`; each step
-    takes the state `k` with the largest `(R Q R)_kk / R_kk`, which is the decrease of the lost observable energy
-    `trace(Q R)`, and updates `R <- R - R[:, k] R[k, :] / R_kk`. Once nothing observable is left, the states with the
-    largest `P_ii Q_ii` fill the remaining places. All of it is done on states scaled to unit variance, so the units of
-    a state decide nothing.
-
-    Greedy choices by Schur complements are known from pivoted Cholesky factorisations and column subset selection; the
-    criterion here weighs them with the observability Gramian. A greedy choice can miss a pair of states of which only
-    the difference matters.
+    `S` is chosen greedily, by the loss of observable energy. All of it is done on states scaled to unit variance, so
+    the units of a state decide nothing. A greedy choice can miss a pair of states of which only the difference matters.
 
     Args:
         P (`torch.Tensor` of shape `(..., N, N)`): State covariance (controllability Gramian): real symmetric or
@@ -61,9 +54,8 @@ def interpolative_truncation(
         device of `P`, and the `shares` `T_ns P_sn / P_nn` of the explained variance.
 
     Raises:
-        DimensionError: The shapes are not `(..., N, N)`, or differ, or `r` is not an integer from 1 to N.
-        NotFiniteError: An entry is NaN or infinite.
-        ConfigurationError: A matrix is not Hermitian or clearly indefinite, or the ridge is not positive.
+        DimensionError, NotFiniteError, ConfigurationError: The matrices are no two Gramians of one shape, `r` is not an
+            integer from 1 to N, or the ridge is not positive.
 
     Example:
 
@@ -78,15 +70,22 @@ def interpolative_truncation(
 
     ```
     """
-    require_same_shape(P, Q)
-    if P.ndim < 2 or P.shape[-1] != P.shape[-2]:
-        raise DimensionError(f"P has shape {tuple(P.shape)}; it must be (..., N, N).")
+    L_P, L_Q = _checked_factors(P, Q, factors)
     r = checked_rank(r, P.shape[-1])
     if not ridge > 0:
         raise ConfigurationError(f"ridge is {ridge}; allowed is a positive number, a share of each state's variance.")
-    if P.ndim > 2:
-        return _of_each(P, Q, r, ridge, factors)
-    L_P, L_Q = _factors(P, Q) if factors is None else factors
+    pairs = zip(L_P.reshape(-1, *L_P.shape[-2:]), L_Q.reshape(-1, *L_Q.shape[-2:]))
+    indices, T, shares = (
+        torch.stack(parts).reshape(*P.shape[:-2], *parts[0].shape)
+        for parts in zip(*(_interpolation(*pair, r, ridge) for pair in pairs))
+    )
+    return Truncation.from_indices(indices, full_size=P.shape[-1], T=T, shares=shares)
+
+
+def _interpolation(
+    L_P: torch.Tensor, L_Q: torch.Tensor, r: int, ridge: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The kept states of one pair of Gramians, the reconstruction `T` from them, and their shares of the variance."""
     deviation = torch.linalg.vector_norm(L_P, dim=-1)
     deviation = torch.where(deviation > 0, deviation, 1)
     L_P, L_Q = L_P / deviation.unsqueeze(-1), L_Q * deviation.unsqueeze(-1)
@@ -97,21 +96,7 @@ def interpolative_truncation(
     regression[kept] = torch.eye(r, dtype=regression.dtype, device=regression.device)
     shares = (regression.mT * covariance[kept]).real
     T = regression * (deviation.unsqueeze(-1) / deviation[kept])
-    return Truncation.from_indices(kept, full_size=P.shape[-1], T=T, shares=shares)
-
-
-def _of_each(
-    P: torch.Tensor, Q: torch.Tensor, r: int, ridge: float, factors: tuple[torch.Tensor, torch.Tensor] | None
-) -> Truncation:
-    """The truncations of a batch of pairs, as a batch."""
-    L_P, L_Q = _factors(P, Q) if factors is None else factors
-    pairs = zip(*(matrix.flatten(0, -3) for matrix in (P, Q, L_P, L_Q)))
-    found = [interpolative_truncation(p, q, r, ridge, (l_p, l_q)) for p, q, l_p, l_q in pairs]
-    indices, T, shares = (
-        torch.stack([getattr(truncation, name) for truncation in found]).unflatten(0, P.shape[:-2])
-        for name in ("indices", "T", "shares")
-    )
-    return Truncation.from_indices(indices, full_size=P.shape[-1], T=T, shares=shares)
+    return kept, T, shares
 
 
 def interpolation_residual(
@@ -141,12 +126,11 @@ def interpolation_residual(
         NotFiniteError: An entry is NaN or infinite.
         ConfigurationError: A matrix is not Hermitian or clearly indefinite.
     """
-    require_same_shape(P, Q)
+    L_P, L_Q = _checked_factors(P, Q, factors)
     if truncation.full_size != P.shape[-1]:
         raise DimensionError(
             f"the truncation is for {truncation.full_size} states and the Gramians for {P.shape[-1]}; they must agree."
         )
-    L_P, L_Q = _factors(P, Q) if factors is None else factors
     dtype = torch.promote_types(L_P.dtype, truncation.T.dtype)
     L_P, L_Q, T, W = (tensor.to(dtype) for tensor in (L_P, L_Q, truncation.T, truncation.W))
     # Through the factors both traces are sums of squares: nothing cancels, and no loss is negative.
@@ -156,7 +140,15 @@ def interpolation_residual(
     return share.item() if share.ndim == 0 else share
 
 
-def _factors(P: torch.Tensor, Q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _checked_factors(
+    P: torch.Tensor, Q: torch.Tensor, known: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of a pair of Gramians in one dtype, computed unless they are known already."""
+    require_same_shape(P, Q)
+    if P.ndim < 2 or P.shape[-1] != P.shape[-2]:
+        raise DimensionError(f"P has shape {tuple(P.shape)}; it must be (..., N, N).")
+    if known is not None:
+        return known
     L_P, L_Q = gramian_factor(P, "P"), gramian_factor(Q, "Q")
     dtype = torch.promote_types(L_P.dtype, L_Q.dtype)
     return L_P.to(dtype), L_Q.to(dtype)
@@ -175,7 +167,14 @@ def _regression(rows: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.T
 
 
 def _greedy_selection(covariance: torch.Tensor, L_Q: torch.Tensor, r: int) -> torch.Tensor:
-    """The `r` states of unit variance with the largest gains, ascending; O(N^2) per state."""
+    """The `r` states of unit variance with the largest gains, ascending; O(N^2) per state.
+
+    `R`, the covariance of what the kept states leave unexplained, starts as `P`; each step takes the state `k` with the
+    largest `(R Q R)_kk / R_kk`, which is the decrease of the lost observable energy `trace(Q R)`, and updates `R <- R -
+    R[:, k] R[k, :] / R_kk`. Once nothing observable is left, the states with the largest `P_ii Q_ii` fill the remaining
+    places. Greedy choices by Schur complements are known from pivoted Cholesky factorisations and column subset
+    selection; the criterion here weighs them with the observability Gramian.
+    """
     residual = covariance.clone()
     observed = L_Q.mH @ residual
     fill_order = covariance.diagonal().real * L_Q.abs().square().sum(-1)

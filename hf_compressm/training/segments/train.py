@@ -245,12 +245,12 @@ def _check(
     )
     processes.agree("the training", run_facts(callback.config, compressor.sizes))
     compressor.restore(records)
-    made = compressor.check_or_skip(_batches(trainer, callback, step), step, steps)
+    made = compressor.check_or_skip(_batches(trainer, callback, step, compressor.batches_per_check), step, steps)
     model.to(home)
     return compressor.records, made[-1].outcome == "cut", optimizer
 
 
-def _batches(trainer: Trainer, callback: CompreSSMCallback, step: int) -> list[Any]:
+def _batches(trainer: Trainer, callback: CompreSSMCallback, step: int, count: int) -> list[Any]:
     args, config = trainer.args, callback.config
     with unchanged_random_state():
         loader = trainer.get_train_dataloader()
@@ -258,14 +258,14 @@ def _batches(trainer: Trainer, callback: CompreSSMCallback, step: int) -> list[A
             trainer.model,
             loader,
             args.train_batch_size,
-            config.calibration_batches,
+            count,
             seed_of_process(args, config),
             given=callback.calibration_batches,
         )
         try:
             if isinstance(source, CapturedBatches):
                 # Nothing was captured by this model yet: of a stream, its first batches do.
-                return list(itertools.islice(loader, config.calibration_batches))
+                return list(itertools.islice(loader, count))
             return source.draw(step)
         finally:
             source.close()
