@@ -1,6 +1,8 @@
 """Fast recurrences, each with its slow reference beside it."""
 
 from ._derivatives import is_transformed
+from .delta_rule import delta_rule, delta_rule_reference
+from .delta_rule_gramians import delta_rule_adjoint_gramian, delta_rule_state_gramian
 from .diagonal_convolution import channel_systems, channel_systems_reference, convolution_kernel
 from .diagonal_gramians import diagonal_adjoint_gramian, diagonal_state_gramian
 from .diagonal_scan import diagonal_recurrence, diagonal_recurrence_reference, diagonal_scan, diagonal_scan_reference
@@ -17,6 +19,10 @@ __all__ = [
     "compile_kernels",
     "convolution_kernel",
     "default_sample_count",
+    "delta_rule",
+    "delta_rule_adjoint_gramian",
+    "delta_rule_reference",
+    "delta_rule_state_gramian",
     "diagonal_adjoint_gramian",
     "diagonal_recurrence",
     "diagonal_recurrence_reference",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .delta_rule import delta_rule
 from .diagonal_scan import diagonal_recurrence
 from .selective_gramians import adjoint_gramian, state_gramian
 from .selective_scan import selective_scan
@@ -23,6 +24,9 @@ def compile_kernels() -> None:
         y.sum().backward()
         lam, B_lti = torch.full((1,), 0.5, dtype=torch.complex64), torch.ones(1, 1, dtype=torch.complex64)
         y, _ = diagonal_recurrence(u.clone().requires_grad_(), lam, B_lti, B_lti)
+        y.sum().backward()
+        k, v = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1)
+        y, _ = delta_rule(k.clone().requires_grad_(), k, k, v, v)
         y.sum().backward()
     state_gramian(u, u, A, B, B)
     adjoint_gramian(u, A, B, u)

@@ -12,6 +12,8 @@ from torch.autograd import forward_ad
 from hf_compressm.ops import (
     channel_systems,
     channel_systems_reference,
+    delta_rule,
+    delta_rule_reference,
     diagonal_recurrence,
     diagonal_recurrence_reference,
     diagonal_scan,
@@ -56,6 +58,16 @@ def cases() -> dict[str, tuple[Scan, Scan, list[Tensor]]]:
             multi_head_scan, multi_head_scan_reference,
             [normal(2, 5, 4, 3), normal(2, 5, 4).exp(), -normal(4).exp(), normal(2, 5, 2, 3), normal(2, 5, 2, 3),
              normal(2, 4, 3, 3)],
+        ),
+        "delta_rule": (
+            delta_rule, delta_rule_reference,
+            [normal(2, 5, 2, 3), normal(2, 5, 2, 3), normal(2, 5, 4, 2), -normal(2, 5, 4).exp(), normal(2, 5, 4),
+             normal(2, 4, 3, 2)],
+        ),
+        "delta_rule_per_entry": (
+            delta_rule, delta_rule_reference,
+            [normal(2, 5, 2, 3), normal(2, 5, 2, 3), normal(2, 5, 2, 2), -normal(2, 5, 2, 3).exp(), normal(2, 5, 2),
+             normal(2, 2, 3, 2), normal(2, 5, 2, 3)],
         ),
         "diagonal_scan": (diagonal_scan, diagonal_scan_reference, [poles(3), cmplx(2, 5, 3), cmplx(2, 3)]),
         "diagonal_recurrence": (

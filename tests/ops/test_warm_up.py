@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from hf_compressm.ops import (
+    _delta_rule_numba,
     _diagonal_scan_numba,
     _gramians_cpu,
     _selective_scan_numba,
     compile_kernels,
+    delta_rule,
     diagonal_recurrence,
     selective_scan,
     state_gramian,
@@ -23,6 +25,8 @@ def test_nothing_is_left_to_compile_for_float32() -> None:
         _gramians_cpu.sum_outer_products,
         _diagonal_scan_numba.scan_states,
         _diagonal_scan_numba.scan_adjoints,
+        _delta_rule_numba.delta_rule_forward,
+        _delta_rule_numba.delta_rule_backward,
     )
     signatures = [len(kernel.signatures) for kernel in kernels]
     assert min(signatures) >= 1
@@ -31,5 +35,8 @@ def test_nothing_is_left_to_compile_for_float32() -> None:
     selective_scan(u, u.detach(), A, B, B)[0].sum().backward()
     lam, B_lti = torch.rand(5) + 0j, torch.rand(5, 40) + 0j
     diagonal_recurrence(u, lam, B_lti, B_lti.mT)[0].sum().backward()
+    k = torch.rand(2, 20, 1, 5, requires_grad=True)
+    beta = torch.rand(2, 20, 2)
+    delta_rule(k, k.detach(), torch.rand(2, 20, 2, 3), -beta, beta)[0].sum().backward()
     state_gramian(u.detach(), u.detach(), A, B, B)
     assert [len(kernel.signatures) for kernel in kernels] == signatures

@@ -53,8 +53,8 @@ class ScanInputs(ABC):
 
     def detached(self) -> ScanInputs:
         """The same without gradients."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "part"}
-        return replace(self, **{name: tensor.detach() for name, tensor in tensors.items()})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.detach() for name, value in values.items() if isinstance(value, Tensor)})
 
     def sample_times(self, generator: torch.Generator) -> Tensor:
         """Random steps, as many as make the Gramians cost what the recurrence costs; `(batch, K)` int64."""

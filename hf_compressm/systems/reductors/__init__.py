@@ -6,6 +6,8 @@ from pkgutil import iter_modules
 from .balanced import COARSE_RESOLUTION, balanced_truncation, balancing_truncation
 from .balanced_each import balanced_truncation_of_each, balancing_truncation_of_each
 from .interpolative import interpolation_residual, interpolative_truncation
+from .oblique import erased_shares, oblique_truncation
+from .orthonormal import orthonormal_truncation
 from .reductor import (
     KnownGramians,
     Reductor,
@@ -40,7 +42,10 @@ __all__ = [
     "diagonal_hankel_scores",
     "greedy_selection_truncation",
     "interpolation_residual",
+    "erased_shares",
     "interpolative_truncation",
+    "oblique_truncation",
+    "orthonormal_truncation",
     "selection_truncation",
     "weighted_hankel_decomposition",
     "weighted_truncation",

@@ -1,0 +1,54 @@
+"""Tiny models with linear attention, grouped value heads and a layer of full attention among them."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    KimiLinearConfig,
+    OlmoHybridConfig,
+    PreTrainedModel,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+)
+
+VOCABULARY, KEY_HEADS, HEADS, KEY_DIM, VALUE_DIM = 20, 2, 4, 8, 6
+
+_COMMON = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 3, "intermediate_size": 24,
+    "num_attention_heads": 2, "num_key_value_heads": 2,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    # The defaults lie outside of a tiny vocabulary.
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_GATED = {
+    **_COMMON, "head_dim": 8, "linear_num_key_heads": KEY_HEADS, "linear_num_value_heads": HEADS,
+    "linear_key_head_dim": KEY_DIM, "linear_value_head_dim": VALUE_DIM,
+}  # fmt: skip
+_KIMI = {
+    **_COMMON, "linear_num_heads": KEY_HEADS, "linear_head_dim": KEY_DIM, "mlp_layer_types": ["dense"] * 3,
+    "q_lora_rank": None, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+}  # fmt: skip
+
+CONFIGS = {
+    "qwen3_next": lambda: Qwen3NextConfig(**_GATED, mlp_only_layers=[0, 1, 2]),
+    "qwen3_5": lambda: Qwen3_5TextConfig(**_GATED),
+    "olmo_hybrid": lambda: OlmoHybridConfig(**_GATED),
+    "kimi_linear": lambda: KimiLinearConfig(**_KIMI),
+}
+
+
+def tiny_delta_rule_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """A model of random weights by the name of its family."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    for module in model.modules():
+        if hasattr(module, "A_log"):
+            # Decays that leave something to remember.
+            module.A_log.data.uniform_(-4, -1)
+    return model
+
+
+def delta_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The layers of linear attention."""
+    return [module for module in model.modules() if type(module).__name__.endswith(("GatedDeltaNet", "DeltaAttention"))]
