@@ -18,6 +18,7 @@ from .ranks import energy_rank, error_bound, joint_energy_ranks, rank_correlatio
 from .reductors import (
     COARSE_RESOLUTION,
     KnownGramians,
+    OutputSamples,
     Reductor,
     StateChoice,
     balanced_truncation,
@@ -25,6 +26,7 @@ from .reductors import (
     balancing_truncation,
     balancing_truncation_of_each,
     diagonal_hankel_scores,
+    fit_readout,
     greedy_selection_truncation,
     interpolation_residual,
     interpolative_truncation,
@@ -41,6 +43,7 @@ from .verification import require_error_bound, response_error, verification_freq
 
 __all__ = [
     "KnownGramians",
+    "OutputSamples",
     "Reductor",
     "StateChoice",
     "reductor_names",
@@ -59,6 +62,7 @@ __all__ = [
     "controllability_gramian",
     "diagonal_hankel_scores",
     "energy_rank",
+    "fit_readout",
     "error_bound",
     "gramian_factor",
     "greedy_selection_truncation",

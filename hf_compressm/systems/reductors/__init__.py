@@ -6,6 +6,7 @@ from pkgutil import iter_modules
 from .balanced import COARSE_RESOLUTION, balanced_truncation, balancing_truncation
 from .balanced_each import balanced_truncation_of_each, balancing_truncation_of_each
 from .interpolative import interpolation_residual, interpolative_truncation
+from .readout import OutputSamples, fit_readout
 from .reductor import (
     KnownGramians,
     Reductor,
@@ -27,6 +28,7 @@ for _module in iter_modules(__path__):
 
 __all__ = [
     "KnownGramians",
+    "OutputSamples",
     "Reductor",
     "StateChoice",
     "reductor_names",
@@ -38,6 +40,7 @@ __all__ = [
     "balancing_truncation",
     "balancing_truncation_of_each",
     "diagonal_hankel_scores",
+    "fit_readout",
     "greedy_selection_truncation",
     "interpolation_residual",
     "interpolative_truncation",
