@@ -18,6 +18,7 @@ from .ranks import energy_rank, error_bound, joint_energy_ranks, rank_correlatio
 from .reductors import (
     COARSE_RESOLUTION,
     KnownGramians,
+    OutputSamples,
     Reductor,
     StateChoice,
     balanced_truncation,
@@ -26,6 +27,7 @@ from .reductors import (
     balancing_truncation_of_each,
     diagonal_hankel_scores,
     erased_shares,
+    fit_readout,
     greedy_selection_truncation,
     interpolation_residual,
     interpolative_truncation,
@@ -44,6 +46,7 @@ from .verification import require_error_bound, response_error, verification_freq
 
 __all__ = [
     "KnownGramians",
+    "OutputSamples",
     "Reductor",
     "StateChoice",
     "reductor_names",
@@ -63,6 +66,7 @@ __all__ = [
     "diagonal_hankel_scores",
     "energy_rank",
     "erased_shares",
+    "fit_readout",
     "error_bound",
     "gramian_factor",
     "greedy_selection_truncation",
