@@ -78,11 +78,15 @@ def analyze(
         path = picture or Path(f"{Path(model).name or 'model'}_spectrum.png")
         spectrum.plot(path, tolerance=tolerance)
         result["picture"] = str(path)
+    _tell(result, spectrum, as_json, quiet)
+
+
+def _tell(result: dict[str, Any], spectrum: Spectrum, as_json: bool, quiet: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result, indent=1))
         return
     typer.echo("\n\n".join([_table(result), *([spectrum.size_table()] if spectrum.sizes else [])]))
-    if not no_picture:
+    if "picture" in result:
         say(f"The spectra: {result['picture']}", quiet)
 
 

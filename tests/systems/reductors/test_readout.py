@@ -1,4 +1,4 @@
-"""The readout fitted to the outputs: against numpy's least squares, against simulations, and where it must do nothing."""
+"""The readout fitted to the outputs: against numpy's least squares, simulations, and where it must do nothing."""
 
 from __future__ import annotations
 
