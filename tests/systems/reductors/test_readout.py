@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from hf_compressm.errors import DimensionError, NotFiniteError
+from hf_compressm.errors import DimensionError, NotFiniteError, TruncationError
 from hf_compressm.systems import (
     OutputSamples,
     Truncation,
@@ -109,7 +109,12 @@ def test_never_worse_in_any_units(seed: int, r: int, decades: int, steps: int) -
     found = samples(seed, steps=steps, held_out=0.4)
     units = 10 ** (decades * torch.rand(8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
     found = OutputSamples(found.readout / units, found.states * units, found.weights, found.held_out)
-    for truncation in truncations(found, r):
+    try:
+        made = truncations(found, r)
+    except TruncationError:
+        # A few steps may not excite as many states.
+        reject()
+    for truncation in made:
         fitted = fit_readout(truncation, found)
         if truncation.indices is not None:
             assert torch.equal(fitted.T[truncation.indices], torch.eye(r, dtype=torch.float64))
