@@ -126,7 +126,7 @@ def test_names_from_elsewhere_stay_names(name: str) -> None:
 
 def test_a_module_of_the_users_own_is_loaded_into() -> None:
     card = render_card(facts(model_class="Mine", model_type=None))
-    assert 'load_cut_layers(model, "me/small")' in card and "a `Mine`, built with" in card
+    assert 'load_cut_layers(model, "me/small")' in card and "is a `Mine`, built as for the training" in card
 
 
 def test_escaping_keeps_ordinary_names_readable() -> None:

@@ -135,7 +135,8 @@ def _fitted(T: torch.Tensor, W: torch.Tensor, samples: OutputSamples, ridge: flo
         seen, unseen = problem.part(~held_out), problem.part(held_out)
         errors = [unseen.error(found) for found in seen.iterates(ridge)]
         last = errors.index(min(errors))
-    found = next(islice(problem.iterates(ridge), last, None)) if last is not None else [*problem.iterates(ridge)][-1]
+    # All samples together can converge in fewer steps than a part of them.
+    *_, found = islice(problem.iterates(ridge), None if last is None else last + 1)
     return T + (basis @ found).to(T)
 
 
