@@ -14,7 +14,7 @@ help:
 	@echo "make test-lowest     all tests with the oldest supported transformers"
 	@echo "make test-deepspeed  the tests of ZeRO-1, 2 and 3, with DeepSpeed and its CPU backend"
 	@echo "make bench           all benchmarks; rewrites the tables in recipes/benchmarks/results"
-	@echo "make bench-gpu       all that is measured on one CUDA device, with its tests, in under 10 minutes; PARTS=... for some"
+	@echo "make bench-gpu       all that is measured on one CUDA device, and its tests; PARTS=... for some of it"
 	@echo "make test-gpu        the tests on a CUDA device alone (both take the python3 that has torch: RUN=python3)"
 	@echo "make lint            style checks"
 	@echo "make clean           remove the virtual environments and what the demo wrote"
@@ -48,7 +48,7 @@ bench: setup
 	$(RUN) recipes/benchmarks/run_all.py
 
 bench-gpu:
-	PYTHONPATH=. $(RUN) recipes/benchmarks/run_gpu.py $(if $(PARTS),--parts $(PARTS))
+	PYTHONPATH=. $(RUN) recipes/benchmarks/run_gpu.py --configurations 2 --seconds 80 $(if $(PARTS),--parts $(PARTS))
 
 test-gpu:
 	PYTHONPATH=. $(RUN) recipes/benchmarks/run_gpu.py --parts tests

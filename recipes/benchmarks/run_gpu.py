@@ -20,6 +20,7 @@ if "without_kernels" in sys.argv:
     sys.modules.update(dict.fromkeys(("mamba_ssm", "causal_conv1d")))
 
 import torch  # noqa: E402
+from common import RESULTS  # noqa: E402
 from gpu.session import Session, parser, tune_quickly  # noqa: E402
 
 PARTS = {
@@ -91,7 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
         if session.device.type == "cuda":
             tune_quickly(options.configurations)
         return 3 if run_part(options.one, session) else 0
-    shared = ["--device", options.device, "--output", str(options.output), "--seconds", str(options.seconds)]
+    shared = ["--device", options.device, "--seconds", f"{options.seconds:g}"]
+    shared += ["--output", str(options.output)] if options.output != RESULTS else []
     shared += ["--tiny"] if options.tiny else []
     shared += ["--configurations", str(options.configurations)] if options.configurations else []
     ends = run_all(options.parts, shared, options.seconds)

@@ -73,6 +73,7 @@ def _first_configuration_that_fits(monkeypatch):
     def run(self, *args, **kwargs):
         self.nargs = dict(zip(self.arg_names, args))
         for config in self.configs:
+            self.best_config = config  # mamba-ssm reads it
             try:
                 return self.fn.run(*args, **{**config.all_kwargs(), **kwargs})
             except OutOfResources:

@@ -8,6 +8,7 @@ Where there is network, fetch the archives with
 
 The build needs nvcc of torch's CUDA version, torch, ninja, packaging, setuptools and wheel, but no GPU. Each `setup.py`
 names up to eleven kinds of GPU, each of which multiplies the time; all but one are taken out of the commands of nvcc.
+On 16 cores with other work beside it mamba-ssm took two minutes and causal-conv1d five.
 """
 
 from __future__ import annotations
