@@ -147,7 +147,8 @@ class Compressor:
             )
             trials = Trials(maker, lambda: self._loss_on(others))
             plan, alternative = self._decide(trials, seen.spectra, moment)
-            outputs = OutputsOf([layer for layer in self._chosen.layers if layer.name in plan], self.model, others)
+            planned = [layer for layer in self._chosen.layers if layer.name in plan]
+            outputs = OutputsOf(planned, self.model, others, self._loss_function)
             result = attempt_cut(maker, plan, alternative, calibration.loss, lambda: self._loss(batches), step)
             self.pending = result.pending or self.pending
             seen.note_cut(result.found, outputs.errors(self._processes.sum) if result.outcome == "cut" else {})

@@ -106,6 +106,8 @@ def _on_cpu(value: Any) -> Any:
         return value.detach().cpu()
     if isinstance(value, dict):
         return {name: _on_cpu(part) for name, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(_on_cpu(part) for part in value)
     if isinstance(value, (list, tuple)):
         return type(value)(_on_cpu(part) for part in value)
     if is_dataclass(value):

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from hf_compressm import CheckRecord, CompreSSMCallback, CompreSSMConfig, compress
+from hf_compressm.consistency import without_ignored
 
 from .cost import Cost, Stopwatch
 from .data import SequenceData
@@ -188,7 +189,7 @@ def _compression(settings: ExperimentSettings) -> dict[str, Any]:
 def _config(values: dict[str, Any], state_size: int, final_state_size: int | None) -> CompreSSMConfig:
     """A configuration that leads to the final state size, where there is one, and else follows the settings."""
     if final_state_size is None:
-        return CompreSSMConfig(**values)
+        return CompreSSMConfig(**without_ignored(values))
     if not 0 < final_state_size < state_size:
         raise ValueError(f"the final state size is {final_state_size}; give one between 1 and {state_size - 1}.")
     others = {name: value for name, value in values.items() if name not in ("strategy", "tolerance", "keep_ratio")}

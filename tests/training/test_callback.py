@@ -219,8 +219,9 @@ def test_the_record_of_a_skipped_check_says_why_and_the_run_goes_on(tmp_path, ca
     model = tiny_mamba()
     with caplog.at_level(logging.WARNING, logger="hf_compressm"):
         make_trainer(tmp_path, callback, model).train()
-    (record,) = read_history(tmp_path)
+    record, *tried_again = read_history(tmp_path)
     assert record.outcome == "skipped" and "calibration loss is nan" in record.reason
+    assert [again.outcome for again in tried_again] == ["skipped"] * 8 and "no further check is made" in caplog.text
     assert model.config.state_size == 8 and "skipped" in caplog.text
 
 
@@ -233,7 +234,7 @@ def test_given_batches_are_used(tmp_path) -> None:
 
     callback = CompreSSMCallback(HALF, loss_function=loss, calibration_batches=[token_batch(batch=3)] * 2)
     make_trainer(tmp_path, callback).train()
-    assert seen == [3] * 4, "two batches, before and after the cut"
+    assert seen == [3] * 5, "one before the first step, then two batches, before and after the cut"
 
 
 def test_one_line_for_a_person_unless_progress_is_disabled(tmp_path, capsys) -> None:

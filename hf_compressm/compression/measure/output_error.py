@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...architectures import StateSpaceLayer, SumOverProcesses
-from .model_pass import _run, evaluation_mode, move_to_device
+from .model_pass import LossFunction, _run, evaluation_mode, move_to_device
 
 _Pass = tuple[tuple, dict[str, Any], Tensor]
 
@@ -24,9 +24,17 @@ class OutputsOf:
         layers (`Sequence[StateSpaceLayer]`): The layers that may change; selective ones are left out.
         model (`torch.nn.Module`): The model that holds them. It runs in evaluation mode and without a gradient.
         batches (`Sequence`): Inputs of the model; the first is taken, and without one nothing is measured.
+        loss_function (`Callable`, *optional*): Knows how the model takes a batch; the batch is given as it is when
+            unset.
     """
 
-    def __init__(self, layers: Sequence[StateSpaceLayer], model: nn.Module, batches: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        layers: Sequence[StateSpaceLayer],
+        model: nn.Module,
+        batches: Sequence[Any],
+        loss_function: LossFunction | None = None,
+    ) -> None:
         self._layers = [layer for layer in layers if not layer.is_selective and batches]
         self._model = model
         self._passes: dict[str, list[_Pass]] = defaultdict(list)
@@ -36,7 +44,7 @@ class OutputsOf:
                 stack.enter_context(torch.no_grad())
                 for layer in self._layers:
                     stack.enter_context(_watched(layer, self._passes))
-                _run(model, move_to_device(batches[0], next(model.parameters()).device))
+                (loss_function or _run)(model, move_to_device(batches[0], next(model.parameters()).device))
 
     def errors(self, sum_over_processes: SumOverProcesses) -> dict[str, float]:
         r"""
