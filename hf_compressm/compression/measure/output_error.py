@@ -35,10 +35,11 @@ class OutputsOf:
         batches: Sequence[Any],
         loss_function: LossFunction | None = None,
     ) -> None:
-        self._layers = [layer for layer in layers if not layer.is_selective and batches]
+        self._layers = [layer for layer in layers if not layer.is_selective]
         self._model = model
         self._passes: dict[str, list[_Pass]] = defaultdict(list)
-        if self._layers:
+        # Another process can have a batch where this one has none.
+        if self._layers and batches:
             with ExitStack() as stack:
                 stack.enter_context(evaluation_mode(model))
                 stack.enter_context(torch.no_grad())
