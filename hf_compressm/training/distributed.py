@@ -106,10 +106,10 @@ def _on_cpu(value: Any) -> Any:
         return value.detach().cpu()
     if isinstance(value, dict):
         return {name: _on_cpu(part) for name, part in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_make"):
-        return value._make(_on_cpu(part) for part in value)
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         return type(value)(_on_cpu(part) for part in value)
+    if isinstance(value, tuple):  # a named tuple, whose parts are arguments of their own
+        return type(value)(*(_on_cpu(part) for part in value))
     if is_dataclass(value):
         return replace(value, **{field.name: _on_cpu(getattr(value, field.name)) for field in fields(value)})
     return value

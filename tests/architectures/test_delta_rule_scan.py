@@ -177,9 +177,9 @@ def test_a_loss_gradient_observer_measures_both_gramians(name: str, fast: bool) 
     layer = delta_layers(model)[0]
     trigger = torch.zeros((), requires_grad=True)
     observer = _ByKeyHead(torch.Generator().manual_seed(0), trigger)
-    observer.loss_terms = 40
     with switch.watching(layer, observer), fast_cpu_scan(fast):
         loss = model(input_ids=batch(), labels=batch(), use_cache=False).loss
+        observer.loss_terms = 40
         torch.autograd.grad(2.0**12 * loss, trigger)
     found = observer.result("layer", lambda total: total)
 
