@@ -2,7 +2,7 @@
 The Auto classes' knowledge of this library's model types.
 
 transformers has no entry point for libraries with models of their own, and importing its Auto classes takes seconds.
-So its list of configurations is told, as soon as it exists, to import `hf_compressm.models` when it is first asked for
+So its list of configurations is made, as soon as it exists, to import `hf_compressm.models` when it is first asked for
 one of these model types; that import registers them in the usual way.
 """
 

@@ -20,7 +20,7 @@ from .compression.measure.model_pass import LossFunction
 from .compression.spectrum import Spectrum
 from .config import CompreSSMConfig
 from .errors import ConfigurationError
-from .saving import carried_provenance, carry
+from .saving import follow_saves, provenance_of
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def compress(
 
 def _let_saves_tell(model: nn.Module, compressor: Compressor) -> None:
     """Have the card and the history of later saves say what was done, now and in earlier calls."""
-    earlier = carried_provenance(model) or Provenance([])
+    earlier = provenance_of(model) or Provenance([])
     # A cut that was taken back is two records, and the spectra are in the first.
     records = [*earlier.records, *compressor.records]
-    carry(model, replace(earlier, records=records, config=compressor.config))
+    follow_saves(model, replace(earlier, records=records, config=compressor.config))

@@ -67,7 +67,7 @@ class CompreSSMConfig:
         ratio (`float`, *optional*):
             Short for `strategy="target", target_ratio=ratio`.
         window (`tuple[float, float]` or `tuple[int, int]`, *optional*, defaults to `(0.0, 0.3)`):
-            First and last moment at which a check may happen: as shares of the training steps where the end is at most
+            First and last point at which a check may happen: as shares of the training steps where the end is at most
             1, else as optimizer steps (two whole numbers). In a long run the spectrum settles earlier: Chahine et al.
             (2026) cut in the first tenth of 180,000 steps.
         interval (`int`, *optional*):

@@ -1,4 +1,4 @@
-"""How a config tells the state size: as a number, or as a share of another of its numbers."""
+"""How a config holds the state size: as a number, or as a share of another of its numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 @dataclass(frozen=True)
 class ConfigSize:
     """
-    The field of a config that tells the state size.
+    The field of a config that holds the state size.
 
     Args:
         name (`str`): The field: a whole number N; with `share_of` a float, the share of the entries of all heads.
@@ -23,7 +23,7 @@ class ConfigSize:
     heads: str | None = None
 
     def read(self, config: Any) -> int | None:
-        """The state size in a config, or None where it does not tell."""
+        """The state size in a config, or None where it has none."""
         found = getattr(config, self.name, None)
         if self.share_of is None:
             return found if isinstance(found, int) else None
@@ -36,7 +36,7 @@ class ConfigSize:
         What the field has to be for a state size: no share a rounding too small, which reads as one entry less.
 
         Args:
-            config (`object`): The config that tells it.
+            config (`object`): The config that holds it.
             size (`int`): The state size.
         """
         if self.share_of is None:

@@ -1,4 +1,4 @@
-"""The contract between a model family and the rest of the library: what a layer must tell, and what a reduction is.
+"""The contract between a model family and the rest of the library: what a layer must declare, and what a reduction is.
 
 A family derives one class from [`StateSpaceLayer`] and registers it (see `registry.py`). The layer object is a thin
 view of a module; it owns no tensors. [`StateSpaceLayer.reduce`] builds everything that a smaller state needs and
@@ -108,7 +108,7 @@ class StateSpaceLayer(ABC):
 
     def saved_state_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
         """
-        The state size of this layer in a state dict, or None where the state dict does not tell.
+        The state size of this layer in a state dict, or None where the state dict does not show it.
 
         Args:
             state_dict (`Mapping[str, torch.Tensor]`): All or a part (a shard) of a model's tensors.
@@ -121,7 +121,7 @@ class StateSpaceLayer(ABC):
         return self.layout.shapes(size)
 
     def size_changes(self, size: int) -> list[AttributeChange]:
-        """What else in the layer's own modules tells its state size, and its value at another one."""
+        """What else in the layer's own modules holds its state size, and its value at another one."""
         return self.layout.size_changes(self.module, size)
 
     @classmethod
@@ -152,7 +152,7 @@ class StateSpaceLayer(ABC):
 
     def saved_form(self, state_dict: Mapping[str, Tensor], prefix: str) -> StateForm | None:
         """
-        State size and projected size of this layer in a state dict, or None where the state dict does not tell.
+        State size and projected size of this layer in a state dict, or None where the state dict does not show it.
 
         Args:
             state_dict (`Mapping[str, torch.Tensor]`): All or a part (a shard) of a model's tensors.
@@ -240,9 +240,9 @@ class StateSpaceLayer(ABC):
         """
         return self.reduce(truncation)
 
-    def check_form(self, stock: bool, reductor: str) -> None:
+    def require_form(self, stock: bool, reductor: str) -> None:
         """
-        Raise when the layer cannot be cut with these settings; what no setting can cut, `check_reducible` refuses.
+        Raise when the layer cannot be cut with these settings; what no setting can cut, `require_reducible` refuses.
 
         Args:
             stock (`bool`): Whether the stock model class has to load the result.
@@ -253,7 +253,7 @@ class StateSpaceLayer(ABC):
         """
         return
 
-    def check_reducible(self) -> None:
+    def require_reducible(self) -> None:
         """
         Raise when the layer's parameters are in a form that cannot be cut.
 

@@ -1,4 +1,4 @@
-"""A truncation together with what calibration data told of the layer besides its Gramians."""
+"""A truncation together with what calibration data show of the layer besides its Gramians."""
 
 from __future__ import annotations
 

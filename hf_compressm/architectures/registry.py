@@ -55,7 +55,7 @@ def find_layers(model: nn.Module) -> list[StateSpaceLayer]:
         raise UnsupportedModelError(_nothing_found(model))
     owners: dict[int, str] = {}
     for layer in layers:
-        layer.check_reducible()
+        layer.require_reducible()
         for name, parameter in layer.state_parameters().items():
             qualified = f"{layer.name}.{name}"
             owner = owners.setdefault(id(parameter), qualified)

@@ -3,7 +3,7 @@ Where the state of a layer lies, as data.
 
 An axis of a parameter is a row of entries: numbers of entries that have nothing to do with the state, and runs of N
 entries that belong to the N states of one group of heads. From this follow the shapes at another size, the size that a
-saved tensor tells, the entries that a cut keeps, and the attributes that tell the same size.
+saved tensor has, the entries that a cut keeps, and the attributes that hold the same size.
 
 Example:
 
@@ -121,7 +121,7 @@ class StateAxis:
         return (*self.others[: self.axis], self.length(size), *self.others[self.axis :])
 
     def size_of(self, shape: Sequence[int]) -> int | None:
-        """The state size that a shape of the parameter tells, or None where no size has it."""
+        """The state size that a shape of the parameter implies, or None where no size has it."""
         return _size(self.entries, shape[self.axis]) if len(shape) == len(self.others) + 1 else None
 
     def kept(self, states: Tensor, size: int) -> Tensor:
@@ -200,7 +200,7 @@ class SizeAttribute:
     """
     An attribute of a module that follows the state size.
 
-    A number tells how many entries there are. A tensor has one value for all entries of a run along its last axis, such
+    A number is how many entries there are. A tensor has one value for all entries of a run along its last axis, such
     as the multipliers of a projection.
 
     Args:
@@ -241,7 +241,7 @@ class StateLayout:
     Args:
         axes (`tuple[StateAxis, ...]`): One for each parameter whose shape depends on the state size. A saved size is
             read from the first of them that is there.
-        attributes (`tuple[SizeAttribute, ...]`, *optional*, defaults to `()`): What else in the modules tells the size.
+        attributes (`tuple[SizeAttribute, ...]`, *optional*, defaults to `()`): What else in the modules holds the size.
     """
 
     axes: tuple[StateAxis, ...]
@@ -262,7 +262,7 @@ class StateLayout:
 
     def size_in(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> int | None:
         """
-        The state size that a state dict tells, or None where it does not.
+        The state size of a state dict, or None where it does not.
 
         Args:
             state_dict (`Mapping[str, torch.Tensor]`): All or a part (a shard) of a model's tensors.

@@ -1,4 +1,4 @@
-"""Which recurrent layers of a model no family supports, so that a user is told what a cut leaves alone."""
+"""Which recurrent layers of a model no family supports, so that a user learns what a cut leaves alone."""
 
 from __future__ import annotations
 

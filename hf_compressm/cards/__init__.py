@@ -1,4 +1,4 @@
-"""Model cards and reports: what was done to a model, told next to its weights."""
+"""Model cards and reports: what was done to a model, reported next to its weights."""
 
 from .merge import is_machine_made, merge_card, merge_trainer_card, read_metadata, renamed
 from .provenance import Evaluation, Provenance, describe_folder

@@ -125,7 +125,7 @@ def _find(card: str) -> tuple[int, int, re.Match[str]] | None:
     if begin is None:
         return None
     end = card.find(_END, begin.end())
-    # Where the last comment is missing, nobody can tell what belongs to the section: all of it is kept as text.
+    # Where the last comment is missing, it is unknown what belongs to the section: all of it is kept as text.
     return begin.start(), begin.end() if end < 0 else end + len(_END), begin
 
 

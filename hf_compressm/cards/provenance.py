@@ -35,7 +35,7 @@ class Evaluation:
 @dataclass(frozen=True)
 class Provenance:
     """
-    The facts that a model card tells about a compression.
+    The facts that a model card reports about a compression.
 
     Args:
         records (`Sequence[CheckRecord]`): Every check, in the order in which they were made.
@@ -97,7 +97,7 @@ class Provenance:
 
 def describe_folder(folder: str | os.PathLike, provenance: Provenance) -> Provenance:
     """
-    The facts, with what a saved folder tells where they leave it open: the model's class and type, and the settings.
+    The facts, completed from a saved folder where they are missing: the model's class and type, and the settings.
 
     Args:
         folder (`str` or `os.PathLike`): A folder with `config.json`.

@@ -142,7 +142,7 @@ def _draw_spectra(axes: Axes, run: RunReport) -> None:
 
 def _draw_sizes(axes: Axes, run: RunReport) -> None:
     records = [record for record in run.records if record.layers and record.step is not None]
-    # A little beyond the last check, so that its cut can be seen where no log tells how long the run was.
+    # A little beyond the last check, so that its cut can be seen where no log says how long the run was.
     last = max([1.1 * records[-1].step, *(entry.get("step", 0) for entry in run.log)])
     courses: dict[tuple, list[str]] = {}
     for _, layer in run.provenance.layers():

@@ -58,10 +58,10 @@ def render_card(provenance: Provenance, has_picture: bool = True) -> str:
 
     Args:
         provenance ([`Provenance`]): The facts.
-        has_picture (`bool`, *optional*, defaults to `True`): Whether the spectrum picture lies beside the card.
+        has_picture (`bool`, *optional*, defaults to `True`): Whether the spectrum picture is next to the card.
 
     Raises:
-        `ValueError`: a check has no layer, so that there is nothing to tell.
+        `ValueError`: a check has no layer, so that there is nothing to report.
     """
     layers = provenance.layers()
     if not layers:
@@ -225,8 +225,8 @@ def _settings(provenance: Provenance) -> str:
         "loss": ["max_loss_increase"],
     }
     amounts = [(name, getattr(config, name)) for name in names.get(config.strategy, ["keep_ratio"])]
-    told = [f"{name.replace('_', ' ')} {value:g}" for name, value in amounts if value is not None]
-    return ", ".join([*told, f"reductor `{config.reductor}`", f"Gramians `{config.gramians}`", f"seed {config.seed}"])
+    stated = [f"{name.replace('_', ' ')} {value:g}" for name, value in amounts if value is not None]
+    return ", ".join([*stated, f"reductor `{config.reductor}`", f"Gramians `{config.gramians}`", f"seed {config.seed}"])
 
 
 def _taken_back(provenance: Provenance) -> str:
@@ -318,7 +318,7 @@ def _loading_note(provenance: Provenance) -> str:
         )
     if provenance.needs_code:
         return (
-            "The model's code lies beside its weights; hf_compressm need not be installed. The stock class of "
+            "The model's code is saved next to its weights; hf_compressm need not be installed. The stock class of "
             "transformers cannot hold these layers, and refuses the folder."
         )
     return "hf_compressm need not be installed: `config.json` holds the new state size."

@@ -139,7 +139,7 @@ def _time(model: Any, batch: dict, entries: list[dict[str, Any]]) -> dict[str, A
     A training step now and with the state that all layers together need, both timed on this machine.
 
     The estimate is a measurement: the same model is given the smaller size and run. From the number of operations it
-    could not be told, as most of a scan's time goes into memory and launches.
+    cannot be known, as most of a scan's time goes into memory and launches.
     """
     from ..architectures import find_layers
     from ..compression.costs import resize_for_timing, training_step_seconds

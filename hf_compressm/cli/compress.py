@@ -189,7 +189,7 @@ def _show_plan(model: Any, batches: list, config: CompreSSMConfig, quiet: bool) 
 
     from ..api import compress as cut_layers
 
-    # The model is not saved, so that the cut itself tells best what would become of it.
+    # The model is not saved, so that the cut itself shows best what would become of it.
     record = cut_layers(model, batches or None, config, progress=False if quiet else None)
     rows = [[layer.name, layer.size_before, layer.wanted_size, layer.size_after] for layer in record.layers]
     asks = "the loss allows" if config.strategy == "loss" else "its spectrum asks for"
@@ -251,7 +251,7 @@ def _require_free(output: Path, overwrite: bool) -> None:
 
 def _save(model: Any, source: Path, output: Path, provenance: Any, overwrite: bool) -> None:
     """Write everything into a folder beside the output and put that in its place as a whole."""
-    from ..saving import carry
+    from ..saving import follow_saves
 
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -260,7 +260,7 @@ def _save(model: Any, source: Path, output: Path, provenance: Any, overwrite: bo
         for pattern in _COMPANIONS:
             for path in source.glob(pattern):
                 shutil.copyfile(path, staging / path.name)
-        carry(model, replace(provenance, name=output.name))
+        follow_saves(model, replace(provenance, name=output.name))
         model.save_pretrained(staging)
         os.chmod(staging, 0o755)
         _put_in_place(staging, output)

@@ -117,7 +117,7 @@ def read_batches(model: PreTrainedModel, folder: Path, source: DataSource) -> Ba
     tokenizer: cut into pieces of one length for a language model, row by row for a classifier.
 
     Args:
-        model (`transformers.PreTrainedModel`): Tells which inputs it takes.
+        model (`transformers.PreTrainedModel`): Its signature says which inputs it takes.
         folder (`Path`): The model's folder, where its tokenizer lies.
         source ([`DataSource`]): Where the data comes from.
 

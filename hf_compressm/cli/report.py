@@ -33,7 +33,7 @@ def report(
     """
     from ..cards import RunReport
     from ..files import replace_file
-    from .run_report import draw_run, render_page
+    from .report_page import draw_run, render_page
 
     run = RunReport.from_folder(run_dir)
     folder = output or run_dir

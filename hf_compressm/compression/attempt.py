@@ -1,4 +1,4 @@
-"""Carry a plan out: find the truncations, cut everything together, and put it back where the loss breaks."""
+"""Make a plan's cut: find the truncations, cut everything together, and put it back where the loss breaks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Attempt:
         reason (`str`): One sentence for a person.
         loss_after (`float`, *optional*): The calibration loss after it.
         found (`dict[str, Found]`): What the layers that were cut were cut with, by name.
-        pending ([`PendingCut`], *optional*): The cut, where it awaits its judgement.
+        pending ([`PendingCut`], *optional*): The cut, where it is not yet accepted.
     """
 
     outcome: str

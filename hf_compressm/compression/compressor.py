@@ -26,7 +26,7 @@ from .cut.snapshot import Snapshot
 from .cut.training_state import Follow, TrainingState
 from .decide.chosen import Chosen, free_to_change, split_in_half
 from .decide.plan import LayerPlan, plan_reduction
-from .decide.progress import Moment, check_number, combined_seed, is_finished, moment_of, score_correlation
+from .decide.progress import Stage, check_number, combined_seed, is_finished, score_correlation, stage_of
 from .history import CheckRecord
 from .layer_records import Seen, layer_records, records_of_return
 from .measure.calibration import Calibration, calibrate
@@ -141,12 +141,12 @@ class Compressor:
             calibration = self._calibrate(batches, seed)
             batches = [batch for place, batch in enumerate(batches) if place not in calibration.left_out]
             seen = self._see(calibration)
-            moment = moment_of(self.records, self.config, seen.correlations, number, total)
+            stage = stage_of(self.records, self.config, seen.correlations, number, total)
             maker = CutMaker(
                 self._state, seen.gramians, self._chosen.reductors, self.config, self._processes, seed, self._progress
             )
             trials = Trials(maker, lambda: self._loss_on(others))
-            plan, alternative = self._decide(trials, seen.spectra, moment)
+            plan, alternative = self._decide(trials, seen.spectra, stage)
             planned = [layer for layer in self._chosen.layers if layer.name in plan]
             outputs = OutputsOf(planned, self.model, others, self._loss_function)
             result = attempt_cut(maker, plan, alternative, calibration.loss, lambda: self._loss(batches), step)
@@ -217,13 +217,13 @@ class Compressor:
         correlations = {name: score_correlation(self._scores.get(name), scores[name]) for name in scores}
         return Seen(gramians, spectra, scores, correlations)
 
-    def _decide(self, trials: Trials, spectra: dict[str, Tensor], moment: Moment) -> tuple[dict[str, LayerPlan], str]:
+    def _decide(self, trials: Trials, spectra: dict[str, Tensor], stage: Stage) -> tuple[dict[str, LayerPlan], str]:
         """The new size of each layer, and the way to truncate them."""
         sizes = {name: self.sizes[name] for name in spectra}
         if self.config.strategy == "loss":
-            plan = trials.smallest(spectra, sizes, moment)
+            plan = trials.smallest(spectra, sizes, stage)
         else:
-            plan = plan_reduction(spectra, sizes, self.config, moment)
+            plan = plan_reduction(spectra, sizes, self.config, stage)
         return plan, trials.best_alternative(plan) if self.config.compare_truncations else ""
 
     def _loss_on(self, batches: Sequence[Any]) -> float:
@@ -268,7 +268,7 @@ class Compressor:
         )
 
     def accept(self) -> None:
-        """Let the latest cut stay, where one awaits its judgement: what it replaced is let go."""
+        """Accept the latest cut where it is still pending: what it replaced is let go."""
         self.pending = None
 
     def take_back(self, reason: str, step: int | None = None) -> CheckRecord:
@@ -280,10 +280,10 @@ class Compressor:
             step (`int`, *optional*): The training step, for the record.
 
         Raises:
-            `RuntimeError`: no cut awaits its judgement.
+            `RuntimeError`: no cut is pending.
         """
         if self.pending is None:
-            raise RuntimeError("no cut awaits its judgement, so that there is no snapshot to go back to")
+            raise RuntimeError("no cut is pending, so that there is no snapshot to go back to")
         start, parameters, sizes = time.perf_counter(), self._count_parameters(), self.sizes
         self.pending.take_back(self._state)
         for name in self.pending.model.forms:

@@ -43,7 +43,7 @@ class Processes(Protocol):
 
         Args:
             subject (`str`): What the facts are about, for the message.
-            facts (`dict`): Facts by name, with values that `repr` tells apart.
+            facts (`dict`): Facts by name, with values that `repr` distinguishes.
 
         Raises:
             [`~errors.OtherProcessError`]: another process has failed before it came here.
@@ -52,7 +52,7 @@ class Processes(Protocol):
         ...
 
     def failed(self, error: BaseException) -> None:
-        """Tell the others, who wait in [`sum`], [`first`] or [`agree`], that this process will not come."""
+        """Let the others know, which wait in [`sum`], [`first`] or [`agree`], that this process will not come."""
         ...
 
 

@@ -14,7 +14,7 @@ from ..errors import ConfigurationError
 from .attempt import CutMaker
 from .costs import state_costs, training_step_seconds
 from .decide.plan import plan_of_ranks
-from .decide.progress import Moment
+from .decide.progress import Stage
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def measure_sizes(
     rows = [_row(model, layers, largest, loss_now, batch)]
     config = replace(maker.config, minimum_reduction=0.0, multiple_of=1, min_state_size=1)
     for size in sorted(set(sizes), reverse=True):
-        made = maker.make(plan_of_ranks(dict.fromkeys(present, size), present, config, Moment()))
+        made = maker.make(plan_of_ranks(dict.fromkeys(present, size), present, config, Stage()))
         if made.failures:
             rows.append(SizeRow(size, None, sum(p.numel() for p in model.parameters()), None, None))
         else:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TABLE_ENERGIES = (0.9, 0.95, 0.99, 0.999)
-# More layers than this are told apart by a colour scale instead of a legend.
+# More layers than this are distinguished by a colour scale instead of a legend.
 MOST_LEGEND_ENTRIES = 8
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .attempt import CutMaker
 from .decide.by_loss import Plan, plans_by_size, smallest_within
 from .decide.plan import LayerPlan
-from .decide.progress import Moment
+from .decide.progress import Stage
 from .history import TrialRecord
 
 
@@ -29,20 +29,20 @@ class Trials:
     loss_now: Callable[[], float]
     records: list[TrialRecord] = field(default_factory=list, init=False)
 
-    def smallest(self, spectra: Mapping[str, Tensor], sizes: Mapping[str, int], moment: Moment) -> Plan:
+    def smallest(self, spectra: Mapping[str, Tensor], sizes: Mapping[str, int], stage: Stage) -> Plan:
         """
         The plan with the fewest states that makes the loss worse by at most `max_loss_increase`.
 
         Args:
             spectra (`Mapping[str, torch.Tensor]`): Hankel singular values of each layer, `(N,)`, descending.
             sizes (`Mapping[str, int]`): Present state size of each layer.
-            moment ([`Moment`]): Where in the run the check is made.
+            stage ([`Stage`]): Where in the run the check is made.
         """
         config = self.maker.config
         before = self.loss_now()
         self.records.append(TrialRecord(dict(sizes), "", before))
-        allowed = before + abs(before) * config.max_loss_increase * moment.scale
-        found = smallest_within(plans_by_size(spectra, sizes, config, moment), allowed, self.loss_of)
+        allowed = before + abs(before) * config.max_loss_increase * stage.scale
+        found = smallest_within(plans_by_size(spectra, sizes, config, stage), allowed, self.loss_of)
         return found or {name: LayerPlan(size, size, size) for name, size in sizes.items()}
 
     def best_alternative(self, plan: Plan) -> str:

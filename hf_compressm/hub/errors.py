@@ -51,7 +51,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the same request may succeed a moment later: the server is overloaded, busy or was not reached."""
+    """Whether the same request may succeed a little later: the server is overloaded, busy or was not reached."""
     if isinstance(error, (OfflineModeIsEnabled, LocalTokenNotFoundError)):
         return False
     status = status_of(error)
@@ -87,7 +87,7 @@ def reason(error: BaseException, repository: str) -> str:
         return f"{repository} does not exist, or is private and the token cannot see it. Check the name. {_LOG_IN}."
     if status is not None:
         return f"{_STATUS.get(status, _ANY_SERVER_ERROR if status >= 500 else 'the Hub refused the request.')} " + (
-            f"(HTTP {status}{_told(error)})"
+            f"(HTTP {status}{_server_message(error)})"
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full. Free some space, or point HF_HOME to another disk, and run it again."
@@ -109,6 +109,6 @@ _STATUS = {
 }
 
 
-def _told(error: BaseException) -> str:
+def _server_message(error: BaseException) -> str:
     message = getattr(error, "server_message", None)
     return f": {' '.join(str(message).split())[:200]}" if message else ""

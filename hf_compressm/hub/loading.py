@@ -94,7 +94,7 @@ def model_class_of(folder: str | os.PathLike, trust_remote_code: bool = False) -
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
-        # A type that is registered is read by its own class whatever code lies beside it, so that is no reason.
+        # A type that is registered is read by its own class whatever code is next to it, so that is no reason.
         if auto_map and not trust_remote_code and not _is_registered(written.get("model_type")):
             raise UnsupportedModelError(
                 f"{folder} brings Python code of its own ({', '.join(sorted(map(str, auto_map.values())))}), which was "
@@ -133,12 +133,12 @@ def load_model(folder: str | os.PathLike, trust_remote_code: bool = False) -> Pr
         [`~errors.UnsupportedModelError`]: see [`model_class_of`].
     """
     folder = Path(folder)
-    model_class = checked_class(folder, trust_remote_code)
+    model_class = loadable_class(folder, trust_remote_code)
     trust = {"trust_remote_code": True} if trust_remote_code else {}
     return model_class.from_pretrained(folder, use_safetensors=True, local_files_only=True, **trust).eval()
 
 
-def checked_class(folder: Path, trust_remote_code: bool = False) -> Any:
+def loadable_class(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     The class of a folder whose configuration, weights and history are those of one model.
 

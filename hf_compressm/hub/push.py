@@ -18,7 +18,7 @@ from ..compression import history_of
 from ..errors import ConfigurationError, HubError, InconsistentModelError
 from ..saving import read_card, write_card, write_model_files
 from .errors import HTTP_ERRORS, is_passing, translated
-from .loading import checked_class
+from .loading import loadable_class
 
 _Tried = Callable[..., Any]
 
@@ -86,7 +86,7 @@ def _require_pushable(folder: Path, repo_id: str, trust_remote_code: bool) -> No
     except HFValidationError as error:
         raise ConfigurationError(f"{repo_id!r} is no name for a repository: {error}") from error
     require_own_files(folder)
-    checked_class(folder, trust_remote_code)
+    loadable_class(folder, trust_remote_code)
 
 
 def _upload(

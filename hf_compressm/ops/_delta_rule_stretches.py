@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._checks import compute_dtype
+from ._validation import compute_dtype
 
 CHUNK_ELEMENTS = 2**23
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._checks import double_device
+from ._validation import double_device
 
 _CHUNK = 64
 _CHUNK_ELEMENTS = 2**23

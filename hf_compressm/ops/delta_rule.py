@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..errors import ConfigurationError, DimensionError
-from ._checks import check_shapes, compute_dtype
 from ._delta_rule_numba import STEPS, delta_rule_backward, delta_rule_forward
 from ._derivatives import is_transformed, needs_graph, plain_gradients
 from ._threads import run_units, split_range
+from ._validation import compute_dtype, require_shapes
 
 
 def delta_rule_reference(
@@ -40,7 +40,7 @@ def delta_rule_reference(
     Autograd keeps every state. The arguments `query`, `key`, `value`, `log_decay`, `beta`, `initial_state` and `erase`,
     the results and the errors are those of [`delta_rule`].
     """
-    sizes = check_delta_rule(query, key, value, log_decay, beta, initial_state, erase)
+    sizes = require_delta_rule(query, key, value, log_decay, beta, initial_state, erase)
     dtype = compute_dtype(query, key, value, log_decay, beta)
     shared = sizes["heads"] // sizes["key_heads"]
     erase = key if erase is None else erase
@@ -98,7 +98,7 @@ def delta_rule(
         [`~errors.DimensionError`]: a shape does not fit the others, or the key heads do not divide the heads.
         [`~errors.ConfigurationError`]: an argument is not on the CPU, or not floating-point.
     """
-    check_delta_rule(query, key, value, log_decay, beta, initial_state, erase)
+    require_delta_rule(query, key, value, log_decay, beta, initial_state, erase)
     if query.device.type != "cpu":
         raise ConfigurationError(
             f"`delta_rule` runs on the CPU and its arguments are on {query.device}. Use the kernels of fla "
@@ -202,7 +202,7 @@ def zero_state(key: Tensor, value: Tensor) -> Tensor:
     return torch.zeros(batch, heads, key.shape[-1], head_dim, dtype=compute_dtype(key, value), device=value.device)
 
 
-def check_delta_rule(
+def require_delta_rule(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -227,7 +227,7 @@ def check_delta_rule(
         "initial_state": (initial_state, ("batch", "heads", "N", "head_dim")),
         "erase": (erase, vectors),
     }
-    sizes = check_shapes(
+    sizes = require_shapes(
         query=(query, vectors), key=(key, vectors), value=(value, (*steps, "head_dim")), beta=(beta, steps),
         log_decay=(log_decay, decays), **{name: pair for name, pair in optional.items() if pair[0] is not None},
     )  # fmt: skip

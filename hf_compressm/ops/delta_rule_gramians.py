@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..errors import DimensionError
 from . import _delta_rule_stretches as stretches
-from ._checks import check_times, double_device
 from ._delta_rule_stretches import Rule, adjoints_at, states_at
-from .delta_rule import check_delta_rule
+from ._validation import double_device, validated_times
+from .delta_rule import require_delta_rule
 from .multi_head_gramians import _stops
 
 
@@ -65,10 +65,10 @@ def delta_rule_state_gramian(
             is not ascending inside the sequence.
         [`~errors.ConfigurationError`]: arguments are on different devices, or not floating-point.
     """
-    sizes = check_delta_rule(query, key, value, log_decay, beta, erase=erase)
+    sizes = require_delta_rule(query, key, value, log_decay, beta, erase=erase)
     rule = Rule.of(query, key, log_decay, beta, erase, value=value)
     sums = _Sums(rule)
-    times, mask = _checked(times, mask, sizes, key.device)
+    times, mask = _validated(times, mask, sizes, key.device)
     with torch.autocast(key.device.type, enabled=False):
         for part, rows in _sequences(sizes, key.device):
             stops, sampled = _stops(times[part], sizes["length"])
@@ -115,10 +115,10 @@ def delta_rule_adjoint_gramian(
             is not ascending inside the sequence.
         [`~errors.ConfigurationError`]: arguments are on different devices, or not floating-point.
     """
-    sizes = check_delta_rule(query, key, grad_output, log_decay, beta, erase=erase)
+    sizes = require_delta_rule(query, key, grad_output, log_decay, beta, erase=erase)
     rule = Rule.of(query, key, log_decay, beta, erase, grad_output=grad_output)
     sums = _Sums(rule)
-    times, mask = _checked(times, mask, sizes, key.device)
+    times, mask = _validated(times, mask, sizes, key.device)
     with torch.autocast(key.device.type, enabled=False):
         for part, rows in _sequences(sizes, key.device):
             # Steps are counted from the end, and a stop lies before the step that it names: what follows it is summed.
@@ -162,7 +162,7 @@ class _Sums:
         return factor * self.gramian, factor * self.readout_energy
 
 
-def _checked(
+def _validated(
     times: Tensor | None, mask: Tensor | None, sizes: dict[str, int], device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     batch, length = sizes["batch"], sizes["length"]
@@ -171,7 +171,7 @@ def _checked(
             f"`mask` has dtype {mask.dtype} and shape {tuple(mask.shape)}; expected bool and (batch {batch}, length "
             f"{length})."
         )
-    return check_times(times, batch, length).to(device), None if mask is None else mask.to(device)
+    return validated_times(times, batch, length).to(device), None if mask is None else mask.to(device)
 
 
 def _sequences(sizes: dict[str, int], device: torch.device) -> Iterator[tuple[slice, Tensor]]:

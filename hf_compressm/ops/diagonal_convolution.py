@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._checks import check_shapes
+from ._validation import require_shapes
 
 
 def channel_systems_reference(
@@ -24,7 +24,7 @@ def channel_systems_reference(
 
     The arguments `u`, `lam`, `C` and `initial_state`, the results and the errors are those of [`channel_systems`].
     """
-    _check(u, lam, C, initial_state)
+    _require_valid(u, lam, C, initial_state)
     dtype = _complex_dtype(u)
     lam, C, drive = lam.to(dtype), C.to(dtype), u.to(dtype)
     state = lam.new_zeros(u.shape[0], *lam.shape) if initial_state is None else initial_state.to(dtype)
@@ -61,7 +61,7 @@ def channel_systems(
         [`~errors.DimensionError`]: a shape does not fit the others.
         [`~errors.ConfigurationError`]: arguments are on different devices, or `u` is not real and floating-point.
     """
-    _check(u, lam, C, initial_state)
+    _require_valid(u, lam, C, initial_state)
     dtype = _complex_dtype(u)
     y_dtype, length = u.dtype, u.shape[1]
     u = u.to(dtype.to_real())
@@ -162,10 +162,10 @@ def _complex_dtype(u: Tensor) -> torch.dtype:
     return torch.complex128 if u.dtype == torch.float64 else torch.complex64
 
 
-def _check(u: Tensor, lam: Tensor, C: Tensor, initial_state: Tensor | None) -> None:
-    check_shapes(u=(u, ("batch", "length", "channels")))
+def _require_valid(u: Tensor, lam: Tensor, C: Tensor, initial_state: Tensor | None) -> None:
+    require_shapes(u=(u, ("batch", "length", "channels")))
     states = {} if initial_state is None else {"initial_state": (initial_state, ("batch", "channels", "N"))}
-    check_shapes(
+    require_shapes(
         allow_complex=True,
         u=(u, ("batch", "length", "channels")),
         lam=(lam, ("channels", "N")),

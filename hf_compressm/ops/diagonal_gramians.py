@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_shapes, check_times, double_device
+from ._validation import double_device, require_shapes, validated_times
 from .diagonal_scan import diagonal_scan
 
 # States that exist at once, in complex128: 32 MB.
@@ -54,10 +54,10 @@ def diagonal_state_gramian(
     by_channel = lam.ndim == 2
     steps, poles = ("batch", "length"), ("H_in", "N") if by_channel else ("N",)
     inputs = ("H_in", "N") if by_channel else ("N", "H_in")
-    sizes = check_shapes(allow_complex=True, u=(u, (*steps, "H_in")), lam=(lam, poles), B=(B, inputs))
+    sizes = require_shapes(allow_complex=True, u=(u, (*steps, "H_in")), lam=(lam, poles), B=(B, inputs))
     if mask is not None:
-        check_shapes(u=(u.real, (*steps, "H_in")), mask=(mask.to(u.real.dtype), steps))
-    times = check_times(times, sizes["batch"], sizes["length"])
+        require_shapes(u=(u.real, (*steps, "H_in")), mask=(mask.to(u.real.dtype), steps))
+    times = validated_times(times, sizes["batch"], sizes["length"])
     device = double_device(u.device)
     u, lam, B = (tensor.to(device, torch.complex128) for tensor in (u, lam, B))
     weights = u.real.new_zeros(u.shape[:2])
@@ -94,10 +94,10 @@ def diagonal_adjoint_gramian(
         [`~errors.ConfigurationError`]: arguments are on different devices, or not floating-point.
     """
     poles = ("H_out", "N") if lam.ndim == 2 else ("N",)
-    sizes = check_shapes(
+    sizes = require_shapes(
         allow_complex=True, grad_y=(grad_y, ("batch", "length", "H_out")), lam=(lam, poles), C=(C, ("H_out", "N"))
     )
-    times = check_times(times, sizes["batch"], sizes["length"])
+    times = validated_times(times, sizes["batch"], sizes["length"])
     reversed_mask = None if mask is None else mask.flip(1)
     # In reversed time the adjoint is a state with conjugate poles, driven by the gradient.
     B = C.conj() if lam.ndim == 2 else C.mH

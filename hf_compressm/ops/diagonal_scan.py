@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ._checks import check_shapes
 from ._derivatives import is_transformed, needs_graph, plain_gradients
 from ._diagonal_scan_numba import scan_adjoints, scan_states
 from ._diagonal_scan_torch import scan_by_products
 from ._threads import run_units, split_range
+from ._validation import require_shapes
 
 # What one piece of the states may take: they should stay in the cache of a core between two products on a CPU.
 _CPU_PIECE_BYTES = 2**20
@@ -30,7 +30,7 @@ def diagonal_scan_reference(lam: Tensor, x: Tensor, initial_state: Tensor | None
 
     The arguments `lam`, `x` and `initial_state`, the result and the errors are those of [`diagonal_scan`].
     """
-    _check_scan(lam, x, initial_state)
+    _require_scan(lam, x, initial_state)
     dtype = _complex_dtype(lam, x)
     lam, x = lam.to(dtype), x.to(dtype)
     state = x.new_zeros(x.shape[0], x.shape[2]) if initial_state is None else initial_state.to(dtype)
@@ -60,7 +60,7 @@ def diagonal_scan(lam: Tensor, x: Tensor, initial_state: Tensor | None = None) -
         [`~errors.DimensionError`]: a shape does not fit the others.
         [`~errors.ConfigurationError`]: arguments are on different devices, or integers.
     """
-    _check_scan(lam, x, initial_state)
+    _require_scan(lam, x, initial_state)
     dtype = _complex_dtype(lam, x)
     lam, x = lam.to(dtype), x.to(dtype)
     initial_state = x.new_zeros(x.shape[0], x.shape[2]) if initial_state is None else initial_state.to(dtype)
@@ -79,7 +79,7 @@ def diagonal_recurrence_reference(
     The arguments `u`, `lam`, `B`, `C` and `initial_state`, the results and the errors are those of
     [`diagonal_recurrence`].
     """
-    _check_recurrence(u, lam, B, C, initial_state)
+    _require_recurrence(u, lam, B, C, initial_state)
     dtype = _complex_dtype(u)
     states = diagonal_scan_reference(lam.to(dtype), u.to(dtype) @ B.to(dtype).mT, initial_state)
     y = (states @ C.to(dtype).mT).real.to(u.dtype)
@@ -115,7 +115,7 @@ def diagonal_recurrence(
         [`~errors.DimensionError`]: a shape does not fit the others.
         [`~errors.ConfigurationError`]: arguments are on different devices, or `u` is not real and floating-point.
     """
-    _check_recurrence(u, lam, B, C, initial_state)
+    _require_recurrence(u, lam, B, C, initial_state)
     dtype = _complex_dtype(u)
     y_dtype = u.dtype
     lam, B, C = lam.to(dtype), B.to(dtype), C.to(dtype)
@@ -292,15 +292,15 @@ def _complex_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.complex128 if any(tensor.dtype in wide for tensor in tensors) else torch.complex64
 
 
-def _check_scan(lam: Tensor, x: Tensor, initial_state: Tensor | None) -> None:
+def _require_scan(lam: Tensor, x: Tensor, initial_state: Tensor | None) -> None:
     states = {} if initial_state is None else {"initial_state": (initial_state, ("batch", "N"))}
-    check_shapes(allow_complex=True, lam=(lam, ("N",)), x=(x, ("batch", "length", "N")), **states)
+    require_shapes(allow_complex=True, lam=(lam, ("N",)), x=(x, ("batch", "length", "N")), **states)
 
 
-def _check_recurrence(u: Tensor, lam: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None) -> None:
-    check_shapes(u=(u, ("batch", "length", "inputs")))
+def _require_recurrence(u: Tensor, lam: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None) -> None:
+    require_shapes(u=(u, ("batch", "length", "inputs")))
     states = {} if initial_state is None else {"initial_state": (initial_state, ("batch", "N"))}
-    check_shapes(
+    require_shapes(
         allow_complex=True,
         u=(u, ("batch", "length", "inputs")),
         lam=(lam, ("N",)),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DimensionError
-from ._checks import check_shapes, check_times, compute_dtype, double_device
+from ._validation import compute_dtype, double_device, require_shapes, validated_times
 
 _CHUNK_ELEMENTS = 2**23
 
@@ -53,10 +53,10 @@ def multi_head_state_gramian(
         [`~errors.ConfigurationError`]: arguments are on different devices, or not floating-point.
     """
     steps, inputs = ("batch", "length", "heads"), ("batch", "length", "groups", "N")
-    sizes = check_shapes(
+    sizes = require_shapes(
         u=(u, (*steps, "head_dim")), delta=(delta, steps), A=(A, ("heads",)), B=(B, inputs), C=(C, inputs)
     )
-    times = _checked_times(times, sizes)
+    times = _validated_times(times, sizes)
     dtype = compute_dtype(u, delta, A, B)
     u, delta, A, B = (tensor.to(dtype) for tensor in (u, delta, A, B))
     P, readout_energy = _outer_products(delta * A, delta.unsqueeze(-1) * u, B, times, readout=C)
@@ -91,8 +91,10 @@ def multi_head_adjoint_gramian(
         [`~errors.ConfigurationError`]: arguments are on different devices, or not floating-point.
     """
     steps, inputs = ("batch", "length", "heads"), ("batch", "length", "groups", "N")
-    sizes = check_shapes(delta=(delta, steps), A=(A, ("heads",)), C=(C, inputs), grad_y=(grad_y, (*steps, "head_dim")))
-    times = _checked_times(times, sizes)
+    sizes = require_shapes(
+        delta=(delta, steps), A=(A, ("heads",)), C=(C, inputs), grad_y=(grad_y, (*steps, "head_dim"))
+    )
+    times = _validated_times(times, sizes)
     dtype = compute_dtype(delta, A, C, grad_y)
     delta, A, C, grad_y = (tensor.to(dtype) for tensor in (delta, A, C, grad_y))
     # In reversed time the adjoint is a state whose decay is that of the step it has just come back through.
@@ -102,10 +104,10 @@ def multi_head_adjoint_gramian(
     return sizes["length"] / max(1, times.shape[1]) * Q
 
 
-def _checked_times(times: Tensor | None, sizes: dict[str, int]) -> Tensor:
+def _validated_times(times: Tensor | None, sizes: dict[str, int]) -> Tensor:
     if sizes["heads"] % sizes["groups"]:
         raise DimensionError(f"there are {sizes['heads']} heads; {sizes['groups']} groups do not divide them.")
-    return check_times(times, sizes["batch"], sizes["length"])
+    return validated_times(times, sizes["batch"], sizes["length"])
 
 
 def _outer_products(

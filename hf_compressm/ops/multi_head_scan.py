@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DimensionError
-from ._checks import check_shapes, compute_dtype
+from ._validation import compute_dtype, require_shapes
 
 _CHUNK = 64
 
@@ -43,7 +43,7 @@ def multi_head_scan(
         [`~errors.DimensionError`]: a shape does not fit the others, or the groups do not divide the heads.
         [`~errors.ConfigurationError`]: arguments are on different devices, or not floating-point.
     """
-    sizes = _checked_sizes(u, delta, A, B, C, initial_state)
+    sizes = _validated_sizes(u, delta, A, B, C, initial_state)
     dtype = compute_dtype(u, delta, A, B, C)
     groups = sizes["groups"]
     # The products of float32 tensors would be made in the short type of a surrounding autocast.
@@ -103,7 +103,7 @@ def multi_head_scan_reference(
         C (`torch.Tensor` of shape `(batch, length, groups, N)`): Readout.
         initial_state (`torch.Tensor` of shape `(batch, heads, head_dim, N)`, *optional*): State before the first step.
     """
-    sizes = _checked_sizes(u, delta, A, B, C, initial_state)
+    sizes = _validated_sizes(u, delta, A, B, C, initial_state)
     dtype = compute_dtype(u, delta, A, B, C)
     u, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
     B, C = (tensor.repeat_interleave(sizes["heads"] // sizes["groups"], dim=2) for tensor in (B, C))
@@ -117,12 +117,12 @@ def multi_head_scan_reference(
     return torch.cat(outputs, dim=1), state
 
 
-def _checked_sizes(
+def _validated_sizes(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None
 ) -> dict[str, int]:
     steps, inputs = ("batch", "length", "heads"), ("batch", "length", "groups", "N")
     states = {} if initial_state is None else {"initial_state": (initial_state, ("batch", "heads", "head_dim", "N"))}
-    sizes = check_shapes(
+    sizes = require_shapes(
         u=(u, (*steps, "head_dim")), delta=(delta, steps), A=(A, ("heads",)), B=(B, inputs), C=(C, inputs), **states
     )
     if sizes["heads"] % sizes["groups"]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import DimensionError
 from . import _gramians_cpu, _gramians_torch
-from ._checks import check_shapes, check_times, compute_dtype
+from ._validation import compute_dtype, require_shapes, validated_times
 
 
 @torch.no_grad()
@@ -59,10 +59,10 @@ def state_gramian(
     """
     steps, inputs = ("batch", "length", "channels"), ("batch", "length", "N")
     states = {} if initial_state is None else {"initial_state": (initial_state, ("batch", "channels", "N"))}
-    sizes = check_shapes(
+    sizes = require_shapes(
         u=(u, steps), delta=(delta, steps), A=(A, ("channels", "N")), B=(B, inputs), C=(C, inputs), **states
     )
-    times = check_times(times, sizes["batch"], sizes["length"])
+    times = validated_times(times, sizes["batch"], sizes["length"])
     dtype = compute_dtype(u, delta, A, B)
     u, delta, A, B = (tensor.to(dtype) for tensor in (u, delta, A, B))
     P, readout_energy = _outer_products(delta, delta * u, A, B, times, initial_state, readout=C)
@@ -93,10 +93,10 @@ def adjoint_gramian(delta: Tensor, A: Tensor, C: Tensor, grad_y: Tensor, times: 
         [`~errors.ConfigurationError`]: arguments are on different devices, or not floating-point.
     """
     steps = ("batch", "length", "channels")
-    sizes = check_shapes(
+    sizes = require_shapes(
         delta=(delta, steps), A=(A, ("channels", "N")), C=(C, ("batch", "length", "N")), grad_y=(grad_y, steps)
     )
-    times = check_times(times, sizes["batch"], sizes["length"])
+    times = validated_times(times, sizes["batch"], sizes["length"])
     dtype = compute_dtype(delta, A, C, grad_y)
     delta, A, C, grad_y = (tensor.to(dtype) for tensor in (delta, A, C, grad_y))
     # In reversed time the adjoint is a state whose decay is that of the step it has just come back through.

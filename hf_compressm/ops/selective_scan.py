@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..errors import ConfigurationError
-from ._checks import check_shapes, compute_dtype
 from ._derivatives import is_transformed, needs_graph, plain_gradients
 from ._numba import CHANNEL_BLOCK, LOG2_E, TIME_CHUNK
 from ._selective_scan_numba import scan_backward, scan_forward
 from ._threads import run_units, split_range
+from ._validation import compute_dtype, require_shapes
 
 
 def selective_scan_reference(
@@ -33,7 +33,7 @@ def selective_scan_reference(
     Autograd keeps every state. The arguments `u`, `delta`, `A`, `B`, `C` and `initial_state`, the results and the
     errors are those of [`selective_scan`].
     """
-    _check(u, delta, A, B, C, initial_state)
+    _require_valid(u, delta, A, B, C, initial_state)
     dtype = compute_dtype(u, delta, A, B, C)
     y_dtype = u.dtype
     u, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
@@ -76,7 +76,7 @@ def selective_scan(
         [`~errors.DimensionError`]: a shape does not fit the others.
         [`~errors.ConfigurationError`]: an argument is not on the CPU, or not floating-point.
     """
-    _check(u, delta, A, B, C, initial_state)
+    _require_valid(u, delta, A, B, C, initial_state)
     if u.device.type != "cpu":
         raise ConfigurationError(
             f"`selective_scan` runs on the CPU and its arguments are on {u.device}. Use mamba_ssm's kernels there, or "
@@ -180,7 +180,7 @@ def zero_state(u: Tensor, A: Tensor) -> Tensor:
     return torch.zeros(u.shape[0], *A.shape, dtype=compute_dtype(u, A), device=u.device)
 
 
-def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None) -> None:
+def _require_valid(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None) -> None:
     steps, inputs = ("batch", "length", "channels"), ("batch", "length", "N")
     states = {} if initial_state is None else {"initial_state": (initial_state, ("batch", "channels", "N"))}
-    check_shapes(u=(u, steps), delta=(delta, steps), A=(A, ("channels", "N")), B=(B, inputs), C=(C, inputs), **states)
+    require_shapes(u=(u, steps), delta=(delta, steps), A=(A, ("channels", "N")), B=(B, inputs), C=(C, inputs), **states)

@@ -2,14 +2,14 @@
 
 from .adapters import holds_adapter, load_cut_layers
 from .files import CARD_NAME, read_card, spectrum_picture, write_card, write_model_files
-from .follow_saves import carried_provenance, carry, describe
+from .follow_saves import describe, follow_saves, provenance_of
 from .one_model import require_one_model, require_safe_weights, state_sizes
 from .own_class import own_class, with_own_class
 
 __all__ = [
     "CARD_NAME",
-    "carried_provenance",
-    "carry",
+    "provenance_of",
+    "follow_saves",
     "describe",
     "holds_adapter",
     "load_cut_layers",

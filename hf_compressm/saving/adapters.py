@@ -31,7 +31,7 @@ def load_cut_layers(model: nn.Module, folder: str | os.PathLike) -> None:
     Give any module the shapes and values of the cut layers in a folder.
 
     A module of a class of your own, in plain PyTorch, is built as for the training and gets all its weights. A model
-    that an adapter (PEFT) was trained on, as it was before the run, gets the layers that lie beside the adapter,
+    that an adapter (PEFT) was trained on, as it was before the run, gets the layers saved next to the adapter,
     before that is put on it or afterwards. Make an optimizer after this call.
 
     Args:

@@ -1,4 +1,4 @@
-"""What lies beside a compressed model's weights: its history, the picture of its spectra, its settings and its card."""
+"""What is saved next to a compressed model's weights: history, picture of the spectra, settings and card."""
 
 from __future__ import annotations
 

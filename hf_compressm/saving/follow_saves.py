@@ -1,4 +1,4 @@
-"""A model that carries its provenance: wherever it is saved or pushed, card, history and picture go along."""
+"""A model whose saves are followed: wherever it is saved or pushed, card, history and picture go along."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 # The last thing that transformers calls before it uploads what `model.push_to_hub` or `save_pretrained` wrote.
 _UPLOAD = "_upload_modified_files"
-_CARRIED = "_hf_compressm_carried"
+_FOLLOWED = "_hf_compressm_followed_saves"
 
 
-def carry(model: nn.Module, provenance: Provenance) -> None:
+def follow_saves(model: nn.Module, provenance: Provenance) -> None:
     """
     From now on `model.save_pretrained` and `model.push_to_hub` write the model's card, history and picture too.
 
@@ -45,17 +45,17 @@ def carry(model: nn.Module, provenance: Provenance) -> None:
         return
     if hasattr(model, "peft_config") and callable(getattr(model, "get_base_model", None)):
         # What is left when the adapter is merged.
-        carry(model.get_base_model(), provenance)
-    carried = vars(model).get(_CARRIED)
-    if carried is not None:
-        carried.provenance = provenance
+        follow_saves(model.get_base_model(), provenance)
+    followed = vars(model).get(_FOLLOWED)
+    if followed is not None:
+        followed.provenance = provenance
         return
-    carried = _Carried(model, provenance, model.save_pretrained, _stock_upload(model))
+    followed = _FollowedSaves(model, provenance, model.save_pretrained, _stock_upload(model))
     # Past nn.Module.__setattr__, which would look for parameters and modules in it.
-    vars(model)[_CARRIED] = carried
-    vars(model)["save_pretrained"] = carried.save_pretrained
-    if carried.stock_upload is not None:
-        vars(model)[_UPLOAD] = carried.upload
+    vars(model)[_FOLLOWED] = followed
+    vars(model)["save_pretrained"] = followed.save_pretrained
+    if followed.stock_upload is not None:
+        vars(model)[_UPLOAD] = followed.upload
 
 
 def _stock_upload(model: nn.Module) -> Callable[..., Any] | None:
@@ -75,14 +75,14 @@ def _stock_upload(model: nn.Module) -> Callable[..., Any] | None:
         return None
 
 
-def carried_provenance(model: nn.Module) -> Provenance | None:
-    """The facts that a model carries, or None."""
-    carried = vars(model).get(_CARRIED)
-    return None if carried is None else carried.provenance
+def provenance_of(model: nn.Module) -> Provenance | None:
+    """The provenance of a model that was cut or measured, or None."""
+    followed = vars(model).get(_FOLLOWED)
+    return None if followed is None else followed.provenance
 
 
 @dataclass
-class _Carried:
+class _FollowedSaves:
     """The facts and the stock methods; plain attributes, so that a copy of the model gets a copy of its own."""
 
     model: nn.Module
@@ -112,7 +112,7 @@ class _Carried:
         # A checkpoint is resumed from, which puts the layers back.
         if self.provenance.cuts and checkpoint_step(folder) is None:
             logger.warning(
-                "%s holds the adapter alone, of a model whose state was cut; the cut layers lie beside it in %s. "
+                "%s holds the adapter alone, of a model whose state was cut; the cut layers are next to it in %s. "
                 "Loading the adapter puts it on the uncut model, without an error: call load_cut_layers(model, %r) on "
                 "that model first, or save a whole one with model.merge_and_unload().save_pretrained(...).",
                 folder,
@@ -139,7 +139,7 @@ class _Carried:
 
 def describe(model: nn.Module, provenance: Provenance) -> Provenance:
     """
-    The facts, with what the model itself tells where they leave it open: its class, its type and where it came from.
+    The facts, completed by the model itself where they are missing: its class, its type and where it came from.
 
     Args:
         model (`torch.nn.Module`): The model.

@@ -1,4 +1,4 @@
-"""Whether a saved folder is one model: its configuration, its weights and its history tell the same sizes."""
+"""Whether a saved folder is one model: its configuration, its weights and its history have the same sizes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _other_sizes(model: nn.Module, sizes: Mapping[str, int]) -> list[str]:
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """transformers prints a table of what did not fit, which is told here in an error's one line."""
+    """transformers prints a table of what did not fit, which becomes one line of an error here."""
     log = logging.getLogger("transformers")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -130,7 +130,7 @@ def require_safe_weights(folder: Path) -> None:
 
 def shard_names(index: Path) -> set[str]:
     """
-    The files that an index of weights names, each of which lies beside it.
+    The files that an index of weights names, each of which is next to it.
 
     Args:
         index (`Path`): The index.

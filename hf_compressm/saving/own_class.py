@@ -30,7 +30,7 @@ def with_own_class(model: nn.Module) -> Iterator[None]:
     """
     Let a model have its own class for a while, as while it is saved.
 
-    A model that brings its code is saved with the file of its class, whose name its configuration tells. Of the class
+    A model that brings its code is saved with the file of its class, whose name is in its configuration. Of the class
     that FSDP gives it, that would be a file of torch.
 
     Args:

@@ -72,7 +72,7 @@ def _form(layer: StateSpaceLayer, saved: Mapping[str, Tensor], file: Path) -> St
     form = layer.saved_form(saved, f"{layer.name}." if layer.name else "")
     if form is None or not 1 <= form.size <= form.projected:
         raise InconsistentModelError(
-            f"{file} tells no state size of {layer.name or 'the model'}; give the module that was saved there."
+            f"{file} has no state size of {layer.name or 'the model'}; give the module that was saved there."
         )
     return form
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from ..errors import ConfigurationError, DimensionError
-from ._checks import checked_gramian, clear_deviation, require_finite
 from ._decompositions import cholesky_ex, eigh
+from ._validation import clear_deviation, require_finite, validated_gramian
 from .time_domain import TimeDomain, lyapunov_denominator, require_stable
 
 # The rows of a generator start with length one, so a row this short is zero for every purpose. The limit keeps squared
@@ -50,7 +50,7 @@ def controllability_gramian(lam: torch.Tensor, B: torch.Tensor, time_domain: Tim
 
     ```
     """
-    _check_inputs(lam, B, "B", time_domain)
+    _require_inputs(lam, B, "B", time_domain)
     return _cauchy_gramian(lam.to(torch.complex128), B.to(torch.complex128), time_domain)
 
 
@@ -66,7 +66,7 @@ def observability_gramian(lam: torch.Tensor, C: torch.Tensor, time_domain: TimeD
         C (`torch.Tensor` of shape `(..., H_out, N)`): Output matrix.
         time_domain (`str`, *optional*, defaults to `"discrete"`): `"discrete"` or `"continuous"`.
     """
-    _check_inputs(lam, C.mT, "C transposed", time_domain)
+    _require_inputs(lam, C.mT, "C transposed", time_domain)
     return _cauchy_gramian(lam.to(torch.complex128).conj(), C.to(torch.complex128).mH, time_domain)
 
 
@@ -98,7 +98,7 @@ def controllability_factor(lam: torch.Tensor, B: torch.Tensor, time_domain: Time
     Raises:
         DimensionError, NotFiniteError, UnstableSystemError: As in [`controllability_gramian`].
     """
-    _check_inputs(lam, B, "B", time_domain)
+    _require_inputs(lam, B, "B", time_domain)
     return _cauchy_factor(lam.to(torch.complex128), B.to(torch.complex128), time_domain)
 
 
@@ -113,7 +113,7 @@ def observability_factor(lam: torch.Tensor, C: torch.Tensor, time_domain: TimeDo
         C (`torch.Tensor` of shape `(..., H_out, N)`): Output matrix.
         time_domain (`str`, *optional*, defaults to `"discrete"`): `"discrete"` or `"continuous"`.
     """
-    _check_inputs(lam, C.mT, "C transposed", time_domain)
+    _require_inputs(lam, C.mT, "C transposed", time_domain)
     return _cauchy_factor(lam.to(torch.complex128).conj(), C.to(torch.complex128).mH, time_domain)
 
 
@@ -182,7 +182,7 @@ def gramian_factor(gramian: torch.Tensor, name: str = "gramian") -> torch.Tensor
 
     ```
     """
-    matrix = checked_gramian(name, gramian)
+    matrix = validated_gramian(name, gramian)
     diagonal = matrix.diagonal(dim1=-2, dim2=-1).real
     scale = torch.where(diagonal > 0, diagonal, 1).sqrt()
     eigenvalues, eigenvectors = eigh(matrix / scale.unsqueeze(-1) / scale.unsqueeze(-2))
@@ -226,7 +226,7 @@ def lyapunov_residual(
     Raises:
         DimensionError, NotFiniteError, UnstableSystemError: As in [`controllability_gramian`].
     """
-    _check_inputs(lam, factor, "factor", time_domain)
+    _require_inputs(lam, factor, "factor", time_domain)
     if gramian.shape != (*lam.shape, lam.shape[-1]):
         raise DimensionError(
             f"gramian has shape {tuple(gramian.shape)}; with lam of shape {tuple(lam.shape)} it must be "
@@ -243,7 +243,7 @@ def lyapunov_residual(
     return residual / torch.where(size > 0, size, 1)
 
 
-def _check_inputs(lam: torch.Tensor, factor: torch.Tensor, name: str, time_domain: TimeDomain) -> None:
+def _require_inputs(lam: torch.Tensor, factor: torch.Tensor, name: str, time_domain: TimeDomain) -> None:
     if lam.ndim < 1 or lam.shape[-1] == 0 or factor.ndim != lam.ndim + 1 or factor.shape[:-1] != lam.shape:
         raise DimensionError(
             f"lam has shape {tuple(lam.shape)} and {name} {tuple(factor.shape)}; they must be (..., N) and (..., N, H) "

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ._checks import require_finite, require_same_shape
 from ._decompositions import eigh, svd
+from ._validation import require_finite, require_same_shape
 from .gramians import gramian_factor
 
 # Products of factors lose half of the digits of double precision; a resolution below this one is not kept by them.

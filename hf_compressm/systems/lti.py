@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from ..errors import ConfigurationError, DimensionError
-from ._checks import require_finite
+from ._validation import require_finite
 from .gramians import cauchy_or_product_factor, controllability_gramian, observability_gramian
 from .hankel import FINEST_RESOLUTION, HankelDecomposition
 from .time_domain import TimeDomain, require_stable, require_time_domain, stable_poles
@@ -72,9 +72,9 @@ class DiagonalLTI:
             if tensor is not None:
                 require_finite(name, tensor)
                 object.__setattr__(self, name, tensor.to(torch.complex128))
-        self._check_shapes()
+        self._require_shapes()
 
-    def _check_shapes(self) -> None:
+    def _require_shapes(self) -> None:
         if self.lam.ndim < 1 or self.B.ndim < 2 or self.C.ndim < 2 or self.order == 0:
             raise DimensionError(
                 f"lam, B and C have shapes {tuple(self.lam.shape)}, {tuple(self.B.shape)} and {tuple(self.C.shape)}; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import DimensionError, TruncationError
-from ._checks import clear_deviation
+from ._validation import clear_deviation
 from .lti import DiagonalLTI
 from .truncation import Truncation
 

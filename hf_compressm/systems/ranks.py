@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import ConfigurationError, DimensionError
-from ._checks import checked_rank, require_finite, to_double
+from ._validation import require_finite, to_double, validated_rank
 
 
 def energy_rank(sigma: torch.Tensor, tolerance: float) -> int | torch.Tensor:
@@ -44,7 +44,7 @@ def energy_rank(sigma: torch.Tensor, tolerance: float) -> int | torch.Tensor:
     ```
     """
     _require_tolerance(tolerance)
-    sigma = _checked_spectrum(sigma)
+    sigma = _validated_spectrum(sigma)
     # Scaled by the largest, so that the sum of a spectrum near the largest double stays finite.
     relative = sigma / sigma[..., :1].clamp_min(torch.finfo(torch.float64).tiny)
     dropped = relative.flip(-1).cumsum(-1).flip(-1)  # dropped[r] = sum_{i > r} sigma_i
@@ -85,7 +85,7 @@ def joint_energy_ranks(spectra: Sequence[torch.Tensor], tolerance: float, least:
     ```
     """
     _require_tolerance(tolerance)
-    checked = [_checked_spectrum(sigma).cpu() for sigma in spectra]
+    checked = [_validated_spectrum(sigma).cpu() for sigma in spectra]
     exponent = max(math.frexp(max(float(sigma[0]) for sigma in checked))[1], -1000)
     ranks = [len(sigma) for sigma in checked]
     # Scaled near the largest, so that sums stay finite, and by a power of two, which rounds nothing.
@@ -134,8 +134,8 @@ def error_bound(sigma: torch.Tensor, r: int) -> float | torch.Tensor:
 
     ```
     """
-    sigma = _checked_spectrum(sigma)
-    bound = 2 * sigma[..., checked_rank(r, sigma.shape[-1]) :].flip(-1).sum(-1)
+    sigma = _validated_spectrum(sigma)
+    bound = 2 * sigma[..., validated_rank(r, sigma.shape[-1]) :].flip(-1).sum(-1)
     return bound.item() if bound.ndim == 0 else bound
 
 
@@ -191,7 +191,7 @@ def _require_tolerance(tolerance: float) -> None:
         )
 
 
-def _checked_spectrum(sigma: torch.Tensor) -> torch.Tensor:
+def _validated_spectrum(sigma: torch.Tensor) -> torch.Tensor:
     if sigma.ndim < 1 or sigma.shape[-1] == 0:
         raise DimensionError(f"sigma has shape {tuple(sigma.shape)}; a spectrum has shape (..., N) with N >= 1.")
     require_finite("sigma", sigma)

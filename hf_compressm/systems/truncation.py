@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from ..errors import DimensionError, TruncationError
-from ._checks import clear_deviation, require_finite
+from ._validation import clear_deviation, require_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +56,14 @@ class Truncation:
     active: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._check_shapes()
+        self._require_shapes()
         require_finite("T", self.T)
         require_finite("W", self.W)
         if self.indices is not None:
-            self._check_indices(self.indices)
+            self._require_indices(self.indices)
         identity = torch.eye(self.state_size, dtype=self.T.dtype, device=self.T.device)
         if self.active is not None:
-            self._check_active(self.active)
+            self._require_active(self.active)
             identity = torch.diag_embed(self.active.to(self.T.dtype))
         deviation = (self.W.mH @ self.T - identity).abs().amax().item()
         allowed = clear_deviation(self.T)
@@ -73,7 +73,7 @@ class Truncation:
                 f"and W do not define a projection: reduce to fewer states, or leave this layer as it is."
             )
 
-    def _check_shapes(self) -> None:
+    def _require_shapes(self) -> None:
         T, W = self.T, self.W
         if T.ndim < 2 or T.shape != W.shape or not 1 <= T.shape[-1] <= T.shape[-2]:
             raise DimensionError(
@@ -86,7 +86,7 @@ class Truncation:
         if T.device != W.device:
             raise DimensionError(f"T is on {T.device} and W on {W.device}; move them to one device.")
 
-    def _check_active(self, active: torch.Tensor) -> None:
+    def _require_active(self, active: torch.Tensor) -> None:
         expected = (*self.T.shape[:-2], self.state_size)
         if active.dtype != torch.bool or tuple(active.shape) != expected or self.indices is not None:
             raise DimensionError(
@@ -96,7 +96,7 @@ class Truncation:
         if (self.T.abs().amax(-2) + self.W.abs().amax(-2))[~active].any():
             raise TruncationError("an inert state has an entry in T or W that is not zero.")
 
-    def _check_indices(self, indices: torch.Tensor) -> None:
+    def _require_indices(self, indices: torch.Tensor) -> None:
         _require_indices(indices, self.full_size)
         expected = (*self.T.shape[:-2], self.state_size)
         if tuple(indices.shape) != expected:

@@ -106,7 +106,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     def saving_checkpoint(self) -> None:
         """
-        Called before the Trainer's `save_model` writes into a checkpoint, whoever asks for it and at whatever moment.
+        Called before the Trainer's `save_model` writes into a checkpoint, whoever asks for it and at whatever time.
 
         On SIGTERM, with `enable_jit_checkpoint`, the Trainer saves before the other callbacks hear of the step's end.
         """

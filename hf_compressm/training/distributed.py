@@ -45,7 +45,7 @@ class DistributedProcesses:
     """
     All processes of the default process group.
 
-    Before every sum the processes tell each other whether they are well, so that one which has failed keeps none of the
+    Before every sum the processes exchange whether they are well, so that one which has failed keeps none of the
     others waiting.
     """
 
@@ -74,9 +74,9 @@ class DistributedProcesses:
         digests = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in facts.items()}
         everyone = self._exchange(digests)
         differing = {
-            rank: sorted(name for name in {**everyone[0], **told} if told.get(name) != everyone[0].get(name))
-            for rank, told in enumerate(everyone)
-            if told != everyone[0]
+            rank: sorted(name for name in {**everyone[0], **received} if received.get(name) != everyone[0].get(name))
+            for rank, received in enumerate(everyone)
+            if received != everyone[0]
         }
         if differing:
             ranks = "; ".join(f"process {rank} in {', '.join(names)}" for rank, names in differing.items())
@@ -86,18 +86,18 @@ class DistributedProcesses:
             )
 
     def failed(self, error: BaseException) -> None:
-        """Tell the others, who wait in [`sum`], [`first`] or [`agree`], that this process will not come."""
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, f"{type(error).__name__}: {error}")
+        """Let the others know, which wait in [`sum`], [`first`] or [`agree`], that this process will not come."""
+        received: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(received, f"{type(error).__name__}: {error}")
 
     def _exchange(self, payload: Any) -> list[Any]:
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, {"told": payload})
-        failures = {rank: entry for rank, entry in enumerate(told) if isinstance(entry, str)}
+        received: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(received, {"payload": payload})
+        failures = {rank: entry for rank, entry in enumerate(received) if isinstance(entry, str)}
         if failures:
             listed = "; ".join(f"process {rank}: {message}" for rank, message in failures.items())
             raise OtherProcessError(f"another process could not complete the check ({listed}). Nothing was changed.")
-        return [entry["told"] for entry in told]
+        return [entry["payload"] for entry in received]
 
 
 def _on_cpu(value: Any) -> Any:

@@ -36,7 +36,7 @@ class EvaluationWatch:
 
     Args:
         config ([`CompreSSMConfig`]): Its `rollback_metric`, `rollback_tolerance` and `rollback_after` are used.
-        args (`transformers.TrainingArguments`): Tell whether a greater value of the metric is better.
+        args (`transformers.TrainingArguments`): Whether a greater value of the metric is better is read from them.
         due (`Collection[int]`): The steps after which a check is made.
 
     Raises:
@@ -64,7 +64,7 @@ class EvaluationWatch:
 
         Args:
             step (`int`): The training step.
-            pending ([`~compression.PendingCut`], *optional*): The cut that awaits its judgement.
+            pending ([`~compression.PendingCut`], *optional*): The cut that is not yet accepted.
         """
         # A run that was stopped between a step and its evaluation makes up for it.
         return step + 1 in self._due or (pending is not None and step >= pending.judge_at)
@@ -89,7 +89,7 @@ class EvaluationWatch:
         Args:
             metrics (`Mapping[str, Any]`): What the evaluation gave.
             step (`int`): The training step.
-            pending ([`~compression.PendingCut`], *optional*): The cut that awaits its judgement.
+            pending ([`~compression.PendingCut`], *optional*): The cut that is not yet accepted.
 
         Returns:
             [`Verdict`] or `None`: None where no cut is to be judged by this evaluation.
@@ -114,7 +114,7 @@ class EvaluationWatch:
         What a resumed run has to know, as JSON values.
 
         Args:
-            pending ([`~compression.PendingCut`], *optional*): The cut that awaits its judgement.
+            pending ([`~compression.PendingCut`], *optional*): The cut that is not yet accepted.
         """
         return {"before": self._before, "judge_at": None if pending is None else pending.judge_at}
 

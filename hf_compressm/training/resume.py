@@ -50,7 +50,7 @@ def _take_saved_form(
     prefix: str,
     *_: Any,
 ) -> None:
-    # One file of several does not tell the form.
+    # One file of several does not show the form.
     state_dict = shapes_of_whole_checkpoint() or state_dict
     # Tensors of another kind of model are left to the load, which refuses them and changes nothing.
     if not _fits_some_size(layer, state_dict, prefix):

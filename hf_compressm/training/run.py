@@ -40,7 +40,7 @@ from .distributed import processes_of_training, run_facts
 from .evaluation_watch import EvaluationWatch
 from .resume import SavedRun
 from .schedule import check_steps
-from .trackers import report, tell, trackers_among
+from .trackers import log_figures, log_line, trackers_among
 from .trainer_lookup import neighbours
 from .trainer_loss import require_loss, trainer_loss
 
@@ -148,7 +148,7 @@ class CompressionRun:
         lines = [f"{len(layers)} layers with state size {sizes}; checks after the steps {steps}"]
         for line in (*lines, unsupported_note(self._model, layers)):
             if line is not None:
-                tell(line, self._args, self._state)
+                log_line(line, self._args, self._state)
 
     @property
     def records(self) -> list[CheckRecord]:
@@ -268,7 +268,7 @@ class CompressionRun:
             self._put_base_in(expected)
 
     def _put_base_in(self, expected: dict[str, int]) -> None:
-        """The checkpoint did not bring the sizes that its records tell, as one that holds an adapter alone."""
+        """The checkpoint did not bring the sizes of its records, as one that holds an adapter alone."""
         try:
             base = Snapshot.load(self._checkpoint_folder(), LAYERS_NAME)
         except FileNotFoundError as error:
@@ -288,8 +288,8 @@ class CompressionRun:
 
     def _keep(self, records: list[CheckRecord]) -> None:
         for record in records:
-            tell(record.summary(), self._args, self._state)
-            report(record.scalars(), self._trackers, self._args, self._state, self._control, self._model)
+            log_line(record.summary(), self._args, self._state)
+            log_figures(record.scalars(), self._trackers, self._args, self._state, self._control, self._model)
         if self._state.is_world_process_zero:
             try:
                 write_history(self._compressor.records, self._args.output_dir)

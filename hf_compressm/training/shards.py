@@ -17,7 +17,7 @@ def shapes_of_whole_checkpoint() -> dict[str, Tensor] | None:
     Tensors without values in the shapes of a sharded checkpoint that is being loaded on this thread; None where none
     is.
 
-    transformers hands a model one file after another, and none of them tells the form of a layer whose tensors lie in
+    transformers hands a model one file after another, and none of them shows the form of a layer whose tensors lie in
     several. Which folder they are from, only the calling function knows.
     """
     frame = sys._getframe(1)

@@ -18,7 +18,7 @@ def trackers_among(callbacks: list[TrainerCallback]) -> list[TrainerCallback]:
     return [callback for callback in callbacks if isinstance(callback, kinds)]
 
 
-def report(
+def log_figures(
     scalars: dict[str, float],
     trackers: list[TrainerCallback],
     args: TrainingArguments,
@@ -40,7 +40,7 @@ def report(
         tracker.on_log(args, state, control, logs={**scalars, **epoch}, model=model)
 
 
-def tell(line: str, args: TrainingArguments, state: TrainerState) -> None:
+def log_line(line: str, args: TrainingArguments, state: TrainerState) -> None:
     """
     Log a line, and print it between the Trainer's progress bars where there are any.
 

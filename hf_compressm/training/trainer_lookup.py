@@ -21,7 +21,7 @@ def _alive(kind: type[_Found]) -> list[_Found]:
 
 def find_trainers(callback: TrainerCallback) -> list[Trainer]:
     """
-    The Trainers that hold a callback (one, as a rule); a callback is not told.
+    The Trainers that hold a callback (one, as a rule); a callback is not given them.
 
     Args:
         callback (`transformers.TrainerCallback`): A callback of the Trainer.
@@ -38,8 +38,8 @@ def neighbours(callback: TrainerCallback) -> list[TrainerCallback]:
     """
     The other callbacks of the Trainer that a callback belongs to.
 
-    A callback is not told its Trainer and cannot send logs of its own, so the handler that holds the callback is looked
-    up among the live objects. It takes tens of milliseconds; call it once per training.
+    A callback is not given its Trainer and cannot send logs of its own, so the handler that holds the callback is
+    looked up among the live objects. It takes tens of milliseconds; call it once per training.
 
     Args:
         callback (`transformers.TrainerCallback`): A callback of the Trainer.

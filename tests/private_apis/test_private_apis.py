@@ -22,7 +22,7 @@ from transformers.trainer_utils import load_sharded_checkpoint
 import hf_compressm
 from hf_compressm.architectures.parameters import own_parameters, with_parameters
 from hf_compressm.cards import Provenance
-from hf_compressm.saving import carry
+from hf_compressm.saving import follow_saves
 
 PACKAGE = Path(hf_compressm.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "private_apis.md"
@@ -96,7 +96,7 @@ def test_a_lost_upload_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
         def push_to_hub(self, name: str) -> None: ...
 
     with caplog.at_level(logging.WARNING):
-        carry(Pushed(1, 1), Provenance([]))
+        follow_saves(Pushed(1, 1), Provenance([]))
     assert "not checked before the upload" in caplog.text
 
 

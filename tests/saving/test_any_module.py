@@ -121,7 +121,7 @@ def changed(tensors, change):
         (lambda t: t.update(other=torch.zeros(2)), InconsistentModelError, "other is not in the model"),
         (lambda t: t.update({"head.bias": torch.zeros(5)}), InconsistentModelError, r"head.bias is \(5,\)"),
         (lambda t: t.pop("body.layers.0.mixer.input_mixing"), InconsistentModelError, "mixing"),
-        (lambda t: t.clear(), InconsistentModelError, "tells no state size"),
+        (lambda t: t.clear(), InconsistentModelError, "has no state size"),
     ],
     ids=["missing", "more", "other shape", "half a layer", "empty"],
 )

@@ -18,8 +18,8 @@ from hf_compressm import CompreSSMConfig, compress, read_history
 from hf_compressm.cards import PICTURE_NAME, Provenance
 from hf_compressm.errors import InconsistentModelError
 from hf_compressm.saving import (
-    carried_provenance,
-    carry,
+    follow_saves,
+    provenance_of,
     require_one_model,
     state_sizes,
     write_model_files,
@@ -72,7 +72,7 @@ def test_a_cut_that_was_taken_back_at_once_is_saved_with_its_history(only_the_ro
     record = compress(model, [token_batch()], config, loss_function=lambda m, b: m(**b).loss * 0 + next(worse))
     assert record.outcome == "rolled_back" and model.config.state_size == 8
     if only_the_rollback:
-        carry(model, Provenance([record]))
+        follow_saves(model, Provenance([record]))
     model.save_pretrained(tmp_path)
     outcomes = [saved.outcome for saved in read_history(tmp_path)]
     assert outcomes == (["rolled_back"] if only_the_rollback else ["cut", "rolled_back"])
@@ -85,9 +85,9 @@ def test_copies_carry_their_own(saved) -> None:
     model, _ = saved
     twin = copy.deepcopy(model)
     assert twin.save_pretrained.__self__.model is twin
-    carry(twin, Provenance([]))
-    assert len(carried_provenance(model).records) == 1
-    assert carried_provenance(pickle.loads(pickle.dumps(model))).sizes() == carried_provenance(model).sizes()
+    follow_saves(twin, Provenance([]))
+    assert len(provenance_of(model).records) == 1
+    assert provenance_of(pickle.loads(pickle.dumps(model))).sizes() == provenance_of(model).sizes()
 
 
 def test_other_processes_write_no_card(saved, tmp_path) -> None:
@@ -115,7 +115,7 @@ def test_a_full_disk_leaves_the_files_that_were_there(saved, tmp_path, monkeypat
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        write_model_files(tmp_path, carried_provenance(model))
+        write_model_files(tmp_path, provenance_of(model))
     assert {name: (tmp_path / name).read_bytes() for name in FILES} == before
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
@@ -149,8 +149,8 @@ def test_an_upload_is_checked_where_it_is_a_whole_model(saved, tmp_path, monkeyp
 
 def test_a_module_without_save_pretrained_is_left_alone() -> None:
     module = nn.Linear(2, 2)
-    carry(module, Provenance([]))
-    assert carried_provenance(module) is None
+    follow_saves(module, Provenance([]))
+    assert provenance_of(module) is None
 
 
 def changed_config(folder, target, **changes):

@@ -84,7 +84,7 @@ class LRULayer(TimeInvariantLayer):
             truncation ([`~systems.Truncation`]): The cut.
             values (`Mapping[str, torch.Tensor]`): What [`~LRULayer.written`] gave.
         """
-        # W^H B gamma = scale gamma_r B_r, row by row, tells the scale that was chosen.
+        # W^H B gamma = scale gamma_r B_r, row by row, shows the scale that was chosen.
         B, gamma_log = (getattr(self.module, name).detach().double() for name in ("B", "gamma_log"))
         gamma, new_gamma = torch.exp(gamma_log), torch.exp(values["gamma_log"])
         effective = truncation.W.mH @ (gamma.unsqueeze(-1) * torch.view_as_complex(B))

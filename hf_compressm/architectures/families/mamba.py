@@ -72,7 +72,7 @@ class MambaLayer(SelectiveLayer):
 
         Moments: the adjoint of the kept states is \\( T^\top g \\), so the gradient of \\( W_B \\) moves with
         \\( T^\top \\); the rows of \\( W_C \\) see the same state as before and are sliced. The gradient of a column of
-        `A_log` is a sum of products of a state and its adjoint; a kept state takes over the share of it that it carries
+        `A_log` is a sum of products of a state and its adjoint; a kept state takes over its share of it
         of each dropped state's variance. That is exact where the dropped states are multiples of kept ones.
         """
         kept = self._require_kept_states(truncation)

@@ -39,7 +39,7 @@ class MixableLayer(SelectiveLayer):
     A selective layer that a compressed model class can hold with mixed states.
 
     What is here goes for a layer whose decay is one number for all states of a group, which any truncation leaves as it
-    is, and whose stock weights hold selections only. A family of that kind tells its `stock_layout` and no more.
+    is, and whose stock weights hold selections only. A family of that kind declares its `stock_layout` and no more.
     """
 
     @classmethod
@@ -82,9 +82,9 @@ class MixableLayer(SelectiveLayer):
         return self._mixed_layout(self.projected_size) if self.is_mixed else self.stock_layout
 
     def saved_form(self, state_dict: Mapping[str, Tensor], prefix: str) -> StateForm | None:
-        """State size and projected size of this layer in a state dict, or None where it does not tell."""
+        """State size and projected size of this layer in a state dict, or None where it has none."""
         paths = self._site_paths()
-        # What a mixed layer keeps of its dynamics has the size of the scan: it tells the projected one only by itself.
+        # What a mixed layer keeps of its dynamics has the size of the scan: it shows the projected one only by itself.
         layout = self.stock_layout
         axes = sorted(layout.axes, key=lambda axis: axis.parameter in self._dynamics)
         projected = StateLayout(tuple(axes)).size_in(state_dict, prefix)
@@ -99,7 +99,7 @@ class MixableLayer(SelectiveLayer):
         return stock if size == projected else {**stock, **self._mixed_layout(projected).shapes(size)}
 
     def saved_state_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
-        """The state size that a state dict tells."""
+        """The state size of a state dict."""
         form = self.saved_form(state_dict, prefix)
         return None if form is None else form.size
 
@@ -119,10 +119,10 @@ class MixableLayer(SelectiveLayer):
         if size != projected:
             self.resize(size)
 
-    def check_form(self, stock: bool, reductor: str) -> None:
+    def require_form(self, stock: bool, reductor: str) -> None:
         """Raise when an adapter holds a module whose rows would be cut; a mixed layer keeps its projections."""
         if stock or (reductor == "selection" and not self.is_mixed):
-            super().check_form(stock, reductor)
+            super().require_form(stock, reductor)
 
     def _is_adapted(self) -> bool:
         """Whether an adapter holds a projection."""
@@ -245,7 +245,7 @@ class MixableLayer(SelectiveLayer):
         groups = mixing_groups(self.module)
         return matrix if groups is None else matrix.expand(groups, -1, -1)
 
-    # What a family tells of itself.
+    # What a family declares.
 
     _dynamics: ClassVar[tuple[str, ...]] = ()
     """State parameters that have the scan's state size and not the projections'."""

@@ -1,5 +1,5 @@
 r"""
-What Mamba-2 and its kin share: a mixer with one decay a head, and B and C a group of heads.
+What Mamba-2 and its relatives share: a mixer with one decay a head, and B and C a group of heads.
 
 `in_proj` makes, in this order, the gate and input, B (groups x N), C (groups x N) and the time steps (heads); input, B
 and C then pass a depthwise convolution. A does not depend on the state, so what depends on N are the rows of `in_proj`
@@ -21,7 +21,7 @@ from .selective import named_size
 # The names of transformers and of mamba-ssm for the same sizes.
 _GROUPS_NAMES = ("n_groups", "ngroups")
 _HEADS_NAMES = ("num_heads", "nheads")
-# Attributes of the convolution that tell its number of channels.
+# Attributes of the convolution that hold its number of channels.
 _CHANNEL_COUNTS = ("in_channels", "out_channels", "groups")
 
 

@@ -67,7 +67,7 @@ class NormedMambaLayer(MixableLayer, MambaLayer):
         return {"D": module.D, "out_proj.weight": module.out_proj.weight}
 
     def _beside(self) -> nn.Parameter:
-        # Without weight decay, as everything whose name tells of a norm.
+        # Without weight decay, as everything whose name is that of a norm.
         return self.module.dt_proj.bias
 
     def _changes_of_dynamics(self, truncation: Truncation) -> list[ParameterChange]:
@@ -91,7 +91,7 @@ class NormedMambaLayer(MixableLayer, MambaLayer):
         The root mean square of what enters the norm for the kept states, over that for all: what a norm over the kept
         ones alone divides by too much.
 
-        It is measured where `squares` tell what leaves the norm; otherwise that of inputs without correlations.
+        It is measured where `squares` show what leaves the norm; otherwise that of inputs without correlations.
         """
         index = _NORMS.index(norm_name)
         if squares is None:

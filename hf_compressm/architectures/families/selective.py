@@ -45,7 +45,7 @@ class SelectiveLayer(StateSpaceLayer):
     """Attributes that a mixer of the family has."""
 
     foreign_parts: ClassVar[tuple[str, ...]] = ()
-    """Attributes by which a mixer of another family is told from one of this."""
+    """Attributes that distinguish a mixer of another family from one of this."""
 
     cut_projections: ClassVar[dict[str, type[nn.Module]]] = {}
     """Modules inside the mixer whose rows are cut, and the class that they must have."""
@@ -82,10 +82,10 @@ class SelectiveLayer(StateSpaceLayer):
 
     @property
     def size_attribute(self) -> SizeAttribute:
-        """The attribute of the mixer that tells how many entries B and C have where they are projected."""
+        """The attribute of the mixer that says how many entries B and C have where they are projected."""
         return SizeAttribute("", self._size_name(self.module), runs())
 
-    def check_reducible(self) -> None:
+    def require_reducible(self) -> None:
         """
         Raise when the layer cannot be cut.
 
@@ -96,9 +96,9 @@ class SelectiveLayer(StateSpaceLayer):
         # An adapter shows the weight that it wraps, by which the layer's sizes are known.
         adapted = {name for name in self.adaptable_projections if hasattr(getattr(self.module, name), "weight")}
         self._require_own_projections(*(name for name in self.cut_projections if name not in adapted))
-        super().check_reducible()
+        super().require_reducible()
 
-    def check_form(self, stock: bool, reductor: str) -> None:
+    def require_form(self, stock: bool, reductor: str) -> None:
         """
         Raise when an adapter holds a module whose rows a cut with these settings would change.
 
@@ -135,13 +135,13 @@ class SelectiveLayer(StateSpaceLayer):
     def _config_change(cls, config: Any, size: int) -> AttributeChange | None:
         if isinstance(getattr(config, "ssm_cfg", None), dict):  # mamba-ssm
             return AttributeChange(config, "ssm_cfg", {**config.ssm_cfg, "d_state": size})
-        told = cls.config_size()
-        known = told.read(config) is not None
-        return AttributeChange(config, told.name, told.value(config, size)) if known else None
+        field = cls.config_size()
+        known = field.read(config) is not None
+        return AttributeChange(config, field.name, field.value(config, size)) if known else None
 
     @classmethod
     def config_size(cls) -> ConfigSize:
-        """How the family's config tells the state size."""
+        """How the family's config holds the state size."""
         return ConfigSize(cls.stock.config_size_name)
 
     @contextmanager

@@ -43,7 +43,7 @@ class TimeInvariantLayer(StateSpaceLayer):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Whether the module has the family's parameters, a state size, and tells its system."""
+        """Whether the module has the family's parameters, a state size, and gives its system."""
         known = all(isinstance(getattr(module, name, None), Tensor) for name in (*cls.parameter_names, "D"))
         return (
             known and isinstance(getattr(module, "state_size", None), int) and callable(getattr(module, "system", None))
@@ -167,7 +167,7 @@ class TimeInvariantLayer(StateSpaceLayer):
             ParameterChange(old, successor(old, values[name]), maps.get(name))
             for name, old in self.state_parameters().items()
         ]
-        self._check_written(reduced, {name: change.new for name, change in zip(self.parameter_names, parameters)})
+        self._require_written(reduced, {name: change.new for name, change in zip(self.parameter_names, parameters)})
         size = truncation.state_size
         return LayerReduction(self, parameters, self.size_changes(size), size)
 
@@ -182,7 +182,7 @@ class TimeInvariantLayer(StateSpaceLayer):
                 old = parameter.detach().to(values[name].dtype)
                 values[name][inert] = old.narrow(inert.ndim - 1, 0, inert.shape[-1])[inert]
 
-    def _check_written(self, reduced: DiagonalLTI, parameters: Mapping[str, nn.Parameter]) -> None:
+    def _require_written(self, reduced: DiagonalLTI, parameters: Mapping[str, nn.Parameter]) -> None:
         for name, parameter in parameters.items():
             if not torch.isfinite(parameter).all():
                 raise TruncationError(

@@ -74,7 +74,7 @@ class ZambaLayer(SelectiveLayer):
 
 
 class _HeadByHead:
-    """Tells an observer which head a scan is of: a forward pass runs them in order."""
+    """Lets an observer know which head a scan is of: a forward pass runs them in order."""
 
     def __init__(self, observer: ScanObserver, heads: int) -> None:
         self._observer = observer

@@ -39,7 +39,7 @@ def register_delta_rule(module_name: str) -> None:
 
 def delta_rule_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
     """
-    What stands in the place of `torch_chunk_gated_delta_rule`, with a decay a head, or of `chunk_kimi_delta_attention`,
+    What replaces `torch_chunk_gated_delta_rule`, with a decay a head, or of `chunk_kimi_delta_attention`,
     with one for each entry of a key.
 
     Behind both names transformers puts fla's kernels where these are installed; their arguments are the same.

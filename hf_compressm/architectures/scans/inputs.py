@@ -23,7 +23,7 @@ class ScanInputs(ABC):
     The arguments of one scan.
 
     A kind of recurrence is a frozen dataclass of the tensors that it takes, and last `part`. Whatever they are called
-    there, it tells three, by fields or by properties: `u` (`torch.Tensor` of shape `(batch, length, ...)`), the input,
+    there, it has three, as fields or as properties: `u` (`torch.Tensor` of shape `(batch, length, ...)`), the input,
     one entry a channel; `B` and `C` (`torch.Tensor` of shape `(batch, length, ..., N)`), what writes to the state and
     what reads it.
     """
@@ -86,7 +86,7 @@ class ScanInputs(ABC):
 
 
 class TimeAverages(ABC):
-    """What the inputs of a scan tell whose varying arguments may be replaced by their means over time."""
+    """What the inputs of a scan declare whose varying arguments may be replaced by their means over time."""
 
     @abstractmethod
     def sums(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the switch puts in the place of the scan of Mamba-2 and its kin (one decay a head)."""
+"""What replaces the scan of Mamba-2 and its relatives (one decay a head)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def register_chunk_scan(module_name: str) -> None:
 
 def chunk_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
     """
-    What stands in the place of `mamba2_chunk_scan` (transformers) or `mamba_chunk_scan_combined` (mamba-ssm).
+    What replaces `mamba2_chunk_scan` (transformers) or `mamba_chunk_scan_combined` (mamba-ssm).
 
     A call that is observed, or made fast, is made with the final time steps and without skip and gate, so that an
     observer sees the scan's own output; both are added afterwards.
@@ -98,7 +98,7 @@ def _fast_scan_applies(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, 
 
 
 def fused_function_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """What stands in the place of `mamba2_split_conv1d_scan_combined`: None, the sign to go on through the scan."""
+    """What replaces `mamba2_split_conv1d_scan_combined`: None, the sign to go on through the scan."""
 
     @functools.wraps(stock)
     def fused(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What the switch puts in the place of the scan of Mamba and its kin (one diagonal A a channel)."""
+"""What replaces the scan of Mamba and its relatives (one diagonal A a channel)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def register_selective_scan(module_name: str) -> None:
 
 
 def selective_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """What stands in the place of `mamba_selective_scan` (transformers) or `selective_scan_fn` (mamba-ssm)."""
+    """What replaces `mamba_selective_scan` (transformers) or `selective_scan_fn` (mamba-ssm)."""
 
     @functools.wraps(stock)
     def scan(
@@ -95,7 +95,7 @@ def _fused_scan_applies(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor,
 
 
 def inner_function_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """What stands in the place of `mamba_inner_fn`: None, transformers' own sign to go on through the scan."""
+    """What replaces `mamba_inner_fn`: None, transformers' own sign to go on through the scan."""
 
     @functools.wraps(stock)
     def inner(projected_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Gramians of a recurrence that is told step by step, for families whose recurrence `ops` does not know."""
+"""Gramians of a recurrence that is given step by step, for families whose recurrence `ops` does not know."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .inputs import ScanInputs
 
 class SteppedScanInputs(ScanInputs):
     """
-    The arguments of a scan that tells its states one after the other; adjoint states are their gradients.
+    The arguments of a scan that gives its states one after the other; adjoint states are their gradients.
 
     All states of a batch are held at once, in the dtype of the arguments. A family that is worth it gets faster ones in
     `ops`, and tests hold them against these.

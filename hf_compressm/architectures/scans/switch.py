@@ -111,7 +111,7 @@ def is_packed(**kwargs: Any) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def warn_of_packing() -> None:
-    """Tell once that what is observed of packed sequences is not exact."""
+    """Warn once that what is observed of packed sequences is not exact."""
     logger.warning(
         "The calibration batches hold packed sequences. Their Gramians are measured as if the state went on from one "
         "sequence into the next; give calibration_batches that are not packed for exact ones."

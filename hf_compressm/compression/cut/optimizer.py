@@ -129,7 +129,7 @@ class OptimizerChange:
             state.update(old)
 
     def _warn_of_states_out_of_reach(self) -> None:
-        """Tell of what an optimizer keeps of a cut parameter where it cannot be written to."""
+        """Report what an optimizer keeps of a cut parameter where it cannot be written to."""
         reached = {id(p) for parameters in parameter_lists(self._keepers) for p in parameters}
         outgoing = {id(p) for group in self._groups for p in group} - {id(p) for g in self._new_groups for p in g}
         for part in self._parts:

@@ -19,7 +19,7 @@ from ...architectures import AxisMap, ParameterChange
 
 logger = logging.getLogger(__name__)
 
-# Averages of gradients: Adam and its kin, SGD, RMSprop (centered), Lion.
+# Averages of gradients: Adam and its relatives, SGD, RMSprop (centered), Lion.
 FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 # Averages or sums of squared gradients: Adam and AMSGrad, RMSprop, Adagrad, Adafactor of torch and of transformers.
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance"})

@@ -1,4 +1,4 @@
-"""A cut that awaits its judgement: what takes it back, in this process or in one that resumes the run."""
+"""A cut that is not yet accepted: what takes it back, in this process or in one that resumes the run."""
 
 from __future__ import annotations
 

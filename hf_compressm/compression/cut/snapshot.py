@@ -169,9 +169,9 @@ class Snapshot:
                     key, parameter = name.removeprefix(_STATE).split(":", 1)
                     states.setdefault(parameter, {})[key] = file.get_tensor(name)
         forms = json.loads(metadata["forms"]) if "forms" in metadata else json.loads(metadata["sizes"])
-        # Before layers could mix states, a size was all there was to tell.
-        told = {name: StateForm(*((form, form) if isinstance(form, int) else form)) for name, form in forms.items()}
-        return cls(told, parameters, states)
+        # Before layers could mix states, a size was all there was.
+        read = {name: StateForm(*((form, form) if isinstance(form, int) else form)) for name, form in forms.items()}
+        return cls(read, parameters, states)
 
 
 def _own_scalars(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...config import CompreSSMConfig
 from ...systems import energy_rank, joint_energy_ranks
 from .plan import LayerPlan, plan_of_ranks
-from .progress import Moment
+from .progress import Stage
 
 Plan = dict[str, LayerPlan]
 
@@ -19,7 +19,7 @@ _SMALLEST_SHARE, _LARGEST_SHARE, _SHARES = 1e-6, 0.9, 96
 
 
 def plans_by_size(
-    spectra: Mapping[str, Tensor], sizes: Mapping[str, int], config: CompreSSMConfig, moment: Moment
+    spectra: Mapping[str, Tensor], sizes: Mapping[str, int], config: CompreSSMConfig, stage: Stage
 ) -> list[Plan]:
     """
     The plans that a search by loss looks at, from the fewest states in the whole model up; each one cuts something.
@@ -31,7 +31,7 @@ def plans_by_size(
         spectra (`Mapping[str, torch.Tensor]`): Hankel singular values of each layer, `(N,)`, descending.
         sizes (`Mapping[str, int]`): Present state size of each layer.
         config ([`CompreSSMConfig`]): Its limits of sizes, `uniform` and `budget` are used.
-        moment ([`Moment`]): Where in the run the check is made.
+        stage ([`Stage`]): Where in the run the check is made.
 
     Raises:
         [`~errors.NotFiniteError`]: a spectrum holds NaN.
@@ -41,7 +41,7 @@ def plans_by_size(
     else:
         shares = torch.logspace(0, 1, _SHARES, base=_LARGEST_SHARE / _SMALLEST_SHARE, dtype=torch.float64)
         ranks = [_ranks_at(float(share) * _SMALLEST_SHARE, spectra, config) for share in shares]
-    plans = [plan_of_ranks(of_layers, sizes, config, moment) for of_layers in ranks]
+    plans = [plan_of_ranks(of_layers, sizes, config, stage) for of_layers in ranks]
     distinct = {tuple(layer.new_size for layer in plan.values()): plan for plan in plans}
     useful = [plan for plan in distinct.values() if any(layer.is_cut for layer in plan.values())]
     return sorted(useful, key=lambda plan: sum(layer.new_size for layer in plan.values()))

@@ -108,7 +108,7 @@ class Chosen:
 
     def split(self, batches: Sequence[Any], config: CompreSSMConfig) -> tuple[list[Any], list[Any]]:
         """
-        Batches to measure the Gramians on, and others that tell what a cut does.
+        Batches to measure the Gramians on, and others to measure the effect of a cut on.
 
         Half of them are set apart where sizes or truncations follow the loss on them; one, where there are several,
         where the output of a time-invariant layer is compared.
@@ -172,7 +172,7 @@ def reductor_of(layer: StateSpaceLayer, name: str, stock: bool) -> str:
             f"{' in a stock model class' if name in layer.reductors(False) else ''}; "
             f"choose one of {', '.join(sorted(layer.reductors(stock)))}."
         )
-    layer.check_form(stock, name)
+    layer.require_form(stock, name)
     return name
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...config import CompreSSMConfig
 from ...systems import energy_rank, joint_energy_ranks
-from .progress import Moment
+from .progress import Stage
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def plan_reduction(
     spectra: Mapping[str, Tensor],
     sizes: Mapping[str, int],
     config: CompreSSMConfig,
-    moment: Moment | None = None,
+    stage: Stage | None = None,
 ) -> dict[str, LayerPlan]:
     r"""
     Decide the new state size of every layer.
@@ -52,17 +52,17 @@ def plan_reduction(
         spectra (`Mapping[str, torch.Tensor]`): Hankel singular values of each layer, `(N,)`, descending.
         sizes (`Mapping[str, int]`): Present state size of each layer.
         config ([`CompreSSMConfig`]): Strategy, tolerance and limits.
-        moment ([`Moment`], *optional*): Where in the run the check is made; a single check of its own when unset.
+        stage ([`Stage`], *optional*): Where in the run the check is made; a single check of its own when unset.
 
     Raises:
         [`~errors.NotFiniteError`]: a spectrum holds NaN.
     """
-    moment = moment or Moment()
-    return plan_of_ranks(_ranks(spectra, sizes, config, moment), sizes, config, moment)
+    stage = stage or Stage()
+    return plan_of_ranks(_ranks(spectra, sizes, config, stage), sizes, config, stage)
 
 
 def plan_of_ranks(
-    ranks: Mapping[str, int], sizes: Mapping[str, int], config: CompreSSMConfig, moment: Moment
+    ranks: Mapping[str, int], sizes: Mapping[str, int], config: CompreSSMConfig, stage: Stage
 ) -> dict[str, LayerPlan]:
     """
     The plan that follows from what each layer asks for, as [`plan_reduction`] describes it.
@@ -71,38 +71,38 @@ def plan_of_ranks(
         ranks (`Mapping[str, int]`): What is asked for, before it is rounded and bounded.
         sizes (`Mapping[str, int]`): Present state size of each layer.
         config ([`CompreSSMConfig`]): Its limits are used.
-        moment ([`Moment`]): Where in the run the check is made.
+        stage ([`Stage`]): Where in the run the check is made.
     """
     wanted = {name: _rounded(ranks[name], size, config) for name, size in sizes.items()}
     if config.uniform:
         largest = max(wanted.values())
-        cut = not moment.waiting and _passes_gate(largest, max(sizes.values()), config, moment)
+        cut = not stage.waiting and _passes_gate(largest, max(sizes.values()), config, stage)
         return {
             name: LayerPlan(size, wanted[name], min(largest, size) if cut else size) for name, size in sizes.items()
         }
     cut = {
-        name: name not in moment.waiting and _passes_gate(wanted[name], size, config, moment)
+        name: name not in stage.waiting and _passes_gate(wanted[name], size, config, stage)
         for name, size in sizes.items()
     }
     return {name: LayerPlan(size, wanted[name], wanted[name] if cut[name] else size) for name, size in sizes.items()}
 
 
 def _ranks(
-    spectra: Mapping[str, Tensor], sizes: Mapping[str, int], config: CompreSSMConfig, moment: Moment
+    spectra: Mapping[str, Tensor], sizes: Mapping[str, int], config: CompreSSMConfig, stage: Stage
 ) -> dict[str, int]:
     """The sizes that the strategy asks for, before they are rounded and bounded."""
     if config.budget == "model":
-        tolerance = config.tolerance * moment.scale
+        tolerance = config.tolerance * stage.scale
         return dict(zip(sizes, joint_energy_ranks([spectra[name] for name in sizes], tolerance, config.min_state_size)))
-    return {name: _rank(spectra[name], name, size, config, moment) for name, size in sizes.items()}
+    return {name: _rank(spectra[name], name, size, config, stage) for name, size in sizes.items()}
 
 
-def _rank(sigma: Tensor, name: str, size: int, config: CompreSSMConfig, moment: Moment) -> int:
+def _rank(sigma: Tensor, name: str, size: int, config: CompreSSMConfig, stage: Stage) -> int:
     if config.strategy == "tolerance":
-        return int(energy_rank(sigma, config.tolerance * moment.scale))
+        return int(energy_rank(sigma, config.tolerance * stage.scale))
     if config.strategy == "target":
-        return _next_rung(size, moment.original_sizes.get(name, size), config, moment)
-    return math.ceil(round((1 - (1 - config.keep_ratio) * moment.scale) * size, 6))
+        return _next_rung(size, stage.original_sizes.get(name, size), config, stage)
+    return math.ceil(round((1 - (1 - config.keep_ratio) * stage.scale) * size, 6))
 
 
 def _rounded(rank: int, size: int, config: CompreSSMConfig) -> int:
@@ -111,17 +111,17 @@ def _rounded(rank: int, size: int, config: CompreSSMConfig) -> int:
     return min(rank, size)
 
 
-def _next_rung(size: int, original: int, config: CompreSSMConfig, moment: Moment) -> int:
+def _next_rung(size: int, original: int, config: CompreSSMConfig, stage: Stage) -> int:
     """The size on a ladder of equal ratios from the original one down to the target."""
     target = config.target_state_size or math.ceil(round(config.target_ratio * original, 6))
     target = min(target, original)
     # Layers that are cut once, when they have settled, go to the target at once.
-    share = 1.0 if config.when_stable is not None else moment.number / moment.total
+    share = 1.0 if config.when_stable is not None else stage.number / stage.total
     rung = min(size, math.ceil(round(original * (target / original) ** share, 6)))
-    return math.ceil(round(size * (rung / size) ** moment.scale, 6))
+    return math.ceil(round(size * (rung / size) ** stage.scale, 6))
 
 
-def _passes_gate(new_size: int, size: int, config: CompreSSMConfig, moment: Moment) -> bool:
+def _passes_gate(new_size: int, size: int, config: CompreSSMConfig, stage: Stage) -> bool:
     # A target was promised for the end of the window, however small the last step to it is.
-    least = 0.0 if config.strategy == "target" and moment.is_last else config.minimum_reduction
+    least = 0.0 if config.strategy == "target" and stage.is_last else config.minimum_reduction
     return new_size < size and new_size <= round((1 - least) * size, 6)

@@ -23,7 +23,7 @@ _STEPS_TO_TRY_AGAIN = 8
 
 
 @dataclass(frozen=True)
-class Moment:
+class Stage:
     """
     Where in a run a check is made, as far as the plan depends on it.
 
@@ -49,15 +49,15 @@ class Moment:
         return self.number >= self.total
 
 
-def moment_of(
+def stage_of(
     records: Sequence[CheckRecord],
     config: CompreSSMConfig,
     correlations: Mapping[str, float | None],
     number: int = 1,
     total: int = 1,
-) -> Moment:
+) -> Stage:
     """
-    The moment of the check that follows the records.
+    The stage of the check that follows the records.
 
     Args:
         records (`Sequence[CheckRecord]`): Everything that happened before.
@@ -75,7 +75,7 @@ def moment_of(
             if has_been_cut(records, name)
             or (number < total and not _has_settled(records, name, correlation, config.when_stable))
         )
-    return Moment(number, total, _original_sizes(records), waiting, 0.5 ** _rollbacks(records))
+    return Stage(number, total, _original_sizes(records), waiting, 0.5 ** _rollbacks(records))
 
 
 def is_finished(records: Sequence[CheckRecord], config: CompreSSMConfig, names: Sequence[str]) -> bool:

@@ -129,7 +129,7 @@ def _observers(
     generator: torch.Generator,
     trigger: Tensor,
 ) -> dict[str, GramianObserver]:
-    """An observer for each layer of which data tell something, by the layer's name."""
+    """An observer for each layer that the data reach, by the layer's name."""
     observers: dict[str, GramianObserver] = {}
     for layer in layers:
         system = systems[layer.name]

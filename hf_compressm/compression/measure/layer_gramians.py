@@ -53,7 +53,7 @@ class LayerGramians(ABC):
         """The scores of the states that a truncation of this layer leaves, `(..., r)` float64."""
 
     def lost_energy(self, truncation: Truncation) -> float | None:
-        """The share of the layer's energy that a truncation loses, where it is not told by the spectrum alone."""
+        """The share of the layer's energy that a truncation loses, where the spectrum alone does not determine it."""
         return None
 
     form: ClassVar[str]

@@ -116,7 +116,7 @@ class _SampledGramians(GramianObserver):
         rows = sums[0].new_tensor([float(parts[0].rows)])
         totals = sum_over_processes(torch.cat([*(total.flatten() for total in sums), rows]))
         *totals, rows = totals.split([*(total.numel() for total in sums), 1])
-        return _checked(layer_name, *(found.reshape(total.shape) / rows for found, total in zip(totals, sums)))
+        return _validated(layer_name, *(found.reshape(total.shape) / rows for found, total in zip(totals, sums)))
 
 
 def _in_order(by_part: dict[int | None, Any]) -> dict[int | None, Any]:
@@ -130,7 +130,7 @@ def _side_by_side(by_part: dict[int | None, Any], name: str) -> Tensor:
     return tensors[0] if None in by_part else torch.stack(tensors)
 
 
-def _checked(
+def _validated(
     layer_name: str, P: Tensor, Q: Tensor, readout_energy: Tensor, R: Tensor, squares: Tensor | None = None
 ) -> EmpiricalGramians:
     if not all(torch.isfinite(tensor).all() for tensor in (P, Q, readout_energy, R)):
@@ -254,7 +254,7 @@ class AveragedObserver(GramianObserver):
             part: _summed_gramians(systems(total[:-1] / total[-1]))
             for (part, systems), total in zip(_in_order(self._systems).items(), sums)
         }
-        return _checked(layer_name, *(_side_by_side(found, name) for name in ("P", "Q", "readout_energy", "R")))
+        return _validated(layer_name, *(_side_by_side(found, name) for name in ("P", "Q", "readout_energy", "R")))
 
 
 def _summed_gramians(channels: DiagonalLTI) -> EmpiricalGramians:

@@ -69,6 +69,6 @@ def reached_everywhere(
             "batches that use them, and turn off activation checkpointing that hides them from torch.autograd.grad."
         )
     if unreached:
-        told = "; ".join(f"{name} {why}" for name, why in unreached.items())
-        logger.warning("layers that keep their state: %s.", told)
+        listed = "; ".join(f"{name} {why}" for name, why in unreached.items())
+        logger.warning("layers that keep their state: %s.", listed)
     return unreached

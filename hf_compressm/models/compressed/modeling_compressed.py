@@ -3,7 +3,7 @@ Models with selective layers that the classes of transformers cannot hold: a sta
 
 `CompressedMamba2ForCausalLM`, `CompressedJambaModel` and so on are made of `Mamba2ForCausalLM`, `JambaModel` and so on
 when they are first asked for. They build the stock model and give each of its state-space layers the form that the
-configuration tells.
+configuration says.
 """
 
 from __future__ import annotations

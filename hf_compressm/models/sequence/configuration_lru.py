@@ -5,7 +5,7 @@ from __future__ import annotations
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_checks import SequenceSettings
+from .configuration_validation import SequenceSettings
 
 
 @strict
@@ -91,7 +91,7 @@ class LRUConfig(SequenceSettings, PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        self.check_settings()
+        self.require_settings()
         if not 0 <= self.r_min < self.r_max < 1:
             raise ValueError(f"`r_min` is {self.r_min} and `r_max` is {self.r_max}; allowed is 0 <= r_min < r_max < 1.")
         if not 0 < self.max_phase <= 6.2832:

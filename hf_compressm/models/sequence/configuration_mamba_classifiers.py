@@ -5,7 +5,7 @@ from __future__ import annotations
 from huggingface_hub.dataclasses import strict
 from transformers import Mamba2Config, MambaConfig
 
-from .configuration_checks import LARGEST_STATE_SIZE, check_choices, check_counts, check_dropout
+from .configuration_validation import LARGEST_STATE_SIZE, require_choices, require_counts, require_dropout
 
 
 @strict
@@ -47,7 +47,7 @@ class MambaClassifierConfig(MambaConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        _check(self)
+        _require_valid(self)
         super().__post_init__(**kwargs)
 
 
@@ -90,16 +90,16 @@ class Mamba2ClassifierConfig(Mamba2Config):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        _check(self)
+        _require_valid(self)
         super().__post_init__(**kwargs)
 
 
-def _check(config: MambaClassifierConfig | Mamba2ClassifierConfig) -> None:
-    check_counts(config, "vocab_size", "input_size", "hidden_size", "num_hidden_layers")
+def _require_valid(config: MambaClassifierConfig | Mamba2ClassifierConfig) -> None:
+    require_counts(config, "vocab_size", "input_size", "hidden_size", "num_hidden_layers")
     if not 1 <= config.state_size <= LARGEST_STATE_SIZE:
         raise ValueError(f"`state_size` is {config.state_size}; allowed are 1 to {LARGEST_STATE_SIZE}.")
-    check_choices(config, pooling=("mean", "last", "max"))
-    check_dropout(config)
+    require_choices(config, pooling=("mean", "last", "max"))
+    require_dropout(config)
 
 
 __all__ = ["Mamba2ClassifierConfig", "MambaClassifierConfig"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_checks import SequenceSettings
+from .configuration_validation import SequenceSettings
 
 
 @strict
@@ -95,7 +95,7 @@ class S4DConfig(SequenceSettings, PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        self.check_settings(init=("lin", "inv", "real"), discretization=("zoh", "bilinear"))
+        self.require_settings(init=("lin", "inv", "real"), discretization=("zoh", "bilinear"))
         if not 0 < self.dt_min <= self.dt_max:
             raise ValueError(
                 f"`dt_min` is {self.dt_min} and `dt_max` is {self.dt_max}; allowed is 0 < dt_min <= dt_max."

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from ...errors import TruncationError
-from .._checks import checked_rank
 from .._decompositions import cond, eig, solve, solve_ex
+from .._validation import validated_rank
 from ..hankel import HankelDecomposition
 from ..lti import DiagonalLTI
 from ..ranks import error_bound
@@ -74,7 +74,7 @@ def balanced_truncation(
 
     ```
     """
-    r = checked_rank(r, system.order)
+    r = validated_rank(r, system.order)
     system.require_stable()
     if r == system.order:
         return system, _every_state(system)
@@ -126,7 +126,7 @@ def diagonal_balanced_form(
     balanced = balancing_truncation(decomposition, r)
     T, W = balanced.T.to(torch.complex128), balanced.W.to(torch.complex128)
     lam, X = eig(W.mH @ (system.lam.unsqueeze(-1) * T))
-    condition = _checked_condition(X, condition_limit)
+    condition = _validated_condition(X, condition_limit)
     truncation = Truncation(T=T @ X, W=solve(X, W.mH).mH)
     reduced = DiagonalLTI(lam, truncation.W.mH @ system.B, system.C @ truncation.T, system.D, system.time_domain)
     _require_stable_result(reduced)
@@ -160,7 +160,7 @@ def balancing_truncation(decomposition: HankelDecomposition, r: int) -> Truncati
             that is usable.
     """
     sigma = decomposition.sigma
-    r = checked_rank(r, sigma.shape[-1])
+    r = validated_rank(r, sigma.shape[-1])
     _require_usable_rank(decomposition, r)
     root = sigma[..., :r].sqrt().unsqueeze(-2)
     T = decomposition.L_P @ (decomposition.V[..., :r] / root)
@@ -186,7 +186,7 @@ def _require_usable_rank(decomposition: HankelDecomposition, r: int) -> None:
     )
 
 
-def _checked_condition(X: torch.Tensor, condition_limit: float) -> float:
+def _validated_condition(X: torch.Tensor, condition_limit: float) -> float:
     condition = cond(X).amax().item()
     if not condition <= condition_limit:
         raise TruncationError(

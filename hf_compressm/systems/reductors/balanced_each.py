@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from ...errors import TruncationError
-from .._checks import checked_rank
+from .._validation import validated_rank
 from ..hankel import HankelDecomposition
 from ..lti import DiagonalLTI
 from ..truncation import Truncation
@@ -50,7 +50,7 @@ def balanced_truncation_of_each(
         TruncationError: No system has a usable Hankel singular value, or one fails its checks at `r` and at the next
             lower ranks.
     """
-    r = checked_rank(r, system.order)
+    r = validated_rank(r, system.order)
     if r == system.order:
         return balanced_truncation(system, r, condition_limit)[1]
     batch = flattened_system(system)
@@ -128,7 +128,7 @@ def balancing_truncation_of_each(decomposition: HankelDecomposition, r: int) -> 
         DimensionError: `r` is not an integer from 1 to N.
         TruncationError: No pair has a usable Hankel singular value.
     """
-    r = checked_rank(r, decomposition.sigma.shape[-1])
+    r = validated_rank(r, decomposition.sigma.shape[-1])
     ranks = decomposition.usable_rank.clamp_max(r)
     if bool((ranks == r).all()):
         return _equally_large(balancing_truncation(decomposition, r))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from ...errors import ConfigurationError, DimensionError
-from .._checks import checked_rank, require_same_shape
 from .._decompositions import solve
+from .._validation import require_same_shape, validated_rank
 from ..gramians import gramian_factor
 from ..truncation import Truncation
 from .reductor import KnownGramians, Reductor, StateChoice, register_reductor
@@ -70,8 +70,8 @@ def interpolative_truncation(
 
     ```
     """
-    L_P, L_Q = _checked_factors(P, Q, factors)
-    r = checked_rank(r, P.shape[-1])
+    L_P, L_Q = _validated_factors(P, Q, factors)
+    r = validated_rank(r, P.shape[-1])
     if not ridge > 0:
         raise ConfigurationError(f"ridge is {ridge}; allowed is a positive number, a share of each state's variance.")
     pairs = zip(L_P.reshape(-1, *L_P.shape[-2:]), L_Q.reshape(-1, *L_Q.shape[-2:]))
@@ -126,7 +126,7 @@ def interpolation_residual(
         NotFiniteError: An entry is NaN or infinite.
         ConfigurationError: A matrix is not Hermitian or clearly indefinite.
     """
-    L_P, L_Q = _checked_factors(P, Q, factors)
+    L_P, L_Q = _validated_factors(P, Q, factors)
     if truncation.full_size != P.shape[-1]:
         raise DimensionError(
             f"the truncation is for {truncation.full_size} states and the Gramians for {P.shape[-1]}; they must agree."
@@ -140,7 +140,7 @@ def interpolation_residual(
     return share.item() if share.ndim == 0 else share
 
 
-def _checked_factors(
+def _validated_factors(
     P: torch.Tensor, Q: torch.Tensor, known: tuple[torch.Tensor, torch.Tensor] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The factors of a pair of Gramians in one dtype, computed unless they are known already."""

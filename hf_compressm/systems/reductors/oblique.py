@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import DimensionError, TruncationError
-from .._checks import require_finite, to_double
+from .._validation import require_finite, to_double
 from ..hankel import HankelDecomposition, hankel_decomposition
 from ..truncation import Truncation
 from .balanced_each import balancing_truncation_of_each

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .._checks import checked_rank, require_same_shape
 from .._decompositions import cholesky_ex, eigh
+from .._validation import require_same_shape, validated_rank
 from ..hankel import HankelDecomposition, hankel_decomposition
 from ..truncation import Truncation
 from .balanced_each import balancing_truncation_of_each
@@ -76,7 +76,7 @@ def orthonormal_truncation(
     require_same_shape(P, Q)
     known = hankel_decomposition(P, Q) if decomposition is None else decomposition
     size, shape = known.sigma.shape[-1], known.sigma.shape[:-1]
-    r = checked_rank(r, size)
+    r = validated_rank(r, size)
     if r == size:
         every_state = torch.arange(size, device=known.L_P.device).expand(*shape, size)
         return Truncation.from_indices(every_state, full_size=size)

@@ -16,8 +16,8 @@ from itertools import islice
 import torch
 
 from ...errors import DimensionError
-from .._checks import require_finite
 from .._decompositions import qr, solve
+from .._validation import require_finite
 from ..truncation import Truncation
 
 # Shrinks the fourth moments of the sampled steps towards those of a readout that is independent of the state.
@@ -103,7 +103,7 @@ def fit_readout(truncation: Truncation, samples: OutputSamples, ridge: float = _
     ```python
     >>> import torch
     >>> h = torch.randn(50, 4, 1, generator=torch.Generator().manual_seed(0))
-    >>> states = torch.cat([h, 2 * h, 3 * h], dim=-1)  # one state, told three times
+    >>> states = torch.cat([h, 2 * h, 3 * h], dim=-1)  # one state, three times
     >>> everything = OutputSamples(torch.ones(50, 3), states, torch.ones(50, 4), torch.zeros(50, dtype=torch.bool))
     >>> fitted = fit_readout(Truncation.from_indices([0], full_size=3), everything, ridge=0.0)
     >>> bool((fitted.T.sum() - 6).abs() < 1e-6)  # y = 6 h

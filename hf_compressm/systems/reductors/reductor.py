@@ -18,7 +18,7 @@ SelectionRule = Literal["largest", "smallest", "random"]
 
 
 class KnownGramians(Protocol):
-    """What a reductor is told of a state: a pair of Gramians, measured or those of a known system."""
+    """What a reductor knows of a state: a pair of Gramians, measured or those of a known system."""
 
     system: DiagonalLTI | None
     """The system, or a batch of them, where it is known; the truncation has to keep its state matrix diagonal."""

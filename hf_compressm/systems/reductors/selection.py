@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 
 from ...errors import ConfigurationError, DimensionError
-from .._checks import checked_gramian, checked_rank, require_finite, require_same_shape
+from .._validation import require_finite, require_same_shape, validated_gramian, validated_rank
 from ..truncation import Truncation
 from .reductor import KnownGramians, Reductor, SelectionRule, StateChoice, register_reductor
 
@@ -53,7 +53,7 @@ def selection_truncation(
         raise DimensionError(
             f"scores have dtype {scores.dtype} and shape {tuple(scores.shape)}; they must be real, of shape (..., N)."
         )
-    r = checked_rank(r, scores.shape[-1])
+    r = validated_rank(r, scores.shape[-1])
     require_finite("scores", scores)
     if rule == "random":
         scores = torch.rand(scores.shape, generator=generator, dtype=torch.float64, device=scores.device)
@@ -99,8 +99,8 @@ def greedy_selection_truncation(P: torch.Tensor, Q: torch.Tensor, r: int) -> Tru
     ```
     """
     require_same_shape(P, Q)
-    P, Q = checked_gramian("P", P), checked_gramian("Q", Q)
-    r = checked_rank(r, P.shape[-1])
+    P, Q = validated_gramian("P", P), validated_gramian("Q", Q)
+    r = validated_rank(r, P.shape[-1])
     coupling = (P * Q.conj()).real
     added = coupling.diagonal(dim1=-2, dim2=-1).clone()
     kept = torch.ones_like(added, dtype=torch.bool)
@@ -128,7 +128,7 @@ def diagonal_hankel_scores(P: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
         ConfigurationError: A matrix is not Hermitian.
     """
     require_same_shape(P, Q)
-    P, Q = checked_gramian("P", P), checked_gramian("Q", Q)
+    P, Q = validated_gramian("P", P), validated_gramian("Q", Q)
     variances = (M.diagonal(dim1=-2, dim2=-1).real.clamp_min(0) for M in (P, Q))
     # The root before the product: the product of two small variances would underflow.
     return torch.stack([variance.sqrt() for variance in variances]).prod(dim=0)

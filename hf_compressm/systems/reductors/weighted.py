@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import DimensionError
-from .._checks import checked_rank
+from .._validation import validated_rank
 from ..gramians import cauchy_or_product_factor, gramian_factor
 from ..hankel import HankelDecomposition
 from ..lti import DiagonalLTI
@@ -117,7 +117,7 @@ def weighted_truncation(
 
     ```
     """
-    r = checked_rank(r, system.order)
+    r = validated_rank(r, system.order)
     if decomposition is None:
         decomposition = weighted_hankel_decomposition(system, P, Q)
     batch = flattened_system(system)

@@ -20,8 +20,8 @@ from ...config import CompreSSMConfig
 from ...errors import CardError
 from ...files import checkpoint_folder, checkpoint_step
 from ...saving import (
-    carry,
     describe,
+    follow_saves,
     holds_adapter,
     own_class,
     read_card,
@@ -139,7 +139,7 @@ class CardKeeper(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """From now on the model can be saved without the Trainer."""
-        carry(self._model, self.provenance())
+        follow_saves(self._model, self.provenance())
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -191,7 +191,7 @@ class CardKeeper(TrainerCallback):
         if is_checkpoint and (kwargs.get("_internal_call") or any(args)):
             # By the Trainer, in all processes; another call may come from one of them alone.
             self.owner.saving_checkpoint()
-        carry(self._model, self.provenance())
+        follow_saves(self._model, self.provenance())
         result = stock(output_dir, *args, **kwargs)
         if is_checkpoint and trainer.args.should_save and folder.is_dir():
             self.owner.checkpoint_saved(folder)

@@ -17,7 +17,7 @@ LOCK_NAME = ".compressm_running"
 
 
 def mark_active(output_dir: str | os.PathLike) -> None:
-    """Tell other processes that a training writes to a folder, until [`mark_ended`] or the end of this process."""
+    """Mark for other processes that a training writes to a folder, until [`mark_ended`] or the end of this process."""
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": _start_of(os.getpid())}
@@ -27,7 +27,7 @@ def mark_active(output_dir: str | os.PathLike) -> None:
 
 
 def mark_ended(output_dir: str | os.PathLike) -> None:
-    """Take back what [`mark_active`] told."""
+    """Remove the mark of [`mark_active`]."""
     with contextlib.suppress(OSError):
         (Path(output_dir) / LOCK_NAME).unlink(missing_ok=True)
 
@@ -51,7 +51,7 @@ def is_active(output_dir: str | os.PathLike) -> bool:
 
 def _start_of(pid: int) -> str | None:
     """
-    When a process started, which another one that gets its number later does not share; None where it is not told.
+    When a process started, which another one that gets its number later does not share; None where it is unknown.
 
     One that has ended, and whose parent has not asked for its outcome yet, has its number but is no training any more.
     """

@@ -121,7 +121,7 @@ class SegmentCheckpoint:
             self._write_cut(model, optimizer)
             if any(self.folder.glob(_WHOLE_WEIGHTS[0])) and isinstance(model, PreTrainedModel):
                 model.save_pretrained(self.fresh)
-        # As in every checkpoint, what tells that it is whole comes last.
+        # As in every checkpoint, what shows that it is whole comes last.
         state.save_to_json(str(self.fresh / TRAINER_STATE_NAME))
         before_replacing(self.folder.parent, state.global_step)
         self.fresh.rename(self.folder)

@@ -15,7 +15,7 @@ from ...errors import ConfigurationError
 from ..checkpoints.running_mark import mark_active, mark_ended
 from ..resume import SavedRun
 from ..schedule import check_steps
-from ..trackers import report, tell, trackers_among
+from ..trackers import log_figures, log_line, trackers_among
 from ..trainer_lookup import neighbours
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class SegmentRun:
                 keep_old_history(args.output_dir)
         if state.global_step == 0:
             listed = ", ".join(map(str, sorted(set(sizes.values()))))
-            tell(
+            log_line(
                 f"{len(sizes)} layers with state size {listed}; checks, between segments, after the steps "
                 f"{', '.join(map(str, self.steps))}",
                 args,
@@ -71,8 +71,8 @@ class SegmentRun:
         trackers = trackers_among(neighbours(callback))
         for record in (record for record in self.records if record.step == state.global_step):
             # The check was made before the Trainer and its trackers were there.
-            tell(record.summary(), self._args, self._state)
-            report(record.scalars(), trackers, args, state, control, model)
+            log_line(record.summary(), self._args, self._state)
+            log_figures(record.scalars(), trackers, args, state, control, model)
 
     def pending(self) -> dict[str, Any] | None:
         """Nothing: a cut between segments is judged at once or not at all."""

@@ -117,16 +117,16 @@ def _train(make_trainer: Callable[[], Trainer], resume_from_checkpoint: str | os
 def _require_arguments(make_trainer: Any, resume_from_checkpoint: Any) -> None:
     if not callable(make_trainer):
         raise ConfigurationError(
-            f"make_trainer is {_told(make_trainer)}; give a function that takes nothing and returns a new Trainer."
+            f"make_trainer is {_shown(make_trainer)}; give a function that takes nothing and returns a new Trainer."
         )
     if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, (bool, str, os.PathLike)):
         raise ConfigurationError(
-            f"resume_from_checkpoint is {_told(resume_from_checkpoint)}; give a checkpoint's folder, or True for the "
+            f"resume_from_checkpoint is {_shown(resume_from_checkpoint)}; give a checkpoint's folder, or True for the "
             "latest one in the output folder."
         )
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     # A Trainer, say, has no short text of its own.
     has_short_text = value is None or isinstance(value, (int, float, str, bytes))
     return repr(value)[:80] if has_short_text else f"a {type(value).__name__}"
@@ -139,7 +139,7 @@ def _new_trainer(make_trainer: Callable[[], Trainer]) -> Trainer:
     trainer = make_trainer()
     if not isinstance(trainer, Trainer):
         raise ConfigurationError(
-            f"make_trainer returns {_told(trainer)}; let it return a new Trainer, with a CompreSSMCallback."
+            f"make_trainer returns {_shown(trainer)}; let it return a new Trainer, with a CompreSSMCallback."
         )
     if getattr(trainer.args, "hf_deepspeed_config", None) is not None:
         set_hf_deepspeed_config(trainer.args.hf_deepspeed_config)

@@ -1,4 +1,4 @@
-"""A cut that awaits its judgement is saved, loaded, taken back and accepted as a whole, with copies of the weights."""
+"""A cut that is not yet accepted is saved, loaded, taken back and accepted as a whole, with copies of the weights."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hf_compressm import CompreSSMConfig
 from hf_compressm.compression import plan_reduction
-from hf_compressm.compression.decide.progress import Moment
+from hf_compressm.compression.decide.progress import Stage
 from hf_compressm.errors import ConfigurationError
 
 
@@ -89,8 +89,8 @@ def rungs(config: CompreSSMConfig, total: int, size: int = 64) -> list[int]:
     """The sizes after each of `total` checks."""
     sizes, original = [], {"a": size}
     for number in range(1, total + 1):
-        moment = Moment(number, total, original)
-        size = plan_reduction({"a": torch.ones(size, dtype=torch.float64)}, {"a": size}, config, moment)["a"].new_size
+        stage = Stage(number, total, original)
+        size = plan_reduction({"a": torch.ones(size, dtype=torch.float64)}, {"a": size}, config, stage)["a"].new_size
         sizes.append(size)
     return sizes
 
@@ -114,16 +114,16 @@ def test_the_last_step_to_a_target_passes_the_gate_however_small() -> None:
 
 def test_layers_that_are_cut_when_settled_go_to_the_target_at_once() -> None:
     config = CompreSSMConfig(strategy="target", target_state_size=8, when_stable=0.9)
-    plan = plan_reduction({"a": FLAT.repeat(8)}, {"a": 64}, config, Moment(2, 10, {"a": 64}))
+    plan = plan_reduction({"a": FLAT.repeat(8)}, {"a": 64}, config, Stage(2, 10, {"a": 64}))
     assert plan["a"].new_size == 8
 
 
 def test_layers_that_wait_keep_their_size_and_hold_uniform_ones_back() -> None:
     spectra, sizes = {"a": STEEP, "b": STEEP}, {"a": 8, "b": 8}
-    moment = Moment(1, 2, sizes, waiting=frozenset({"a"}))
-    free = plan_reduction(spectra, sizes, CompreSSMConfig(tolerance=0.005, uniform=False), moment)
+    stage = Stage(1, 2, sizes, waiting=frozenset({"a"}))
+    free = plan_reduction(spectra, sizes, CompreSSMConfig(tolerance=0.005, uniform=False), stage)
     assert (free["a"].new_size, free["a"].wanted, free["b"].new_size) == (8, 3, 3)
-    assert not any(layer.is_cut for layer in plan_reduction(spectra, sizes, CompreSSMConfig(), moment).values())
+    assert not any(layer.is_cut for layer in plan_reduction(spectra, sizes, CompreSSMConfig(), stage).values())
 
 
 @pytest.mark.parametrize(
@@ -138,14 +138,14 @@ def test_layers_that_wait_keep_their_size_and_hold_uniform_ones_back() -> None:
 def test_half_a_step_drops_less(settings: dict, full: int, half: int) -> None:
     sigma = spectrum(8, 4, 2, 2, 2, 2, 1.5, 0.5)
     for scale, expected in ((1.0, full), (0.5, half)):
-        plan = plan_reduction({"a": sigma}, {"a": 8}, CompreSSMConfig(**settings), Moment(1, 1, {"a": 8}, scale=scale))
+        plan = plan_reduction({"a": sigma}, {"a": 8}, CompreSSMConfig(**settings), Stage(1, 1, {"a": 8}, scale=scale))
         assert plan["a"].new_size == expected
 
 
 @pytest.mark.parametrize("size, new, gate", [(90, 63, 0.30), (75, 51, 0.32), (20, 19, 0.05)])
 def test_the_gate_is_not_decided_by_rounding(size: int, new: int, gate: float) -> None:
     config = CompreSSMConfig(strategy="target", target_state_size=new, minimum_reduction=gate)
-    plan = plan_reduction({"a": torch.ones(size)}, {"a": size}, config, Moment(1, 1, {"a": size}))
+    plan = plan_reduction({"a": torch.ones(size)}, {"a": size}, config, Stage(1, 1, {"a": size}))
     fixed = CompreSSMConfig(strategy="fixed", keep_ratio=new / size, minimum_reduction=gate)
     assert plan["a"].new_size == plan_reduction({"a": torch.ones(size)}, {"a": size}, fixed)["a"].new_size == new
 
@@ -190,7 +190,7 @@ def test_a_budget_for_the_model_spends_states_where_the_energy_is() -> None:
     # 2e-5 and 1e-5 of 80.11 are 1.6e-3 and 8.0e-4; below 0.1, 0.01 and 0.001 there are 1.1e-4 in the weak layer.
     small = replace(per_layer, tolerance=2e-5, budget="model")
     assert new_sizes(layers, small) == {"weak": 2, "strong": 8}
-    halved = plan_reduction(layers, {"weak": 8, "strong": 8}, small, Moment(scale=0.5))
+    halved = plan_reduction(layers, {"weak": 8, "strong": 8}, small, Stage(scale=0.5))
     assert {name: layer.new_size for name, layer in halved.items()} == {"weak": 3, "strong": 8}
 
 

@@ -38,7 +38,7 @@ def require_finite(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def checked_rank(r: int, full_size: int) -> int:
+def validated_rank(r: int, full_size: int) -> int:
     """Return `r` as an int; raises `DimensionError` unless `1 <= r <= full_size`."""
     try:
         rank = operator.index(r)
@@ -49,7 +49,7 @@ def checked_rank(r: int, full_size: int) -> int:
     return rank
 
 
-def checked_gramian(name: str, gramian: torch.Tensor) -> torch.Tensor:
+def validated_gramian(name: str, gramian: torch.Tensor) -> torch.Tensor:
     """A Gramian promoted to double precision and made exactly Hermitian, after its checks.
 
     Raises `DimensionError` unless the shape is (..., N, N), `NotFiniteError` on NaN or infinity, and

@@ -7,7 +7,7 @@ from typing import Any
 LARGEST_STATE_SIZE = 65536
 
 
-def check_counts(config: Any, *names: str) -> None:
+def require_counts(config: Any, *names: str) -> None:
     """
     Raise `ValueError` where a number of a configuration is below 1; one that is unset is not.
 
@@ -21,7 +21,7 @@ def check_counts(config: Any, *names: str) -> None:
             raise ValueError(f"`{name}` is {value}; allowed is 1 or more.")
 
 
-def check_choices(config: Any, **choices: tuple[str, ...]) -> None:
+def require_choices(config: Any, **choices: tuple[str, ...]) -> None:
     """
     Raise `ValueError` where a setting of a configuration is none of those that are allowed.
 
@@ -34,14 +34,14 @@ def check_choices(config: Any, **choices: tuple[str, ...]) -> None:
             raise ValueError(f"`{name}` is {getattr(config, name)!r}; allowed are {', '.join(map(repr, allowed))}.")
 
 
-def check_dropout(config: Any) -> None:
+def require_dropout(config: Any) -> None:
     """Raise `ValueError` where the dropout of a configuration is no probability below 1."""
     if not 0 <= config.dropout < 1:
         raise ValueError(f"`dropout` is {config.dropout}; allowed are 0 and above, below 1.")
 
 
 class SequenceSettings:
-    """What a configuration tells whose `state_size` is a number, or a list with one number for each layer."""
+    """What a configuration says whose `state_size` is a number, or a list with one number for each layer."""
 
     state_size: int | list[int]
     num_hidden_layers: int
@@ -53,14 +53,14 @@ class SequenceSettings:
             return list(self.state_size)
         return [self.state_size] * self.num_hidden_layers
 
-    def check_settings(self, **choices: tuple[str, ...]) -> None:
+    def require_settings(self, **choices: tuple[str, ...]) -> None:
         """
         Raise `ValueError` where a setting that LRU and S4D share is out of its range.
 
         Args:
             choices (`tuple[str, ...]`): What is allowed of further settings, by their names.
         """
-        check_counts(self, "hidden_size", "num_hidden_layers", "vocab_size", "input_size")
+        require_counts(self, "hidden_size", "num_hidden_layers", "vocab_size", "input_size")
         sizes = self.state_sizes
         if len(sizes) != self.num_hidden_layers:
             raise ValueError(
@@ -69,5 +69,5 @@ class SequenceSettings:
             )
         if not all(1 <= size <= LARGEST_STATE_SIZE for size in sizes):
             raise ValueError(f"`state_size` is {self.state_size}; allowed are 1 to {LARGEST_STATE_SIZE} in each layer.")
-        check_choices(self, norm=("batch", "layer"), pooling=("mean", "last", "max"), **choices)
-        check_dropout(self)
+        require_choices(self, norm=("batch", "layer"), pooling=("mean", "last", "max"), **choices)
+        require_dropout(self)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import ConfigurationError, DimensionError
 
 
-def check_shapes(allow_complex: bool = False, **arguments: tuple[Tensor, tuple[str, ...]]) -> dict[str, int]:
+def require_shapes(allow_complex: bool = False, **arguments: tuple[Tensor, tuple[str, ...]]) -> dict[str, int]:
     """
     Check tensors against named axes, as in `u=(u, ("batch", "length", "channels"))`, and against one another.
 
@@ -40,7 +40,7 @@ def check_shapes(allow_complex: bool = False, **arguments: tuple[Tensor, tuple[s
     return sizes
 
 
-def check_times(times: Tensor | None, batch: int, length: int) -> Tensor:
+def validated_times(times: Tensor | None, batch: int, length: int) -> Tensor:
     """
     Check the sampled steps of each sequence; every step of every sequence where none are given.
 
