@@ -9,6 +9,7 @@ Error bound: none known a priori. A fit is judged on sampled steps that it has n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -23,6 +24,8 @@ from ..truncation import Truncation
 # Shrinks the fourth moments of the sampled steps towards those of a readout that is independent of the state.
 _RIDGE = 1e-2
 _ITERATIONS = 100
+# Iterations without a smaller error on the held-out steps after which no more is expected.
+_PATIENCE = 8
 # Of the first step of the iteration, in the squared norm that it reduces.
 _CONVERGED = 1e-8
 # What keeps the preconditioner invertible where states are dependent.
@@ -133,8 +136,7 @@ def _fitted(T: torch.Tensor, W: torch.Tensor, samples: OutputSamples, ridge: flo
     held_out, last = samples.held_out, None
     if held_out.any():
         seen, unseen = problem.part(~held_out), problem.part(held_out)
-        errors = [unseen.error(found) for found in seen.iterates(ridge)]
-        last = errors.index(min(errors))
+        last = _best(unseen.error(found) for found in seen.iterates(ridge))
     # All samples together can converge in fewer steps than a part of them.
     *_, found = islice(problem.iterates(ridge), None if last is None else last + 1)
     return T + (basis @ found).to(T)
@@ -154,19 +156,32 @@ def _free_directions(W: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _LeastSquares:
-    """What is left of the outputs, `(K, M)`, and the features that explain it: `free_k^T Y reduced_km`."""
+    r"""
+    What is left of the outputs, and the features \\( f_t^\top Y z_{td} \\) that explain it, with the channels summed.
+
+    Args:
+        free (`torch.Tensor` of shape `(K, n)`): \\( f_t \\), the readout in the directions that `T` may change in.
+        states (`torch.Tensor` of shape `(K, r, r)`): \\( \sum_d w_{td} z_{td} z_{td}^\top \\) of the kept states.
+        left (`torch.Tensor` of shape `(K, r)`): \\( \sum_d w_{td} z_{td} \\) times what is left of the output.
+        energy (`torch.Tensor` of shape `(K,)`): \\( \sum_d w_{td} \\) times the square of what is left.
+        weights (`torch.Tensor` of shape `(K,)`): \\( \sum_d w_{td} \\).
+    """
 
     free: torch.Tensor
-    reduced: torch.Tensor
+    states: torch.Tensor
     left: torch.Tensor
+    energy: torch.Tensor
     weights: torch.Tensor
 
     @classmethod
     def of(cls, T: torch.Tensor, W: torch.Tensor, basis: torch.Tensor, samples: OutputSamples) -> _LeastSquares:
-        readout, states = samples.readout.to(T), samples.states.to(T)
-        reduced = states @ W
-        left = _outputs(readout, states) - _outputs(readout @ T, reduced)
-        return cls(readout @ basis, reduced, left, samples.weights.to(T))
+        readout, states, weights = (part.to(T) for part in (samples.readout, samples.states, samples.weights))
+        kept = states @ W
+        left = _outputs(readout, states) - _outputs(readout @ T, kept)
+        weighted = weights.unsqueeze(-1) * kept
+        of_left = (left.unsqueeze(-2) @ weighted).squeeze(-2)
+        energy = (weights * left.square()).sum(-1)
+        return cls(readout @ basis, weighted.mT @ kept, of_left, energy, weights.sum(-1))
 
     def part(self, steps: torch.Tensor) -> _LeastSquares:
         """That of some of the steps."""
@@ -174,26 +189,26 @@ class _LeastSquares:
 
     def error(self, Y: torch.Tensor) -> float:
         """The weighted sum of squares of what `Y` leaves."""
-        return float((self.weights * (self.left - _outputs(self.free @ Y, self.reduced)).square()).sum())
-
-    def _adjoint(self, outputs: torch.Tensor) -> torch.Tensor:
-        return self.free.mT @ (self.weights.unsqueeze(-2) * outputs.unsqueeze(-2) @ self.reduced).squeeze(-2)
+        read = self.free @ Y
+        return float(
+            (self.energy - 2 * (read * self.left).sum(-1) + (read * _outputs(read, self.states)).sum(-1)).sum()
+        )
 
     def iterates(self, ridge: float) -> Iterator[torch.Tensor]:
         """Preconditioned conjugate gradients on the normal equations: zero first, then one solution after the other."""
-        solution = self.left.new_zeros(self.free.shape[-1], self.reduced.shape[-1])
+        solution = self.left.new_zeros(self.free.shape[-1], self.left.shape[-1])
         yield solution
         total = self.weights.sum()
         if not total > 0:
             return
-        R = self._gramian(self.free, self.weights.sum(-1)) / total
-        Z = self._gramian(self.reduced.flatten(0, 1), self.weights.flatten()) / total
+        R = self.free.mT @ (self.weights.unsqueeze(-1) * self.free) / total
+        Z = self.states.sum(0) / total
         inverses = [solve(_raised(M), torch.eye(len(M)).to(M)) for M in (R, Z)]
-        residual = self._adjoint(self.left) / total
+        residual = self.free.mT @ self.left / total
         direction = scaled = inverses[0] @ residual @ inverses[1]
         norm = first = (residual * scaled).sum()
         for _ in range(_ITERATIONS):
-            image = self._adjoint(_outputs(self.free @ direction, self.reduced)) / total + ridge * R @ direction @ Z
+            image = self.free.mT @ _outputs(self.free @ direction, self.states) / total + ridge * R @ direction @ Z
             curvature = (direction * image).sum()
             if not (norm > _CONVERGED * first and curvature > 0):
                 return
@@ -204,9 +219,16 @@ class _LeastSquares:
             before, norm = norm, (residual * scaled).sum()
             direction = scaled + norm / before * direction
 
-    @staticmethod
-    def _gramian(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return rows.mT @ (weights.unsqueeze(-1) * rows)
+
+def _best(errors: Iterator[float]) -> int:
+    """The place of the least error, up to where several in a row have brought nothing less."""
+    best, least = 0, math.inf
+    for place, error in enumerate(errors):
+        if error < least:
+            best, least = place, error
+        elif place - best >= _PATIENCE:
+            break
+    return best
 
 
 def _raised(gramian: torch.Tensor) -> torch.Tensor:
