@@ -137,6 +137,10 @@ class CompreSSMConfig:
             both in closed form, which assumes white noise at the layer's input and needs no data. Where batches have no
             loss a time-invariant layer takes `"input_weighted"` for `"loss_gradient"`, and without batches
             `"closed_form"`.
+        fit_readout (`bool`, *optional*, defaults to `True`):
+            Fit what reads the kept states of a selective layer to the layer's outputs on the calibration batches, with
+            errors weighted by the loss's gradient; else it rebuilds each dropped state. Without effect on `"selection"`
+            and on `gramians="averaged"`.
         compare_truncations (`bool`, *optional*, defaults to `False`):
             Make several truncations of the size that was found, measure the loss of each on batches that it was not
             made with, and keep the best.
@@ -194,6 +198,7 @@ class CompreSSMConfig:
     target_layers: str | list[str] | None = None
     exclude_layers: str | list[str] | None = None
     max_loss_increase: float | None = None
+    fit_readout: bool = True
     compare_truncations: bool = False
     state_size: InitVar[int | None] = None
     ratio: InitVar[float | None] = None
@@ -216,7 +221,7 @@ class CompreSSMConfig:
             require_integer(name, getattr(self, name), minimum=1)
         for name in ("seed", "rollback_after"):
             require_integer(name, getattr(self, name), minimum=0)
-        for name in ("uniform", "stock", "fast_cpu_scan", "compare_truncations"):
+        for name in ("uniform", "stock", "fast_cpu_scan", "fit_readout", "compare_truncations"):
             require_bool(name, getattr(self, name))
         if not is_number(self.minimum_reduction) or not 0 <= self.minimum_reduction < 1:
             raise ConfigurationError(

@@ -19,7 +19,7 @@ from .moment_maps.modal import ModalMap
 from .parameters import successor
 from .registry import config_changes, find_layers, register, registered_families
 from .scans.delta_rule import DeltaRuleInputs
-from .scans.inputs import ScanInputs, TimeAverages
+from .scans.inputs import ChannelScans, ScanInputs, TimeAverages
 from .scans.multi_head import MultiHeadScanInputs
 from .scans.selective import SelectiveScanInputs
 from .scans.stepped import SteppedScanInputs
@@ -44,6 +44,7 @@ __all__ = [
     "AttributeChange",
     "AxisMap",
     "AxisSelection",
+    "ChannelScans",
     "DeltaRuleInputs",
     "LayerReduction",
     "MixableLayer",

@@ -196,6 +196,7 @@ class Compressor:
             self._chosen.layers,
             batches,
             gramians=self.config.gramians,
+            fit_readout=self.config.fit_readout,
             loss_function=self._loss_function,
             sum_over_processes=self._processes.sum,
             seed=seed,

@@ -1,15 +1,17 @@
 r"""
-Sums of outer products of sampled states on the CPU, in one kernel with the recurrence that makes the states.
+Sampled states on the CPU and the sums of their outer products, in one kernel with the recurrence that makes the states.
 
 \\( h_t = e^{\delta_t A} h_{t-1} + w_t b_t \\) with a scalar \\( w_t \\) for each channel and a vector \\( b_t \\) that
 all channels share. The states of a selective scan have this form, and so have its adjoint states in reversed time.
 
-The kernel multiplies by itself, rather than through a buffer and a matrix product of torch: nothing leaves the cache,
-only half of the symmetric result is computed, and a product of a few states by very many samples is a shape for which
-BLAS is not made.
+The kernel of the sums multiplies by itself, rather than through a buffer and a matrix product of torch: nothing leaves
+the cache, only half of the symmetric result is computed, and a product of a few states by very many samples is a shape
+for which BLAS is not made.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import torch
@@ -91,6 +93,46 @@ def sum_outer_products(
                     samples[:, filled * CHANNEL_BLOCK :] = 0.0
                     _add_outer_products(samples, total)
                     filled = 0
+
+
+@kernel
+def write_states(delta, drive, A_blocks, B, times, states, sequences, blocks):
+    """
+    Run the recurrence over a range of sequences and of blocks, and write its states at `times` to `states`.
+
+    The arguments are those of `sum_outer_products`; `states`: (batch, K, channels, N).
+    """
+    n_states, channels = B.shape[2], delta.shape[2]
+    row = np.empty((2, CHANNEL_BLOCK), delta.dtype)
+    state = np.empty((n_states, CHANNEL_BLOCK), delta.dtype)
+    for b in range(sequences[0], sequences[1]):
+        for block in range(blocks[0], blocks[1]):
+            state[:] = 0.0
+            t = 0
+            for k in range(times.shape[1]):
+                while t <= times[b, k]:
+                    if t % TIME_CHUNK == 0:
+                        flush_subnormals(state)
+                    _advance(delta, drive, A_blocks, B, b, t, block, row, state)
+                    t += 1
+                first = block * CHANNEL_BLOCK
+                for lane in range(min(CHANNEL_BLOCK, channels - first)):
+                    for n in range(n_states):
+                        states[b, k, np.uintp(first + lane), n] = state[n, lane]
+
+
+def sampled_states(delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, times: Tensor) -> Tensor:
+    """
+    The states that [`sampled_outer_products`] sums, `(batch, K, channels, N)`, from a zero state on.
+
+    The arguments are the same.
+    """
+    states = delta.new_empty(delta.shape[0], times.shape[1], *A.shape)
+    A_blocks = channels_to_blocks(A * LOG2_E)
+    inputs = [tensor.detach().contiguous().numpy() for tensor in (delta, drive, A_blocks, B, times, states)]
+    sequence_ranges, block_ranges = divide_work(delta.shape[0], A_blocks.shape[0])
+    run_units(write_states, [(*inputs, *unit) for unit in itertools.product(sequence_ranges, block_ranges)])
+    return states
 
 
 def sampled_outer_products(

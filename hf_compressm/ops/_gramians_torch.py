@@ -1,4 +1,4 @@
-"""Sums of outer products of sampled states on any device, with a parallel scan along time in plain torch."""
+"""Sampled states and the sums of their outer products on any device, with a parallel scan along time in plain torch."""
 
 from __future__ import annotations
 
@@ -36,26 +36,41 @@ def sampled_outer_products(
     double = {"dtype": torch.float64, "device": double_device(delta.device)}
     total = torch.zeros(n_states, n_states, **double)
     readout_energy = torch.zeros(n_states, **double)
-    n_channels = max(1, min(channels, _CHUNK_ELEMENTS // (_CHUNK * n_states)))
-    n_sequences = max(1, _CHUNK_ELEMENTS // (_CHUNK * n_states * max(1, n_channels)))
-    for first in range(0, batch, n_sequences):
-        sequences = slice(first, first + n_sequences)
-        for first_channel in range(0, channels, n_channels):
-            group = slice(first_channel, first_channel + n_channels)
-            state = None if initial_state is None else initial_state.detach()[sequences, group].to(delta.dtype)
-            inputs = (delta[sequences, :, group], drive[sequences, :, group], A[group], B[sequences])
-            for samples, sequence, time in _sampled_states(*inputs, times[sequences], state):
-                # To double precision before any product: a float32 product would drown small directions.
-                rows = samples.to(total.device).double()
-                total.addmm_(rows.flatten(0, 1).T, rows.flatten(0, 1))
-                if readout is not None:
-                    readouts = readout[first + sequence, time].to(total.device).double()
-                    readout_energy += (rows.square().sum(1) * readouts.square()).sum(0)
+    for sequences, group in _pieces(batch, channels, n_states):
+        state = None if initial_state is None else initial_state.detach()[sequences, group].to(delta.dtype)
+        inputs = (delta[sequences, :, group], drive[sequences, :, group], A[group], B[sequences])
+        for samples, sequence, _, time in _sampled_states(*inputs, times[sequences], state):
+            # To double precision before any product: a float32 product would drown small directions.
+            rows = samples.to(total.device).double()
+            total.addmm_(rows.flatten(0, 1).T, rows.flatten(0, 1))
+            if readout is not None:
+                readouts = readout[sequences][sequence, time].to(total.device).double()
+                readout_energy += (rows.square().sum(1) * readouts.square()).sum(0)
     return total, readout_energy
 
 
-def _sampled_states(delta, drive, A, B, times, state) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Chunk by chunk: the sampled states, (samples, channels, N), and which sequence and step each of them is of."""
+def sampled_states(delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, times: Tensor) -> Tensor:
+    """The states of [`_gramians_cpu.sampled_states`], and the memory of the sums besides."""
+    states = delta.new_empty(*times.shape, *A.shape)
+    times = times.to(delta.device)
+    for sequences, group in _pieces(*delta.shape[::2], A.shape[1]):
+        inputs = (delta[sequences, :, group], drive[sequences, :, group], A[group], B[sequences])
+        for samples, sequence, sample, _ in _sampled_states(*inputs, times[sequences], None):
+            states[sequences, :, group][sequence, sample] = samples
+    return states
+
+
+def _pieces(batch: int, channels: int, n_states: int) -> Iterator[tuple[slice, slice]]:
+    """Sequences and channels that go together through a chunk."""
+    n_channels = max(1, min(channels, _CHUNK_ELEMENTS // (_CHUNK * n_states)))
+    n_sequences = max(1, _CHUNK_ELEMENTS // (_CHUNK * n_states * max(1, n_channels)))
+    for first in range(0, batch, n_sequences):
+        for first_channel in range(0, channels, n_channels):
+            yield slice(first, first + n_sequences), slice(first_channel, first_channel + n_channels)
+
+
+def _sampled_states(delta, drive, A, B, times, state) -> Iterator[tuple[Tensor, ...]]:
+    """Chunk by chunk: the sampled states, (samples, channels, N), and the sequence, sample and step of each of them."""
     if state is None:
         state = delta.new_zeros(delta.shape[0], delta.shape[2], A.shape[1])
     for start in range(0, delta.shape[1], _CHUNK):
@@ -67,7 +82,7 @@ def _sampled_states(delta, drive, A, B, times, state) -> Iterator[tuple[Tensor, 
         state = states[:, -1].clone()
         sequence, sample = ((times >= start) & (times < start + _CHUNK)).nonzero(as_tuple=True)
         time = times[sequence, sample]
-        yield states[sequence, time - start], sequence, time
+        yield states[sequence, time - start], sequence, sample, time
 
 
 def _parallel_scan(decays: Tensor, inputs: Tensor) -> Tensor:

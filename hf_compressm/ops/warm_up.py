@@ -6,6 +6,7 @@ import torch
 
 from .delta_rule import delta_rule
 from .diagonal_scan import diagonal_recurrence
+from .sampled_states import sampled_states
 from .selective_gramians import adjoint_gramian, state_gramian
 from .selective_scan import selective_scan
 
@@ -30,3 +31,4 @@ def compile_kernels() -> None:
         y.sum().backward()
     state_gramian(u, u, A, B, B)
     adjoint_gramian(u, A, B, u)
+    sampled_states(u, u, A, B, torch.zeros(1, 1, dtype=torch.int64))

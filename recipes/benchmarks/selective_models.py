@@ -14,6 +14,8 @@ from transformers import (
     JambaForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedModel,
 )
 
@@ -21,6 +23,11 @@ STATE_SIZE = 64
 _NO_SPECIAL_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 # Two state-space layers each; the hybrids have an attention layer between them.
 _ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+
+
+def _mamba(state_size: int, **settings: Any) -> PreTrainedModel:
+    config = MambaConfig(num_hidden_layers=2, state_size=state_size, time_step_rank=4, **settings)
+    return MambaForCausalLM(config)
 
 
 def _mamba2(state_size: int, **settings: Any) -> PreTrainedModel:
@@ -58,6 +65,7 @@ def _bamba(state_size: int, **settings: Any) -> PreTrainedModel:
 
 
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "mamba": _mamba,
     "mamba2": _mamba2,
     "falcon_mamba": _falcon_mamba,
     "jamba": _jamba,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,27 @@ from ...ops import (
 from ...systems import DiagonalLTI
 
 _CHUNK = 2**16
+
+
+class ChannelScans(NamedTuple):
+    """
+    Some channels of a scan whose states are read by one C, each with an A and a time step of its own.
+
+    Args:
+        u (`torch.Tensor` of shape `(batch, length, M)`): Input.
+        delta (`torch.Tensor` of shape `(batch, length, M)`): Positive time steps.
+        A (`torch.Tensor` of shape `(M, N)`): Negative decay rates.
+        B (`torch.Tensor` of shape `(batch, length, N)`): Input matrix.
+        C (`torch.Tensor` of shape `(batch, length, N)`): Readout.
+        output (`torch.Tensor` of shape `(batch, length, M)`): What was given for the scan's output.
+    """
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    output: Tensor
 
 
 class ScanInputs(ABC):
@@ -70,6 +92,21 @@ class ScanInputs(ABC):
         C = self.C.flatten(0, 1).movedim(0, -2)
         # The widened copy of one chunk at a time.
         return sum(part.mT @ part for part in (chunk.double() for chunk in C.split(_CHUNK, dim=-2))) / C.shape[-2]
+
+    @property
+    def channel_count(self) -> int:
+        """Channels whose states one C reads (of each group)."""
+        return self.u[0, 0].numel() * self.state_size // self.B[0, 0].numel()
+
+    def channel_scans(self, channels: Tensor, output: Tensor) -> list[ChannelScans] | None:
+        """
+        Some channels as scans of their own, a list entry for each group; None where a state is no vector a channel.
+
+        Args:
+            channels (`torch.Tensor` of shape `(M,)`, int64): Below [`~ScanInputs.channel_count`], in every group.
+            output (`torch.Tensor`): The scan's raw output, or something of its shape, to take the same channels of.
+        """
+        return None
 
     @abstractmethod
     def state_gramian(self, times: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...ops import multi_head_scan
 from ...ops.multi_head_gramians import multi_head_adjoint_gramian, multi_head_state_gramian
 from ...systems.lti import DiagonalLTI
-from .inputs import ScanInputs, TimeAverages, _sums
+from .inputs import ChannelScans, ScanInputs, TimeAverages, _sums
 from .switch import current_observer, fast_cpu_scan_enabled, is_packed, plain_eager_call, register_scan, warn_of_packing
 
 
@@ -143,6 +143,19 @@ class MultiHeadScanInputs(TimeAverages, ScanInputs):
     def adjoint_gramian(self, grad_output: Tensor, times: Tensor) -> Tensor:
         """Q, `(groups, N, N)`."""
         return multi_head_adjoint_gramian(self.delta, self.A, self.C, grad_output, times=times)
+
+    def channel_scans(self, channels: Tensor, output: Tensor) -> list[ChannelScans]:
+        """An entry for each group, whose channels are those of its heads, one head after the other."""
+        heads = channels // self.u.shape[-1]
+        by_group = [tensor.unflatten(2, (self.B.shape[2], -1)) for tensor in (self.u, self.delta, output)]
+        decays = self.A.unflatten(0, (self.B.shape[2], -1))
+        scans = []
+        for group, A in enumerate(decays):
+            u, delta, y = (tensor[:, :, group] for tensor in by_group)
+            A = A[heads].unsqueeze(-1).expand(-1, self.state_size)
+            u, y = (tensor.flatten(2)[..., channels] for tensor in (u, y))
+            scans.append(ChannelScans(u, delta[..., heads], A, self.B[:, :, group], self.C[:, :, group], y))
+        return scans
 
     def sums(self) -> Tensor:
         """Of `delta` a head, and of `B` and `C` a state of each group."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...ops import selective_scan
 from ...ops.selective_gramians import adjoint_gramian, state_gramian
 from ...systems.lti import DiagonalLTI
-from .inputs import ScanInputs, TimeAverages, _sums
+from .inputs import ChannelScans, ScanInputs, TimeAverages, _sums
 from .switch import current_observer, fast_cpu_scan_enabled, is_packed, plain_eager_call, register_scan, warn_of_packing
 
 
@@ -141,6 +141,11 @@ class SelectiveScanInputs(TimeAverages, ScanInputs):
     def adjoint_gramian(self, grad_output: Tensor, times: Tensor) -> Tensor:
         """Q, `(N, N)`."""
         return adjoint_gramian(self.delta, self.A, self.C, grad_output, times=times)
+
+    def channel_scans(self, channels: Tensor, output: Tensor) -> list[ChannelScans]:
+        """One entry."""
+        u, delta, output = (tensor[..., channels] for tensor in (self.u, self.delta, output))
+        return [ChannelScans(u, delta, self.A[channels], self.B, self.C, output)]
 
     def sums(self) -> Tensor:
         """Of `delta` a channel, and of `B` and `C` a state."""

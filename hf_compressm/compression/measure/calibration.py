@@ -57,6 +57,7 @@ def calibrate(
     layers: Sequence[StateSpaceLayer],
     batches: Iterable[Any],
     gramians: str = "loss_gradient",
+    fit_readout: bool = False,
     loss_function: LossFunction | None = None,
     sum_over_processes: SumOverProcesses | None = None,
     seed: int = 0,
@@ -76,6 +77,8 @@ def calibrate(
         layers (`Sequence[StateSpaceLayer]`): The layers to watch, from [`~architectures.find_layers`].
         batches (`Iterable`): Inputs of the model on any device; mappings are passed as keyword arguments.
         gramians (`str`, *optional*, defaults to `"loss_gradient"`): See [`CompreSSMConfig`].
+        fit_readout (`bool`, *optional*, defaults to `False`): Keep sampled steps of selective layers, to fit the
+            readouts of truncations to; 32 MB a layer at most.
         loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
             loss when unset.
         sum_over_processes (`Callable`, *optional*): Adds a tensor over all processes.
@@ -90,7 +93,8 @@ def calibrate(
     total = sum_over_processes or (lambda tensor: tensor)
     systems = {layer.name: layer.system() for layer in layers}
     trigger = torch.zeros((), device=device, requires_grad=True)
-    observers = _observers(layers, systems, gramians, torch.Generator().manual_seed(seed), trigger)
+    generator = torch.Generator().manual_seed(seed)
+    observers = _observers(layers, systems, gramians, generator, trigger, fit_readout)
     losses: list[tuple[float, int] | None] = []
     disable = None if progress is None else not progress
     with evaluation_mode(model), _watched(layers, observers) as idle:
@@ -128,6 +132,7 @@ def _observers(
     gramians: str,
     generator: torch.Generator,
     trigger: Tensor,
+    fit_readout: bool,
 ) -> dict[str, GramianObserver]:
     """An observer for each layer that the data reach, by the layer's name."""
     observers: dict[str, GramianObserver] = {}
@@ -139,7 +144,7 @@ def _observers(
                     f"gramians is {gramians!r}, which asks for a closed form; {layer.name} ({layer.family}) is a "
                     "selective layer and has none. Choose 'loss_gradient', 'white_noise' or 'averaged'."
                 )
-            observers[layer.name] = make_observer(gramians, generator, trigger)
+            observers[layer.name] = make_observer(gramians, generator, trigger, fit_readout)
         elif gramians in ("loss_gradient", "input_weighted"):
             observers[layer.name] = SystemObserver(system, generator, trigger if gramians == "loss_gradient" else None)
     return observers

@@ -21,9 +21,11 @@ from ...systems import (
     COARSE_RESOLUTION,
     DiagonalLTI,
     HankelDecomposition,
+    OutputSamples,
     StateChoice,
     Truncation,
     diagonal_hankel_scores,
+    fit_readout,
     hankel_decomposition,
     interpolation_residual,
     project,
@@ -106,6 +108,8 @@ class EmpiricalGramians(LayerGramians):
             output by what the dropped states add to it in that step, and nothing later.
         squares (`torch.Tensor` of shape `(2, N)` or `(groups, 2, N)`, float64, *optional*): Means of \\( B_n^2 \\) and
             of \\( C_n^2 \\), which every truncation takes along.
+        samples ([`~systems.OutputSamples`], *optional*): Sampled steps that the readout of a truncation is fitted to,
+            where it may read what is dropped through what is kept.
     """
 
     P: Tensor
@@ -113,6 +117,7 @@ class EmpiricalGramians(LayerGramians):
     readout_energy: Tensor
     R: Tensor
     squares: Tensor | None = None
+    samples: OutputSamples | None = None
     system: ClassVar[None] = None
     form: ClassVar[str] = "measured"
 
@@ -149,7 +154,10 @@ class EmpiricalGramians(LayerGramians):
 
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> MeasuredTruncation:
         """Cut to `rank` states in every group; `reductor`, `config` and `seed` as above. It takes `squares` along."""
-        return MeasuredTruncation.of(super().truncate(rank, reductor, config, seed), self.squares)
+        truncation = super().truncate(rank, reductor, config, seed)
+        if self.samples is not None and not registered_reductors()[reductor].only_selects:
+            truncation = fit_readout(truncation, self.samples)
+        return MeasuredTruncation.of(truncation, self.squares)
 
 
 @dataclass(frozen=True)

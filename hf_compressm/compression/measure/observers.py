@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ...architectures import ScanInputs, SumOverProcesses, TimeAverages
 from ...errors import CalibrationError
-from ...systems import DiagonalLTI
+from ...systems import DiagonalLTI, OutputSamples
 from .layer_gramians import EmpiricalGramians
+from .output_samples import joined, sample_outputs, side_by_side
 
 # Gradients of a mean loss vanish in float16. A power of two this size keeps them and changes no digit of the others.
 LOSS_SCALE = 2.0**12
@@ -71,13 +72,22 @@ class _Sums:
     R: Tensor | float = 0.0
     squares: Tensor | float = 0.0
     rows: int = 0
+    samples: OutputSamples | None = None
+    passes: int = 0
 
 
 class _SampledGramians(GramianObserver):
-    """Sums of sampled states and adjoint states."""
+    """
+    Sums of sampled states and adjoint states.
 
-    def __init__(self, generator: torch.Generator) -> None:
+    Args:
+        generator (`torch.Generator`): Draws the sampled time steps.
+        samples_outputs (`bool`, *optional*, defaults to `False`): Whether to keep sampled steps to fit a readout to.
+    """
+
+    def __init__(self, generator: torch.Generator, samples_outputs: bool = False) -> None:
         self._generator = generator
+        self._samples_outputs = samples_outputs
         self._sums: dict[int | None, _Sums] = {}
 
     def _add_states(self, inputs: ScanInputs) -> Tensor:
@@ -93,6 +103,10 @@ class _SampledGramians(GramianObserver):
     def _add_adjoint_states(self, inputs: ScanInputs, grad_output: Tensor, times: Tensor, weight: float = 1.0) -> None:
         sums = self._sums[inputs.part]
         sums.Q = sums.Q + weight * inputs.adjoint_gramian(grad_output, times)
+        if self._samples_outputs:
+            sums.passes += 1
+            samples = sample_outputs(inputs, grad_output, self._generator, weight)
+            sums.samples = joined(sums.samples, samples, sums.passes, self._generator)
 
     def unreached(self) -> str | None:
         """What the calibration batches did not do with the layer, or None where its Gramians are known."""
@@ -116,7 +130,9 @@ class _SampledGramians(GramianObserver):
         rows = sums[0].new_tensor([float(parts[0].rows)])
         totals = sum_over_processes(torch.cat([*(total.flatten() for total in sums), rows]))
         *totals, rows = totals.split([*(total.numel() for total in sums), 1])
-        return _validated(layer_name, *(found.reshape(total.shape) / rows for found, total in zip(totals, sums)))
+        means = (found.reshape(total.shape) / rows for found, total in zip(totals, sums))
+        samples = parts[0].samples if None in self._sums else side_by_side([part.samples for part in parts])
+        return replace(_validated(layer_name, *means), samples=samples)
 
 
 def _in_order(by_part: dict[int | None, Any]) -> dict[int | None, Any]:
@@ -176,12 +192,13 @@ class LossGradientObserver(_SampledGramians):
         generator (`torch.Generator`): Draws the sampled time steps.
         trigger (`torch.Tensor`): A scalar leaf that requires a gradient, shared by all observers of a pass;
             `torch.autograd.grad(LOSS_SCALE * loss, trigger)` visits every observed scan without touching any `.grad`.
+        samples_outputs (`bool`, *optional*, defaults to `False`): Whether to keep sampled steps to fit a readout to.
     """
 
     needs_loss_gradient = True
 
-    def __init__(self, generator: torch.Generator, trigger: Tensor) -> None:
-        super().__init__(generator)
+    def __init__(self, generator: torch.Generator, trigger: Tensor, samples_outputs: bool = False) -> None:
+        super().__init__(generator, samples_outputs)
         self._trigger = trigger
 
     def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
@@ -266,7 +283,9 @@ def _summed_gramians(channels: DiagonalLTI) -> EmpiricalGramians:
     return EmpiricalGramians(P, Q, P.diagonal(dim1=-2, dim2=-1) * readout.square(), R)
 
 
-def make_observer(gramians: str, generator: torch.Generator, trigger: Tensor) -> GramianObserver:
+def make_observer(
+    gramians: str, generator: torch.Generator, trigger: Tensor, samples_outputs: bool = False
+) -> GramianObserver:
     """
     The observer for a value of `CompreSSMConfig.gramians`.
 
@@ -274,7 +293,9 @@ def make_observer(gramians: str, generator: torch.Generator, trigger: Tensor) ->
         gramians (`str`): `"loss_gradient"`, `"white_noise"` or `"averaged"`.
         generator (`torch.Generator`): Draws sampled time steps and probes.
         trigger (`torch.Tensor`): The scalar leaf of a [`LossGradientObserver`].
+        samples_outputs (`bool`, *optional*, defaults to `False`): Whether to keep sampled steps to fit a readout to;
+            averages over time have none.
     """
     if gramians == "loss_gradient":
-        return LossGradientObserver(generator, trigger)
-    return WhiteNoiseObserver(generator) if gramians == "white_noise" else AveragedObserver()
+        return LossGradientObserver(generator, trigger, samples_outputs)
+    return WhiteNoiseObserver(generator, samples_outputs) if gramians == "white_noise" else AveragedObserver()

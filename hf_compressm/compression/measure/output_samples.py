@@ -1,0 +1,116 @@
+"""Sampled steps of a layer's scans, with what the loss makes of an error in their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from ...architectures import ChannelScans, ScanInputs
+from ...ops import sample_times, sampled_states
+from ...systems import OutputSamples
+
+# What is kept of one part of a layer: 32 MB of states in single precision.
+_NUMBERS = 2**23
+_STEPS = 2048
+_CHANNELS = 64
+# One step in four judges a fit.
+_HELD_OUT = 4
+
+
+@torch.no_grad()
+def sample_outputs(
+    inputs: ScanInputs, grad_output: Tensor, generator: torch.Generator, weight: float = 1.0
+) -> OutputSamples | None:
+    """
+    Sample steps and channels of a scan.
+
+    An error of an output counts by the square of its gradient. Steps of other sequences judge a fit, or later ones
+    where there are few sequences: steps that follow one another are much the same.
+
+    Args:
+        inputs ([`~architectures.ScanInputs`]): The scan.
+        grad_output (`torch.Tensor`): Gradient of its raw output.
+        generator (`torch.Generator`): Draws steps and channels.
+        weight (`float`, *optional*, defaults to 1.0): A factor of all weights.
+
+    Returns:
+        [`~systems.OutputSamples`] or `None`: On the CPU, with the layer's groups first where it has groups; None for a
+        recurrence whose state is no vector a channel.
+    """
+    channels = torch.randperm(inputs.channel_count, generator=generator)[:_CHANNELS]
+    scans = inputs.channel_scans(channels.to(inputs.u.device), grad_output)
+    if scans is None:
+        return None
+    batch, length = inputs.u.shape[:2]
+    most = _most_steps(len(scans), len(channels), inputs.state_size)
+    times = sample_times(batch, length, max(1, min(length, most // batch)), generator)
+    held_out = _held_out(*times.shape, generator)
+    # Sequences are many where the steps of all of them are more than enough.
+    chosen = torch.randperm(batch, generator=generator)[: max(1, most // times.shape[1])]
+    return _stacked([_samples_of(scan, times, chosen, held_out, weight) for scan in scans], inputs)
+
+
+def _most_steps(groups: int, channels: int, n_states: int) -> int:
+    return max(1, min(_STEPS, _NUMBERS // (groups * channels * n_states)))
+
+
+def _held_out(batch: int, count: int, generator: torch.Generator) -> Tensor:
+    if batch >= _HELD_OUT:
+        return (torch.randperm(batch, generator=generator) < batch // _HELD_OUT)[:, None].expand(-1, count)
+    return (torch.arange(count) >= count - count // _HELD_OUT).expand(batch, -1)
+
+
+def _samples_of(scan: ChannelScans, times: Tensor, chosen: Tensor, held_out: Tensor, weight: float) -> OutputSamples:
+    here = chosen.to(scan.u.device)
+    u, delta, B, C, output = (tensor[here] for tensor in (scan.u, scan.delta, scan.B, scan.C, scan.output))
+    times = times[chosen]
+    states = sampled_states(u, delta, scan.A, B, times)
+    rows = torch.arange(len(chosen))[:, None].to(here.device), times.to(here.device)
+    weights = weight * output[rows].float().square()
+    parts = (part.flatten(0, 1).float().cpu() for part in (C[rows], states, weights))
+    return OutputSamples(*parts, held_out[chosen].flatten())
+
+
+def _stacked(samples: Sequence[OutputSamples], inputs: ScanInputs) -> OutputSamples:
+    return samples[0] if inputs.B.ndim == 3 else _merged(samples, torch.stack)
+
+
+def _merged(samples: Sequence[OutputSamples], merge: Callable[[list[Tensor]], Tensor]) -> OutputSamples:
+    return OutputSamples(*(merge([getattr(one, field.name) for one in samples]) for field in fields(OutputSamples)))
+
+
+def joined(
+    before: OutputSamples | None, samples: OutputSamples | None, passes: int, generator: torch.Generator
+) -> OutputSamples | None:
+    """
+    The samples of several passes, no more than of one: an equal share of each.
+
+    Args:
+        before ([`~systems.OutputSamples`], *optional*): Those of the passes before.
+        samples ([`~systems.OutputSamples`], *optional*): Those of the new pass.
+        passes (`int`): How many passes there are with the new one.
+        generator (`torch.Generator`): Draws those that stay.
+    """
+    if before is None or samples is None:
+        return samples if before is None else before
+    axis = before.readout.ndim - 2
+    most = max(before.readout.shape[axis], samples.readout.shape[axis])
+    entering = _drawn(samples, axis, most // passes, generator)
+    staying = _drawn(before, axis, most - entering.readout.shape[axis], generator)
+    return _merged([staying, entering], lambda tensors: torch.cat(tensors, axis))
+
+
+def _drawn(samples: OutputSamples, axis: int, count: int, generator: torch.Generator) -> OutputSamples:
+    steps = torch.randperm(samples.readout.shape[axis], generator=generator)[:count]
+    return _merged([samples], lambda tensors: tensors[0].index_select(axis, steps))
+
+
+def side_by_side(samples: Sequence[OutputSamples | None]) -> OutputSamples | None:
+    """The samples of a layer's parts along a new first axis; None unless there are as many of each."""
+    known = [part for part in samples if part is not None]
+    if len(known) < len(samples) or len({part.states.shape for part in known}) > 1:
+        return None
+    return _merged(known, torch.stack)

@@ -1,0 +1,43 @@
+"""States of a selective scan at some of its steps: the recurrence runs over all of them, and only those are kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _gramians_cpu, _gramians_torch
+from ._validation import compute_dtype, require_shapes, validated_times
+
+
+@torch.no_grad()
+def sampled_states(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, times: Tensor) -> Tensor:
+    r"""
+    The states \\( h_t = e^{\Delta_t A} h_{t-1} + \Delta_t u_t B_t \\) at sampled steps.
+
+    They are computed in float32 (float64 for float64 arguments), on the CPU in a compiled kernel and elsewhere as a
+    parallel scan. Beyond copies of the arguments and the result, peak memory is one state a thread on the CPU, and
+    about 250 MB elsewhere, whatever the length.
+
+    Args:
+        u (`torch.Tensor` of shape `(batch, length, channels)`): Input, any floating-point dtype and device.
+        delta (`torch.Tensor` of shape `(batch, length, channels)`): Time steps, after the softplus.
+        A (`torch.Tensor` of shape `(channels, N)`): Diagonal of each channel's state matrix, negative.
+        B (`torch.Tensor` of shape `(batch, length, N)`): Input matrix of each step.
+        times (`torch.Tensor` of shape `(batch, K)`, int64): The steps of each sequence, ascending.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, K, channels, N)`: The states, on the device of `u`.
+
+    Raises:
+        [`~errors.DimensionError`]: a shape does not fit the others, or `times` is not ascending inside the sequence.
+        [`~errors.ConfigurationError`]: arguments are on different devices, or not floating-point.
+    """
+    steps = ("batch", "length", "channels")
+    sizes = require_shapes(
+        u=(u, steps), delta=(delta, steps), A=(A, ("channels", "N")), B=(B, ("batch", "length", "N"))
+    )
+    times = validated_times(times, sizes["batch"], sizes["length"])
+    dtype = compute_dtype(u, delta, A, B)
+    u, delta, A, B = (tensor.to(dtype) for tensor in (u, delta, A, B))
+    implementation = _gramians_cpu if u.device.type == "cpu" else _gramians_torch
+    return implementation.sampled_states(delta, delta * u, A, B, times)

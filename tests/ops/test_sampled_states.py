@@ -1,0 +1,62 @@
+"""Sampled states against the outputs of the scan: a readout of one entry shows one state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_compressm.errors import ConfigurationError, DimensionError
+from hf_compressm.ops import _gramians_cpu, _gramians_torch, sample_times, sampled_states, selective_scan_reference
+
+SHAPES = [(1, 1, 1, 1), (2, 5, 3, 4), (3, 130, 70, 5), (1, 129, 200, 9)]
+IMPLEMENTATIONS = [_gramians_cpu, _gramians_torch]
+
+
+def all_states(u, delta, A, B) -> torch.Tensor:
+    """(batch, length, channels, N), from the outputs of scans that read one state each."""
+    unit = torch.eye(A.shape[1], dtype=u.dtype).expand(*u.shape[:2], -1, -1)
+    return torch.stack([selective_scan_reference(u, delta, A, B, unit[..., n, :])[0] for n in range(A.shape[1])], -1)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=["kernel", "torch"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+def test_against_the_scan(scan_arguments, implementation, shape, dtype, tolerance) -> None:
+    arguments = scan_arguments(*shape, dtype=dtype)
+    u, delta, A, B = (arguments[name] for name in ("u", "delta", "A", "B"))
+    times = sample_times(*shape[:2], max(1, shape[1] // 3), torch.Generator().manual_seed(1))
+    expected = torch.stack([states[steps] for states, steps in zip(all_states(u, delta, A, B), times)])
+    found = implementation.sampled_states(delta, delta * u, A, B, times)
+    assert found.dtype == dtype
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+    assert torch.equal(
+        sampled_states(u, delta, A, B, times), _gramians_cpu.sampled_states(delta, delta * u, A, B, times)
+    )
+
+
+def test_chunks_are_pieced_together(scan_arguments, monkeypatch) -> None:
+    arguments = scan_arguments(3, 150, 10, 4, dtype=torch.float64)
+    u, delta, A, B = (arguments[name] for name in ("u", "delta", "A", "B"))
+    times = sample_times(3, 150, 40)
+    expected = _gramians_torch.sampled_states(delta, delta * u, A, B, times)
+    monkeypatch.setattr(_gramians_torch, "_CHUNK_ELEMENTS", 64 * 4 * 3)
+    assert torch.allclose(_gramians_torch.sampled_states(delta, delta * u, A, B, times), expected, rtol=1e-12)
+
+
+def test_narrow_types_are_widened(scan_arguments) -> None:
+    arguments = scan_arguments(2, 9, 3, 4, dtype=torch.bfloat16)
+    u, delta, A, B = (arguments[name] for name in ("u", "delta", "A", "B"))
+    wide = [tensor.float() for tensor in (u, delta, A, B)]
+    times = torch.tensor([[0, 8], [3, 4]])
+    assert torch.equal(sampled_states(u, delta, A, B, times), sampled_states(*wide, times))
+
+
+def test_bad_arguments(scan_arguments) -> None:
+    arguments = scan_arguments(2, 9, 3, 4)
+    u, delta, A, B = (arguments[name] for name in ("u", "delta", "A", "B"))
+    with pytest.raises(DimensionError, match="`delta` has shape"):
+        sampled_states(u, delta[:, 1:], A, B, torch.zeros(2, 1, dtype=torch.int64))
+    with pytest.raises(DimensionError, match="ascending steps from 0 to 8"):
+        sampled_states(u, delta, A, B, torch.full((2, 1), 9))
+    with pytest.raises(ConfigurationError, match="dtype torch.int64"):
+        sampled_states(u.long(), delta, A, B, torch.zeros(2, 1, dtype=torch.int64))
