@@ -16,6 +16,8 @@ from ...systems import OutputSamples
 _NUMBERS = 2**23
 _STEPS = 2048
 _CHANNELS = 64
+# Every block of sequences shows other channels.
+_BLOCKS = 8
 # One step in four judges a fit.
 _HELD_OUT = 4
 
@@ -40,21 +42,26 @@ def sample_outputs(
         [`~systems.OutputSamples`] or `None`: On the CPU, with the layer's groups first where it has groups; None for a
         recurrence whose state is no vector a channel.
     """
-    channels = torch.randperm(inputs.channel_count, generator=generator)[:_CHANNELS]
-    scans = inputs.channel_scans(channels.to(inputs.u.device), grad_output)
-    if scans is None:
+    count = min(_CHANNELS, inputs.channel_count)
+    if inputs.channel_scans(torch.arange(count, device=inputs.u.device), grad_output) is None:
         return None
     batch, length = inputs.u.shape[:2]
-    most = _most_steps(len(scans), len(channels), inputs.state_size)
+    most = _most_steps(inputs.B[0, 0].numel() * count)
     times = sample_times(batch, length, max(1, min(length, most // batch)), generator)
     held_out = _held_out(*times.shape, generator)
-    # Sequences are many where the steps of all of them are more than enough.
-    chosen = torch.randperm(batch, generator=generator)[: max(1, most // times.shape[1])]
-    return _stacked([_samples_of(scan, times, chosen, held_out, weight) for scan in scans], inputs)
+    # Sequences are many where one step of each is more than enough.
+    sequences = torch.randperm(batch, generator=generator)[: max(1, most // times.shape[1])]
+    blocks = []
+    for block in sequences.chunk(_BLOCKS):
+        channels = torch.randperm(inputs.channel_count, generator=generator)[:count]
+        scans = inputs.channel_scans(channels.to(inputs.u.device), grad_output)
+        found = [_samples_of(scan, times, block, held_out, weight) for scan in scans]
+        blocks.append(found[0] if inputs.B.ndim == 3 else _merged(found, torch.stack))
+    return _merged(blocks, lambda tensors: torch.cat(tensors, inputs.B.ndim - 3))
 
 
-def _most_steps(groups: int, channels: int, n_states: int) -> int:
-    return max(1, min(_STEPS, _NUMBERS // (groups * channels * n_states)))
+def _most_steps(numbers: int) -> int:
+    return max(1, min(_STEPS, _NUMBERS // numbers))
 
 
 def _held_out(batch: int, count: int, generator: torch.Generator) -> Tensor:
@@ -72,10 +79,6 @@ def _samples_of(scan: ChannelScans, times: Tensor, chosen: Tensor, held_out: Ten
     weights = weight * output[rows].float().square()
     parts = (part.flatten(0, 1).float().cpu() for part in (C[rows], states, weights))
     return OutputSamples(*parts, held_out[chosen].flatten())
-
-
-def _stacked(samples: Sequence[OutputSamples], inputs: ScanInputs) -> OutputSamples:
-    return samples[0] if inputs.B.ndim == 3 else _merged(samples, torch.stack)
 
 
 def _merged(samples: Sequence[OutputSamples], merge: Callable[[list[Tensor]], Tensor]) -> OutputSamples:
