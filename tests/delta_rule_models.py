@@ -52,9 +52,12 @@ def tiny_delta_rule_model(name: str, seed: int = 0) -> PreTrainedModel:
 
 
 _EXPERTS = {
-    "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12,
+    "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12,
 }  # fmt: skip
-_INDEXED = {**_GATED, "layer_types": ["linear_attention", "linear_attention", "indexed_attention"]}
+_INDEXED = {
+    **_GATED, "layer_types": ["linear_attention", "linear_attention", "indexed_attention"], "indexer_n_heads": 2,
+    "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2,
+}  # fmt: skip
 GATED_CONFIGS = {
     "qwen3_next": lambda **settings: Qwen3NextConfig(
         **{**_GATED, **_EXPERTS, "mlp_only_layers": [0], "tie_word_embeddings": True, **settings}
