@@ -24,15 +24,18 @@ from hf_compressm.models.compressed.mixing import mix
 from tests import selective_models
 from tests.architectures.families.test_all_families import recurrent_states
 from tests.cases import logits_of, tiny_mamba
+from tests.delta_rule_models import GATED_CONFIGS, tiny_gated_delta_net
 from tests.models.test_remote_code import WITHOUT_THE_LIBRARY
 
 N, HALF, LENGTH = 8, 4, 11
 MULTI_HEAD = ("mamba2", "zamba2", "bamba", "falcon_h1", "granite_moe_hybrid", "nemotron_h")
-MIXED = (*MULTI_HEAD, "falcon_mamba", "jamba")
+MIXED = (*MULTI_HEAD, "falcon_mamba", "jamba", *GATED_CONFIGS)
 every_mixed = pytest.mark.parametrize("family", MIXED)
 
 
 def build(family: str, **overrides) -> PreTrainedModel:
+    if family in GATED_CONFIGS:
+        return tiny_gated_delta_net(family, N, **overrides)
     maker = tiny_mamba if family == "mamba" else getattr(selective_models, f"tiny_{family}")
     return maker(N, **overrides).eval()
 
@@ -236,6 +239,12 @@ def test_nothing_is_lost_where_the_dropped_states_are_redundant(family: str) -> 
 
 def duplicate_states(mixer: nn.Module) -> None:
     """Let every second state of a mixer do what the one before it does."""
+    if hasattr(mixer, "head_k_dim"):
+        [layer] = find_layers(mixer)
+        kept = torch.arange(0, N, 2).expand(mixer.num_k_heads, -1)
+        for axis, parameter in zip(layer.layout.axes, layer.state_parameters().values()):
+            parameter[axis.kept(kept + 1, N)] = parameter[axis.kept(kept, N)].clone()
+        return
     if mixer.A_log.ndim == 2:
         mixer.A_log[:, 1::2] = mixer.A_log[:, ::2]
         entries = mixer.x_proj.weight[mixer.time_step_rank :]
