@@ -52,7 +52,7 @@ def tiny_delta_rule_model(name: str, seed: int = 0) -> PreTrainedModel:
 
 
 _EXPERTS = {
-    "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12,
+    "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
 }  # fmt: skip
 _INDEXED = {
     **_GATED, "layer_types": ["linear_attention", "linear_attention", "indexed_attention"], "indexer_n_heads": 2,
@@ -67,9 +67,7 @@ GATED_CONFIGS = {
     "qwen4_exp": lambda **settings: Qwen4ExpTextConfig(
         **{**_INDEXED, **_EXPERTS, "hc_count": 2, "hc_lowrank": 4, **settings}
     ),
-    "olmo_hybrid": lambda **settings: OlmoHybridConfig(
-        **{**_GATED, "linear_allow_neg_eigval": True, **settings}
-    ),
+    "olmo_hybrid": lambda **settings: OlmoHybridConfig(**{**_GATED, "linear_allow_neg_eigval": True, **settings}),
 }
 
 

@@ -127,7 +127,7 @@ def test_cutting_states_that_do_nothing_changes_nothing(case, use_cache: bool) -
     before = logits_of(model, batch)
     cut_all(model, truncations)
     assert [layer.state_size for layer in find_layers(model)] == [KEPT] * case.layers
-    torch.testing.assert_close(logits_of(model, batch), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits_of(model, batch), before, rtol=1e-4, atol=1e-4)
 
 
 @every_family
@@ -212,7 +212,8 @@ def test_generation_goes_on_as_before_with_a_smaller_cache(case) -> None:
     smaller = recurrent_states(model, prompt)
     assert len(smaller) == len(states) == case.layers
     for before, after in zip(states, smaller):
-        axis = before.shape.index(N, 2)  # the last one, but in linear attention, where values lie behind it
+        axis = 2 if isinstance(find_layers(model)[0], GatedDeltaNetLayer) else before.ndim - 1
+        assert before.shape[axis] == N
         assert after.shape == (*before.shape[:axis], KEPT, *before.shape[axis + 1 :])
 
 

@@ -109,9 +109,7 @@ def test_nothing_grows_in_sixteen_thousand_steps(dtype: torch.dtype, scale: floa
     zeros, beta = torch.zeros(1, steps, KEY_HEADS), torch.full((1, steps, KEY_HEADS), 2.0)
     start = torch.randn(1, KEY_HEADS, HALF, 3, generator=generator)
     value = torch.zeros(1, steps, KEY_HEADS, 3)
-    output, state = delta_rule_reference(
-        mixed["query"].float(), mixed["key"].float(), value, zeros, beta, start
-    )
+    output, state = delta_rule_reference(mixed["query"].float(), mixed["key"].float(), value, zeros, beta, start)
     # Rounding of single precision in that many steps.
     assert float(state.norm()) <= float(start.norm()) * 1.01
     assert output.isfinite().all()
@@ -128,5 +126,8 @@ def test_a_layer_with_moved_matrices_stays_bounded() -> None:
         layer.o_norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         with fast_cpu_scan():
             layer(torch.randn(1, 16_000, 16, generator=torch.Generator().manual_seed(0)))
-    first, last = seen[0].unflatten(0, (16_000, -1)).norm(dim=-1)[:2000], seen[0].unflatten(0, (16_000, -1)).norm(dim=-1)
+    first, last = (
+        seen[0].unflatten(0, (16_000, -1)).norm(dim=-1)[:2000],
+        seen[0].unflatten(0, (16_000, -1)).norm(dim=-1),
+    )
     assert last.isfinite().all() and float(last[-2000:].mean()) < 4 * float(first.mean())
