@@ -9,15 +9,15 @@ from torch import nn
 
 from .contract import StateSpaceLayer
 
-# What layers with a state call the tensor that makes it decay, or the module by which an mLSTM makes its input gate, and
-# why no family cuts them; None where there is none yet.
+# What layers with a state call the tensor that makes it decay, or the module by which an mLSTM makes its input gate; and
+# why no family cuts them, or None where nothing stands in the way but that there is no family yet.
 _ONE_NUMBER = "its state is one number a channel, so it has no state size to cut"
 _BY_TENSOR = {"A_log": None, "recurrent_param": _ONE_NUMBER, "time_decay": _ONE_NUMBER, "slope_rate": None}
 _BY_CHILD = {"igate_preact": None}
 # Those that are known by the end of their class's name.
 _BY_CLASS = {
-    "DeltaAttention": "its classes have one size for keys and values, so a stock class cannot hold smaller keys, and no "
-    "family combines them yet",
+    "DeltaAttention": "its classes have one size for keys and values, so a stock class cannot hold smaller keys "
+    "(stock=True), and no family combines them yet",
     "ShortConv": "it keeps the last inputs of a convolution and has no state to cut",
 }
 

@@ -1,9 +1,9 @@
 r"""
 The mixed form of gated DeltaNet: keys and queries of fewer entries behind their norm, in the rule that stock code runs.
 
-With W orthonormal, \\( I - \beta k k^\top \\) becomes \\( I - \beta (W^\top k)(W^\top k)^\top \\), which is stable since
-\\( W^\top k \\) is no longer than k. Training may move W away from that, so a key that has become longer than one is
-scaled back to length one. Every step then shrinks the state or leaves its size, as in the stock layer, whatever the
+With W orthonormal, \\( I - \beta k k^\top \\) becomes \\( I - \beta (W^\top k)(W^\top k)^\top \\), which is stable
+since \\( W^\top k \\) is no longer than k. Training may move W away from that, so a key that has become longer than one
+is scaled back to length one. Every step then shrinks the state or leaves its size, as in the stock layer, whatever the
 matrix is.
 """
 
