@@ -9,7 +9,7 @@ from torch import nn
 
 from .contract import StateSpaceLayer
 
-# What layers with a state call the tensor that makes it decay, or the module by which an mLSTM makes its input gate; and
+# What layers with a state call the tensor that makes it decay, or the module by which an mLSTM makes its gate; and
 # why no family cuts them, or None where nothing stands in the way but that there is no family yet.
 _ONE_NUMBER = "its state is one number a channel, so it has no state size to cut"
 _BY_TENSOR = {"A_log": None, "recurrent_param": _ONE_NUMBER, "time_decay": _ONE_NUMBER, "slope_rate": None}
