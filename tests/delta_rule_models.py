@@ -55,7 +55,7 @@ _EXPERTS = {
     "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
 }  # fmt: skip
 _INDEXED = {
-    **_GATED, "layer_types": ["linear_attention", "linear_attention", "indexed_attention"], "indexer_n_heads": 2,
+    **_GATED, "indexer_n_heads": 2,
     "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2,
 }  # fmt: skip
 GATED_CONFIGS = {
