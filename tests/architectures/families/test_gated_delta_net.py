@@ -11,13 +11,15 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from hf_compressm import CompreSSMConfig, analyze, compress
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, analyze, compress
 from hf_compressm.architectures import find_layers
 from hf_compressm.compression import calibrate
 from hf_compressm.errors import CalibrationError, TruncationError, UnsupportedModelError
 from hf_compressm.systems import Truncation
 from tests.cases import logits_of, token_batch
 from tests.delta_rule_models import GATED_CONFIGS, HEADS, KEY_HEADS, VALUE_DIM, tiny_gated_delta_net
+from tests.training.test_callback import Rows, make_trainer
+from tests.training.test_resume import SAVES, StopAt
 
 N, HALF = 8, 4
 every_family = pytest.mark.parametrize("family", GATED_CONFIGS)
@@ -130,3 +132,24 @@ def test_what_would_not_stay_stable_is_refused() -> None:
     for stock in (False, True):
         with pytest.raises(UnsupportedModelError, match="'balanced'"):
             halved(model, reductor="balanced", stock=stock)
+
+
+TWO_CUTS = CompreSSMConfig(strategy="fixed", window=(0.0, 0.5), interval=5)
+
+
+@pytest.mark.parametrize("family, stop", [("qwen3_next", 7), ("olmo_hybrid", 12)])
+def test_a_run_is_cut_twice_and_resumes(family: str, stop: int, tmp_path) -> None:
+    rows, found = Rows(token_batch(batch=64)), []
+    for name, stops in (("whole", []), ("parts", [StopAt(stop)])):
+        settings = {**SAVES, "save_steps": stop}
+        model = tiny_gated_delta_net(family)
+        trainer = make_trainer(tmp_path / name, CompreSSMCallback(TWO_CUTS), model, rows, stops, **settings)
+        trainer.train()
+        if stops:
+            model = tiny_gated_delta_net(family)
+            trainer = make_trainer(tmp_path / name, CompreSSMCallback(TWO_CUTS), model, rows, [], **settings)
+            trainer.train(resume_from_checkpoint=True)
+        assert [layer.form for layer in find_layers(model)] == [(2, N)] * 2
+        found.append(model.state_dict())
+    whole, resumed = found
+    assert whole.keys() == resumed.keys() and all(value.isfinite().all() for value in resumed.values())
