@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from transformers import MambaConfig, MambaForCausalLM, MambaModel, PreTrainedMo
 from hf_compressm.architectures import find_layers
 from hf_compressm.models import LRUConfig, LRUForCausalLM, S4DConfig, S4DForSequenceClassification
 
+from .delta_rule_models import GATED_CONFIGS, tiny_gated_delta_net
 from .selective_models import (
     VOCABULARY,
     tiny_bamba,
@@ -141,6 +143,11 @@ CASES = [
             ("granite_moe_hybrid", tiny_granite_moe_hybrid, SELECTION),
             ("nemotron_h", tiny_nemotron_h, SELECTION),
         ]
+    ),
+    *(
+        Case(family, family, functools.partial(tiny_gated_delta_net, family), token_batch, reductors=SELECTION,
+             is_trained_everywhere=False)
+        for family in GATED_CONFIGS
     ),
 ]  # fmt: skip
 

@@ -8,11 +8,13 @@ from transformers import (
     KimiLinearConfig,
     OlmoHybridConfig,
     PreTrainedModel,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
+    Qwen4ExpTextConfig,
 )
 
-VOCABULARY, KEY_HEADS, HEADS, KEY_DIM, VALUE_DIM = 20, 2, 4, 8, 6
+VOCABULARY, KEY_HEADS, HEADS, KEY_DIM, VALUE_DIM = 24, 2, 4, 8, 6
 
 _COMMON = {
     "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 3, "intermediate_size": 24,
@@ -46,6 +48,36 @@ def tiny_delta_rule_model(name: str, seed: int = 0) -> PreTrainedModel:
         if hasattr(module, "A_log"):
             # Decays that leave something to remember.
             module.A_log.data.uniform_(-4, -1)
+    return model
+
+
+_EXPERTS = {
+    "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+}  # fmt: skip
+_INDEXED = {
+    **_GATED, "indexer_n_heads": 2,
+    "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2,
+}  # fmt: skip
+GATED_CONFIGS = {
+    "qwen3_next": lambda **settings: Qwen3NextConfig(
+        **{**_GATED, **_EXPERTS, "mlp_only_layers": [0], "tie_word_embeddings": True, **settings}
+    ),
+    "qwen3_5": lambda **settings: Qwen3_5TextConfig(**{**_GATED, **settings}),
+    "qwen3_5_moe": lambda **settings: Qwen3_5MoeTextConfig(**{**_GATED, **_EXPERTS, **settings}),
+    "qwen4_exp": lambda **settings: Qwen4ExpTextConfig(
+        **{**_INDEXED, **_EXPERTS, "hc_count": 2, "hc_lowrank": 4, **settings}
+    ),
+    "olmo_hybrid": lambda **settings: OlmoHybridConfig(**{**_GATED, "linear_allow_neg_eigval": True, **settings}),
+}
+
+
+def tiny_gated_delta_net(name: str, state_size: int = KEY_DIM, seed: int = 0, **settings) -> PreTrainedModel:
+    """A model of gated DeltaNet with weights large enough that its layers do something, by its family."""
+    torch.manual_seed(seed)
+    config = GATED_CONFIGS[name](**{"linear_key_head_dim": state_size, "initializer_range": 0.2, **settings})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for layer in delta_layers(model):
+        layer.A_log.data.uniform_(-4, -1)
     return model
 
 

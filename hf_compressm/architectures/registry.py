@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import ConfigurationError, UnsupportedModelError
 from .changes import AttributeChange
 from .contract import StateSpaceLayer
+from .unsupported import reasons
 
 _FAMILIES: dict[str, type[StateSpaceLayer]] = {}
 
@@ -104,7 +105,8 @@ def _nothing_found(model: nn.Module) -> str:
     found = Counter(type(module).__name__ for module in model.modules())
     listed = ", ".join(f"{name} x{count}" if count > 1 else name for name, count in found.most_common(12))
     more = f" and {len(found) - 12} other kinds" if len(found) > 12 else ""
+    why = "".join(f" {name}: {reason}." for name, reason in reasons(model).items())
     return (
         f"{type(model).__name__} has no layer whose state can be cut. Supported families: "
-        f"{', '.join(sorted(_FAMILIES)) or 'none'}. Found: {listed}{more}."
+        f"{', '.join(sorted(_FAMILIES)) or 'none'}. Found: {listed}{more}.{why}"
     )

@@ -9,10 +9,17 @@ from torch import nn
 
 from .contract import StateSpaceLayer
 
-# What layers with a state call the tensor that makes it decay: gated delta rules and other state-space models, gated
-# linear recurrences, RWKV, lightning attention; and the module by which an mLSTM makes its input gate.
-_DECAY_TENSORS = ("A_log", "recurrent_param", "time_decay", "slope_rate")
-_GATE_MODULES = ("igate_preact",)
+# What layers with a state call the tensor that makes it decay, or the module by which an mLSTM makes its gate; and
+# why no family cuts them, or None where nothing stands in the way but that there is no family yet.
+_ONE_NUMBER = "its state is one number a channel, so it has no state size to cut"
+_BY_TENSOR = {"A_log": None, "recurrent_param": _ONE_NUMBER, "time_decay": _ONE_NUMBER, "slope_rate": None}
+_BY_CHILD = {"igate_preact": None}
+# Those that are known by the end of their class's name.
+_BY_CLASS = {
+    "DeltaAttention": "its classes have one size for keys and values, so a stock class cannot hold smaller keys "
+    "(stock=True), and no family combines them yet",
+    "ShortConv": "it keeps the last inputs of a convolution and has no state to cut",
+}
 
 
 def unsupported_recurrent_layers(model: nn.Module, layers: Iterable[StateSpaceLayer]) -> dict[str, str]:
@@ -25,12 +32,24 @@ def unsupported_recurrent_layers(model: nn.Module, layers: Iterable[StateSpaceLa
         model (`torch.nn.Module`): The model.
         layers (`Iterable[StateSpaceLayer]`): Its supported layers, from [`~architectures.find_layers`].
     """
-    supported = tuple(f"{layer.name}." for layer in layers)
-    return {
-        name: type(module).__name__
-        for name, module in model.named_modules()
-        if _is_recurrent(module) and not f"{name}.".startswith(supported)
-    }
+    known, found = [f"{layer.name}." for layer in layers], {}
+    for name, module in model.named_modules():
+        # A part of a layer, such as the gate that makes its decay, is no other layer.
+        if _is_recurrent(module) and not f"{name}.".startswith(tuple(known)):
+            found[name] = type(module).__name__
+            known.append(f"{name}.")
+    return found
+
+
+def reasons(model: nn.Module) -> dict[str, str]:
+    """
+    Why layers of some classes in a model are not cut, by the name of the class; of those that have a reason.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+    """
+    found = {type(module).__name__: _reason(module) for module in model.modules() if _is_recurrent(module)}
+    return {name: reason for name, reason in found.items() if reason is not None}
 
 
 def unsupported_note(model: nn.Module, layers: Iterable[StateSpaceLayer]) -> str | None:
@@ -45,16 +64,28 @@ def unsupported_note(model: nn.Module, layers: Iterable[StateSpaceLayer]) -> str
     if not found:
         return None
     classes = ", ".join(f"{name} x{count}" for name, count in Counter(found.values()).items())
-    return f"{len(found)} recurrent layers of kinds that no family supports keep their state ({classes}): " + ", ".join(
-        found
+    why = [f"{name}: {reason}" for name, reason in reasons(model).items() if name in found.values()]
+    told = f" ({'; '.join(why)})" if why else ""
+    return (
+        f"{len(found)} recurrent layers of kinds that no family supports keep their state ({classes}): "
+        f"{', '.join(found)}{told}"
     )
 
 
 def _is_recurrent(module: nn.Module) -> bool:
+    return isinstance(module, nn.RNNBase) or bool(_signs(module))
+
+
+def _reason(module: nn.Module) -> str | None:
+    return next((reason for reason in _signs(module) if reason is not None), None)
+
+
+def _signs(module: nn.Module) -> list[str | None]:
+    """What each sign that a module is recurrent says of why it is not cut."""
     tensors = {name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
     children = {name for name, _ in module.named_children()}
-    return (
-        isinstance(module, nn.RNNBase)
-        or any(name in tensors for name in _DECAY_TENSORS)
-        or any(name in children for name in _GATE_MODULES)
-    )
+    return [
+        *(reason for end, reason in _BY_CLASS.items() if type(module).__name__.endswith(end)),
+        *(reason for name, reason in _BY_TENSOR.items() if name in tensors),
+        *(reason for name, reason in _BY_CHILD.items() if name in children),
+    ]

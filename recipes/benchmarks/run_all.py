@@ -12,6 +12,7 @@ BENCHMARKS = (
     "step_time.py",
     "reduction_cost.py",
     "cut_accuracy.py",
+    "delta_rule_accuracy.py",
     "diagonal_scan.py",
     "channel_systems.py",
     "lti_reduction.py",

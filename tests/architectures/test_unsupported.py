@@ -7,12 +7,13 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import Qwen3NextConfig
-from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_compressm import CompreSSMConfig, compress
 from hf_compressm.architectures import find_layers, unsupported_note, unsupported_recurrent_layers
+from hf_compressm.errors import UnsupportedModelError
 from tests.cases import CASES, case_id, tiny_mamba2, token_batch
+from tests.delta_rule_models import delta_layers, tiny_delta_rule_model
 
 
 class Mixture(nn.Module):
@@ -21,8 +22,7 @@ class Mixture(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = tiny_mamba2()
-        sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
-        self.delta = Qwen3NextGatedDeltaNet(Qwen3NextConfig(hidden_size=16, **sizes), layer_idx=0)
+        [self.delta, _] = delta_layers(tiny_delta_rule_model("kimi_linear"))
         self.memory = nn.GRU(4, 4)
 
     def forward(self, **batch: torch.Tensor):
@@ -34,7 +34,7 @@ def test_other_recurrences_are_found() -> None:
     layers = find_layers(model)
     assert [layer.name for layer in layers] == ["body.backbone.layers.0.mixer", "body.backbone.layers.1.mixer"]
     found = unsupported_recurrent_layers(model, layers)
-    assert found == {"delta": "Qwen3NextGatedDeltaNet", "memory": "GRU"}
+    assert found == {"delta": "KimiLinearDeltaAttention", "memory": "GRU"}
     assert "2 recurrent layers" in unsupported_note(model, layers) and "memory" in unsupported_note(model, layers)
 
 
@@ -49,5 +49,30 @@ def test_compress_warns_and_leaves_them_alone(caplog) -> None:
     before = {name: value.clone() for name, value in model.delta.state_dict().items()}
     with caplog.at_level(logging.WARNING, logger="hf_compressm"):
         record = compress(model, [token_batch()], CompreSSMConfig(strategy="fixed"))
-    assert record.outcome == "cut" and "Qwen3NextGatedDeltaNet x1, GRU x1" in caplog.text
+    assert record.outcome == "cut" and "KimiLinearDeltaAttention x1, GRU x1" in caplog.text
     assert all(torch.equal(before[name], value) for name, value in model.delta.state_dict().items())
+
+
+REASONS = [
+    ("recurrent_gemma", {"lru_width": 16, "attention_window_size": 8, "block_types": ["recurrent", "attention"]},
+     "RecurrentGemmaRglru", "one number a channel"),
+    ("rwkv", {"attention_hidden_size": 16, "context_length": 32}, "RwkvSelfAttention", "one number a channel"),
+    ("lfm2", {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}, "Lfm2ShortConv", "last inputs of a"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type, settings, name, reason", REASONS, ids=[row[0] for row in REASONS])
+def test_layers_without_a_state_size_say_why(model_type: str, settings: dict, name: str, reason: str) -> None:
+    common = {
+        "vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **common, **settings))
+    assert set(unsupported_recurrent_layers(model, []).values()) == {name}
+    with pytest.raises(UnsupportedModelError, match=f"{name}: .*{reason}"):
+        find_layers(model)
+
+
+def test_kimi_delta_attention_is_refused_with_the_reason() -> None:
+    with pytest.raises(UnsupportedModelError, match="KimiLinearDeltaAttention: .*one size for keys and values"):
+        compress(tiny_delta_rule_model("kimi_linear"), [token_batch()], CompreSSMConfig(stock=True))

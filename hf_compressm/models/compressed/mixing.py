@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .mixed_delta_rule import MixedDeltaRule
 from .mixed_multi_head import MixedMultiHead
 from .mixed_scan import MixedScan
 from .stock_families import family_of, family_of_mixer
@@ -81,7 +82,8 @@ def _mixin(name: str) -> type | None:
         return MixedNorm
     if row.has_fused_training:
         return UnfusedTraining
-    return {"multi_head": MixedMultiHead, "scan": MixedScan}.get(row.kind)
+    kinds = {"delta_rule": MixedDeltaRule, "multi_head": MixedMultiHead, "scan": MixedScan}
+    return kinds.get(row.kind)
 
 
 def mixing_sites(mixer: nn.Module) -> list[tuple[nn.Module, str]]:

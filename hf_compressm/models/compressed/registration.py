@@ -66,6 +66,6 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
     """
     row = family_of(config_class.__name__.removeprefix(PREFIX))
     for end, auto_class in AUTO_CLASSES.items():
-        stock = row.class_named(row.stem + end)
+        stock = row.model_class(end)
         if stock is not None:
             getattr(transformers, auto_class).register(config_class, compressed_model_class(stock), exist_ok=True)

@@ -38,14 +38,16 @@ class StockFamily(NamedTuple):
         config_size_name (`str`): The configuration's name for the state size.
         kind (`str`): How a layer gets a smaller state. `"folded"`: B and C are linear in the input, the weights hold
             it. `"normed"`: the norms of B and C combine states. `"multi_head"`: the forward pass of Mamba-2 does.
-            `"scan"`: the arguments of the calls in `scans` are combined, whatever the forward pass is.
+            `"scan"`: the arguments of the calls in `scans` are combined, whatever the forward pass is. `"delta_rule"`:
+            so are those of gated DeltaNet, behind the norm of keys and queries.
         norm (`str`, *optional*): Name of the class of the norms of B and C.
         has_fused_training (`bool`, *optional*, defaults to `False`): Whether the mixer trains through one kernel for
             all of its steps, which knows no mixing.
         size_name (`str`, *optional*, defaults to `"ssm_state_size"`): The mixer's name for the state size.
         groups_name (`str`, *optional*): The mixer's name for the number of groups of heads, each with its own B and C;
             without one there is one B and one C.
-        scans (`tuple[ScanCall, ...]`, *optional*): How a mixer of the kind `"scan"` calls its recurrence.
+        scans (`tuple[ScanCall, ...]`, *optional*): How a mixer of the kind `"scan"` or `"delta_rule"` calls its
+            recurrence.
     """
 
     mixer: str
@@ -66,8 +68,19 @@ class StockFamily(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """What the names of the family's configuration and models begin with."""
-        return self.config.removesuffix("Config")
+        """What the names of the family's models begin with; a text model's configuration may say so after it."""
+        return self.config.removesuffix("Config").removesuffix("Text")
+
+    def model_class(self, end: str) -> Any:
+        """
+        The family's model class for a purpose; None where it has none.
+
+        Args:
+            end (`str`): What the class's name ends with, such as `"ForCausalLM"`. A class of the name that is built
+                with another configuration, as a model that also sees is, does not count.
+        """
+        found = (self.class_named(stem + end) for stem in (self.stem, self.config.removesuffix("Config")))
+        return next((cls for cls in found if cls is not None and cls.config_class.__name__ == self.config), None)
 
     def class_named(self, name: str) -> Any:
         """One of the family's classes by its name; None where it has none of that name."""
@@ -80,6 +93,20 @@ class StockFamily(NamedTuple):
 
 def _multi_head(mixer: str, module: str, config: str, config_size_name: str) -> StockFamily:
     return StockFamily(mixer, module, config, config_size_name, "multi_head", groups_name="n_groups")
+
+
+def _gated_delta_net(mixer: str, module: str, config: str) -> StockFamily:
+    calls = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+    return StockFamily(
+        mixer,
+        module,
+        config,
+        "linear_key_head_dim",
+        "delta_rule",
+        size_name="head_k_dim",
+        groups_name="num_k_heads",
+        scans=tuple(ScanCall(name, write="key", read="query") for name in calls),
+    )
 
 
 # By the names that `hf_compressm.architectures.families` gives them.
@@ -102,6 +129,11 @@ STOCK_FAMILIES = {
     "mamba2": _multi_head("Mamba2Mixer", "mamba2", "Mamba2Config", "state_size"),
     "mamba": StockFamily("MambaMixer", "mamba", "MambaConfig", "state_size", "folded"),
     "nemotron_h": _multi_head("NemotronHMamba2Mixer", "nemotron_h", "NemotronHConfig", "ssm_state_size"),
+    "olmo_hybrid": _gated_delta_net("OlmoHybridGatedDeltaNet", "olmo_hybrid", "OlmoHybridConfig"),
+    "qwen3_5": _gated_delta_net("Qwen3_5GatedDeltaNet", "qwen3_5", "Qwen3_5TextConfig"),
+    "qwen3_5_moe": _gated_delta_net("Qwen3_5MoeGatedDeltaNet", "qwen3_5_moe", "Qwen3_5MoeTextConfig"),
+    "qwen3_next": _gated_delta_net("Qwen3NextGatedDeltaNet", "qwen3_next", "Qwen3NextConfig"),
+    "qwen4_exp": _gated_delta_net("Qwen4ExpTextGatedDeltaNet", "qwen4_exp", "Qwen4ExpTextConfig"),
     "zamba2": _multi_head("Zamba2MambaMixer", "zamba2", "Zamba2Config", "mamba_d_state"),
     "zamba": StockFamily("ZambaMambaMixer", "zamba", "ZambaConfig", "mamba_d_state", "folded"),
 }

@@ -18,9 +18,11 @@ from hf_compressm.compression import Compressor, Snapshot
 from hf_compressm.errors import UnsupportedModelError
 from tests import selective_models
 from tests.cases import logits_of, token_batch
+from tests.delta_rule_models import GATED_CONFIGS, tiny_gated_delta_net
 
 FAMILIES = [
     "mamba2", "zamba2", "bamba", "falcon_h1", "granite_moe_hybrid", "nemotron_h", "falcon_mamba", "jamba",
+    *GATED_CONFIGS,
 ]  # fmt: skip
 HALF = CompreSSMConfig(strategy="fixed", keep_ratio=0.5)
 TAKEN_BACK = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, rollback_tolerance=0.0)
@@ -29,7 +31,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 def trained(family: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A model after a step of AdamW, in the Trainer's two groups."""
-    model = getattr(selective_models, f"tiny_{family}")()
+    model = tiny_gated_delta_net(family) if family in GATED_CONFIGS else getattr(selective_models, f"tiny_{family}")()
     optimizer = torch.optim.AdamW(trainer_groups(model), lr=1e-2)
     train(model, optimizer)
     return model, optimizer
