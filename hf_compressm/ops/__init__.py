@@ -1,6 +1,7 @@
 """Fast recurrences, each with its slow reference beside it."""
 
 from ._derivatives import is_transformed
+from ._validation import double_device
 from .delta_rule import delta_rule, delta_rule_reference
 from .delta_rule_gramians import delta_rule_adjoint_gramian, delta_rule_state_gramian
 from .diagonal_convolution import channel_systems, channel_systems_reference, convolution_kernel
@@ -30,6 +31,7 @@ __all__ = [
     "diagonal_scan",
     "diagonal_scan_reference",
     "diagonal_state_gramian",
+    "double_device",
     "is_transformed",
     "multi_head_adjoint_gramian",
     "multi_head_scan",

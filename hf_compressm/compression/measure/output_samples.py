@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...architectures import ChannelScans, ScanInputs
-from ...ops import sample_times, sampled_states
+from ...ops import double_device, sample_times, sampled_states
 from ...systems import OutputSamples
 
 # What is kept of one part of a layer: 32 MB of states in single precision.
@@ -39,8 +39,8 @@ def sample_outputs(
         weight (`float`, *optional*, defaults to 1.0): A factor of all weights.
 
     Returns:
-        [`~systems.OutputSamples`] or `None`: On the CPU, with the layer's groups first where it has groups; None for a
-        recurrence whose state is no vector a channel.
+        [`~systems.OutputSamples`] or `None`: On the scan's device (the CPU for one without float64), with the layer's
+            groups first where it has groups; None for a recurrence whose state is no vector a channel.
     """
     count = min(_CHANNELS, inputs.channel_count)
     if inputs.channel_scans(torch.arange(count, device=inputs.u.device), grad_output) is None:
@@ -77,8 +77,9 @@ def _samples_of(scan: ChannelScans, times: Tensor, chosen: Tensor, held_out: Ten
     states = sampled_states(u, delta, scan.A, B, times)
     rows = torch.arange(len(chosen))[:, None].to(here.device), times.to(here.device)
     weights = weight * output[rows].float().square()
-    parts = (part.flatten(0, 1).float().cpu() for part in (C[rows], states, weights))
-    return OutputSamples(*parts, held_out[chosen].flatten())
+    device = double_device(here.device)
+    parts = (part.flatten(0, 1).float().to(device) for part in (C[rows], states, weights))
+    return OutputSamples(*parts, held_out[chosen].flatten().to(device))
 
 
 def _merged(samples: Sequence[OutputSamples], merge: Callable[[list[Tensor]], Tensor]) -> OutputSamples:
@@ -107,7 +108,7 @@ def joined(
 
 
 def _drawn(samples: OutputSamples, axis: int, count: int, generator: torch.Generator) -> OutputSamples:
-    steps = torch.randperm(samples.readout.shape[axis], generator=generator)[:count]
+    steps = torch.randperm(samples.readout.shape[axis], generator=generator)[:count].to(samples.readout.device)
     return _merged([samples], lambda tensors: tensors[0].index_select(axis, steps))
 
 

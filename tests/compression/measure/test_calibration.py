@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from hf_compressm import CompreSSMConfig, analyze, fast_cpu_scan
 from hf_compressm.architectures import find_layers
+from hf_compressm.architectures.families.gated_delta_net import GatedDeltaNetLayer
 from hf_compressm.compression import calibrate, evaluate_loss
 from hf_compressm.compression.measure.model_pass import loss_terms
 from hf_compressm.errors import CalibrationError
@@ -308,3 +310,34 @@ def test_gradients_that_the_loss_itself_takes_are_no_adjoint_states(create_graph
     found = calibrate(model, layers, [batch], loss_function=penalised).gramians
     for layer in layers:
         torch.testing.assert_close(found[layer.name].Q, expected[layer.name].Q, rtol=1e-5, atol=1e-12)
+
+
+def output_error(truncation, samples) -> float:
+    """What a truncation does to the sampled outputs, weighted."""
+    T, W = truncation.T.float(), truncation.W.float()
+    read = samples.readout.unsqueeze(-2)
+    left = (read * samples.states).sum(-1) - ((read @ T) * (samples.states @ W)).sum(-1)
+    return float((samples.weights * left.square()).sum())
+
+
+@pytest.mark.parametrize("case", SELECTIVE_CASES, ids=case_id)
+@pytest.mark.parametrize("gramians", ["loss_gradient", "white_noise"])
+def test_a_readout_is_fitted_to_the_outputs(case, gramians: str) -> None:
+    model = case.build()
+    layers = find_layers(model)
+    batches = [case.batch(batch=8, seed=seed) for seed in range(2)]
+    without = calibrate(model, layers, batches, gramians=gramians).gramians
+    found = calibrate(model, layers, batches, gramians=gramians, fit_readout=True).gramians
+    config = CompreSSMConfig()
+    for layer in layers:
+        known, size = found[layer.name], layer.state_size // 2
+        assert without[layer.name].samples is None
+        rebuilding, reductor = replace(known, samples=None), layer.default_reductor(stock=False)
+        fitted, rebuilt = (each.truncate(size, reductor, config) for each in (known, rebuilding))
+        if known.samples is None:
+            assert isinstance(layer, GatedDeltaNetLayer)
+            continue
+        assert torch.equal(fitted.W, rebuilt.W)
+        assert output_error(fitted, known.samples) < output_error(rebuilt, known.samples)
+        chosen = known.truncate(size, "selection", config)
+        assert torch.equal(chosen.T, rebuilding.truncate(size, "selection", config).T)
