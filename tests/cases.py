@@ -153,6 +153,8 @@ CASES = [
 
 PRETRAINED_CASES = [case for case in CASES if case.is_pretrained_model]
 SELECTIVE_CASES = [case for case in CASES if case.reductors != TIME_INVARIANT]
+# The delta rule has no means over time that make it a time-invariant system.
+AVERAGED_CASES = [case for case in SELECTIVE_CASES if case.family not in GATED_CONFIGS]
 TRAINED_CASES = [case for case in CASES if case.is_trained_everywhere]
 
 

@@ -125,7 +125,7 @@ def sampled_states(delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, times: Te
     """
     The states that [`sampled_outer_products`] sums, `(batch, K, channels, N)`, from a zero state on.
 
-    The arguments are the same.
+    The arguments `delta`, `drive`, `A`, `B` and `times` are the same.
     """
     states = delta.new_empty(delta.shape[0], times.shape[1], *A.shape)
     A_blocks = channels_to_blocks(A * LOG2_E)

@@ -50,7 +50,11 @@ def sampled_outer_products(
 
 
 def sampled_states(delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, times: Tensor) -> Tensor:
-    """The states of [`_gramians_cpu.sampled_states`], and the memory of the sums besides."""
+    """
+    The states of [`_gramians_cpu.sampled_states`], in the memory of the sums and of the result.
+
+    The arguments `delta`, `drive`, `A`, `B` and `times` are the same.
+    """
     states = delta.new_empty(*times.shape, *A.shape)
     times = times.to(delta.device)
     for sequences, group in _pieces(*delta.shape[::2], A.shape[1]):

@@ -102,9 +102,7 @@ def calibrate(
         for batch in tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=disable):
             losses.append(one_batch(move_to_device(batch, device)))
     _require_batches(layers, systems, losses)
-    left_out = frozenset(number for number, loss in enumerate(losses) if loss is not None and math.isnan(loss[0]))
-    if left_out:
-        _leave_out(left_out, len(losses))
+    left_out = _left_out(losses)
     missing = {**{name: observer.unreached() for name, observer in observers.items()}, **dict.fromkeys(idle, "run")}
     unreached = reached_everywhere([layer.name for layer in layers], missing if losses else {}, total)
     results = {
@@ -204,8 +202,12 @@ class _BatchPass:
             observer.loss_terms = None
 
 
-def _leave_out(left_out: frozenset[int], count: int) -> None:
-    if len(left_out) == count:
+def _left_out(losses: Sequence[tuple[float, int] | None]) -> frozenset[int]:
+    """The places of batches whose loss is NaN, which may be some, but not all."""
+    left_out = frozenset(number for number, loss in enumerate(losses) if loss is not None and math.isnan(loss[0]))
+    if not left_out:
+        return left_out
+    if len(left_out) == len(losses):
         raise CalibrationError(
             "the calibration loss is nan; a cut cannot be judged on it. Check the data (are all labels -100?) and the "
             "learning rate."
@@ -213,8 +215,9 @@ def _leave_out(left_out: frozenset[int], count: int) -> None:
     logger.warning(
         "%d of %d calibration batches are left out, as their loss is NaN (all their labels may be -100).",
         len(left_out),
-        count,
+        len(losses),
     )
+    return left_out
 
 
 def _number(loss: Any) -> float:

@@ -10,13 +10,22 @@ import torch
 from torch import nn
 
 from hf_compressm import CompreSSMConfig, analyze, fast_cpu_scan
-from hf_compressm.architectures import find_layers
+from hf_compressm.architectures import DeltaRuleInputs, SelectiveScanInputs, find_layers
 from hf_compressm.architectures.families.gated_delta_net import GatedDeltaNetLayer
 from hf_compressm.compression import calibrate, evaluate_loss
 from hf_compressm.compression.measure.model_pass import loss_terms
+from hf_compressm.compression.measure.observers import LOSS_SCALE, LossGradientObserver
 from hf_compressm.errors import CalibrationError
+from hf_compressm.ops import selective_scan_reference
 from hf_compressm.systems import DiagonalLTI
-from tests.cases import SELECTIVE_CASES, case_id, real_valued_batch, real_valued_model, tiny_mamba, token_batch
+from tests.cases import (
+    SELECTIVE_CASES,
+    case_id,
+    real_valued_batch,
+    real_valued_model,
+    tiny_mamba,
+    token_batch,
+)
 
 GRAMIANS = ["loss_gradient", "white_noise", "averaged"]
 
@@ -65,6 +74,8 @@ def loop_gramians(model: nn.Module, batch: dict) -> dict[str, tuple[torch.Tensor
 
 def _loop(inputs, output):
     """P, Q, readout energies and R of each group, (groups, N, N) and (groups, N), of one scan."""
+    if isinstance(inputs, DeltaRuleInputs):
+        return _of_groups(*_delta_rule_loop(inputs, output.grad.double()), inputs.B.shape[2])
     u, delta, A, B, C = (getattr(inputs, name).detach().double() for name in ("u", "delta", "A", "B", "C"))
     grad, n_states = output.grad.double(), B.shape[-1]
     # All as the scan of one head a channel, with a group's B and C for each.
@@ -84,9 +95,30 @@ def _loop(inputs, output):
         g = grad[:, t, ..., None] * C[:, t] + g
         adjoints.append(g)
         g = g * decay[:, t]
+    return _of_groups(states, adjoints, C, groups)
 
+
+def _delta_rule_loop(inputs, grad):
+    """States and adjoint states of every step, lists of (batch, heads, head_dim, N), and C for every head."""
+    v, g, beta = (tensor.detach().double() for tensor in (inputs.u, inputs.log_decay, inputs.beta))
+    k, q = (M.detach().double().repeat_interleave(v.shape[2] // M.shape[2], dim=2) for M in (inputs.B, inputs.C))
+    identity = torch.eye(k.shape[-1], dtype=torch.float64)
+    moves = g.exp()[..., None, None] * (identity - beta[..., None, None] * k[..., :, None] * k[..., None, :])
+    h, states = v.new_zeros(*v[:, 0].shape, k.shape[-1]), []
+    for t in range(v.shape[1]):
+        h = h @ moves[:, t].mT + (beta[:, t, :, None] * v[:, t])[..., None] * k[:, t, :, None]
+        states.append(h)
+    adjoint, adjoints = torch.zeros_like(h), []
+    for t in reversed(range(v.shape[1])):
+        adjoint = grad[:, t, ..., None] * q[:, t, :, None] + adjoint
+        adjoints.append(adjoint)
+        adjoint = adjoint @ moves[:, t]
+    return states, adjoints, q[..., None, :]
+
+
+def _of_groups(states, adjoints, C, groups):
     def of_groups(rows):
-        return [part.reshape(-1, n_states) for part in torch.stack(rows, 1).chunk(groups, dim=2)]
+        return [part.reshape(-1, C.shape[-1]) for part in torch.stack(rows, 1).chunk(groups, dim=2)]
 
     H, G, read = of_groups(states), of_groups(adjoints), of_groups([h * C[:, t] for t, h in enumerate(states)])
     readouts = of_groups(list(C.expand_as(torch.stack(states, 1)).unbind(1)))
@@ -96,7 +128,11 @@ def _loop(inputs, output):
 
 @pytest.mark.parametrize("case", SELECTIVE_CASES, ids=case_id)
 @pytest.mark.parametrize("fast", [True, False])
-def test_loss_gradient_gramians_equal_those_of_a_loop(case, fast: bool) -> None:
+def test_loss_gradient_gramians_equal_those_of_a_loop(case, fast: bool, monkeypatch) -> None:
+    def every_step(inputs: DeltaRuleInputs, generator: torch.Generator) -> torch.Tensor:
+        return torch.arange(inputs.u.shape[1]).repeat(inputs.u.shape[0], 1)
+
+    monkeypatch.setattr(DeltaRuleInputs, "sample_times", every_step)
     model, batch = case.build(), case.batch()
     if case.is_pretrained_model:
         model.config.use_cache = False
@@ -104,7 +140,7 @@ def test_loss_gradient_gramians_equal_those_of_a_loop(case, fast: bool) -> None:
     with fast_cpu_scan(fast):
         found = calibrate(model, find_layers(model), [batch]).gramians
     for name, (P, Q, energy, R) in expected.items():
-        # N = 8 is small enough that every step is sampled.
+        # N = 8 is small enough that every step is sampled (of a delta rule because it was told to).
         torch.testing.assert_close(found[name].P, P, rtol=1e-4, atol=1e-6 * float(P.max()))
         torch.testing.assert_close(found[name].Q, Q, rtol=1e-3, atol=1e-5 * float(Q.max()))
         torch.testing.assert_close(found[name].readout_energy, energy, rtol=1e-4, atol=1e-6 * float(energy.max()))
@@ -314,7 +350,8 @@ def test_gradients_that_the_loss_itself_takes_are_no_adjoint_states(create_graph
 
 def output_error(truncation, samples) -> float:
     """What a truncation does to the sampled outputs, weighted."""
-    T, W = truncation.T.float(), truncation.W.float()
+    # A group's matrix for each of its steps.
+    T, W = (M.float().unsqueeze(-3) for M in (truncation.T, truncation.W))
     read = samples.readout.unsqueeze(-2)
     left = (read * samples.states).sum(-1) - ((read @ T) * (samples.states @ W)).sum(-1)
     return float((samples.weights * left.square()).sum())
@@ -338,6 +375,30 @@ def test_a_readout_is_fitted_to_the_outputs(case, gramians: str) -> None:
             assert isinstance(layer, GatedDeltaNetLayer)
             continue
         assert torch.equal(fitted.W, rebuilt.W)
-        assert output_error(fitted, known.samples) < output_error(rebuilt, known.samples)
+        # Where held-out steps gain nothing by a fit, the truncation stays as it is.
+        assert output_error(fitted, known.samples) <= output_error(rebuilt, known.samples) * (1 + 1e-5)
         chosen = known.truncate(size, "selection", config)
         assert torch.equal(chosen.T, rebuilding.truncate(size, "selection", config).T)
+
+
+def test_a_fit_pays_where_readout_and_state_depend_on_each_other() -> None:
+    """In half of the sequences a state is the other one's copy, and only there it is read."""
+    generator = torch.Generator().manual_seed(0)
+    u, B = torch.randn(64, 30, 1, generator=generator), torch.randn(64, 30, 2, generator=generator)
+    C = torch.ones(64, 30, 2)
+    B[..., 0] = 1
+    B[:32, :, 1], C[32:, :, 1] = 1, 0
+    delta, A = torch.full_like(u, 0.5), -torch.ones(1, 2)
+    trigger = torch.zeros((), requires_grad=True)
+    observer = LossGradientObserver(torch.Generator().manual_seed(0), trigger, samples_outputs=True)
+    output = observer.observe(
+        SelectiveScanInputs(u, delta, A, B, C), selective_scan_reference(u, delta, A, B, C)[0].requires_grad_()
+    )
+    observer.loss_terms = 1
+    torch.autograd.grad(LOSS_SCALE * output.sum(), trigger)
+    known = observer.result("layer", lambda tensor: tensor)
+    fitted, rebuilt = (
+        each.truncate(1, "interpolative", CompreSSMConfig()) for each in (known, replace(known, samples=None))
+    )
+    assert fitted.indices.tolist() == [0]
+    assert output_error(fitted, known.samples) < 1e-3 * output_error(rebuilt, known.samples)
