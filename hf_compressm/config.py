@@ -139,8 +139,8 @@ class CompreSSMConfig:
             `"closed_form"`.
         fit_readout (`bool`, *optional*, defaults to `True`):
             Fit what reads the kept states of a selective layer to the layer's outputs on the calibration batches, with
-            errors weighted by the loss's gradient; else it rebuilds each dropped state. Without effect on `"selection"`
-            and on `gramians="averaged"`.
+            errors weighted by the loss's gradient; else it rebuilds each dropped state. Several processes take the fit
+            of the first one. Without effect on `"selection"`, on `gramians="averaged"` and on the delta rule.
         compare_truncations (`bool`, *optional*, defaults to `False`):
             Make several truncations of the size that was found, measure the loss of each on batches that it was not
             made with, and keep the best.

@@ -13,12 +13,14 @@ from transformers.trainer_callback import ExportableState
 from ..architectures import StateSpaceLayer, find_layers, take_forms
 from ..compression import CheckRecord
 from ..errors import ConfigurationError
+from .saved_names import take_names_of_model
 from .shards import shapes_of_whole_checkpoint
 
 if TYPE_CHECKING:
     from .callback import CompreSSMCallback
 
 _FOLLOWS = "_hf_compressm_follows_checkpoints"
+_READS = "_hf_compressm_reads_saved_names"
 
 
 def follow_checkpoints(model: nn.Module) -> None:
@@ -26,7 +28,8 @@ def follow_checkpoints(model: nn.Module) -> None:
     Let every supported layer take the state size of whatever state dict is loaded into the model from now on.
 
     The Trainer loads a checkpoint's weights into the model that the user built, before any optimizer or wrapper exists;
-    the same happens when it goes back to the best checkpoint at the end. Calling this again changes nothing.
+    the same happens when it goes back to the best checkpoint at the end. A checkpoint that names tensors otherwise than
+    the model is read as `from_pretrained` reads it. Calling this again changes nothing.
 
     Args:
         model (`torch.nn.Module`): A model with supported layers.
@@ -35,10 +38,24 @@ def follow_checkpoints(model: nn.Module) -> None:
         [`~errors.UnsupportedModelError`]: the model has no layer that can be cut.
     """
     layers = find_layers(model)
+    if not getattr(model, _READS, False):
+        model.register_load_state_dict_pre_hook(partial(_read_saved_names, layers))
+        setattr(model, _READS, True)
     for layer in layers:
         if not getattr(layer.module, _FOLLOWS, False):
             layer.module.register_load_state_dict_pre_hook(partial(_take_saved_form, model, layer, layers))
             setattr(layer.module, _FOLLOWS, True)
+
+
+def _read_saved_names(
+    layers: list[StateSpaceLayer], model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    # Inside another model this one's tensors have the other's names.
+    if prefix:
+        return
+    for layer in layers:
+        _take_saved_form(model, layer, layers, layer.module, state_dict, f"{layer.name}." if layer.name else "")
+    take_names_of_model(model, state_dict)
 
 
 def _take_saved_form(

@@ -59,7 +59,10 @@ def trainer_factory(
         model = build()
         args = make_arguments()
         settings = {"strategy": "fixed", "keep_ratio": 0.5, "window": (3, 6), "interval": 3, **(config or {})}
-        callback = CompreSSMCallback(CompreSSMConfig(**settings), calibration_batches=[calibration_batch()])
+        # Readouts are fitted to what the first process has seen, which a run in one process sees with the rest.
+        callback = CompreSSMCallback(
+            CompreSSMConfig(**{"fit_readout": False, **settings}), calibration_batches=[calibration_batch()]
+        )
         return Trainer(model=model, args=args, train_dataset=dataset(), callbacks=[callback])
 
     return make_trainer

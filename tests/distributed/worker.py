@@ -100,7 +100,10 @@ def train(
         logging_steps=1, train_sampling_strategy="sequential", **{"save_strategy": "no", **settings},
     )  # fmt: skip
     config = {"strategy": "fixed", "keep_ratio": 0.5, "window": (3, 6), "interval": 3, **(config or {})}
-    callback = CompreSSMCallback(CompreSSMConfig(**config), calibration_batches=[*filter(None, [calibration_batch()])])
+    # Readouts are fitted to what the first process has seen, which a run in one process sees with the rest.
+    callback = CompreSSMCallback(
+        CompreSSMConfig(**{"fit_readout": False, **config}), calibration_batches=[*filter(None, [calibration_batch()])]
+    )
     model = build()
     callbacks = [*first_callbacks, callback, *callbacks]
     evaluated = dataset().select(range(JOINT_BATCH)) if "eval_strategy" in settings else None
