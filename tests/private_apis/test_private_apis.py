@@ -71,7 +71,8 @@ def test_attributes_of_a_wrapper_and_arguments_of_the_trainer() -> None:
     assert Trainer.get_decay_parameter_names(None, nn.Linear(2, 2)) == ["weight"]
     assert "_loss_shifts_labels" in inspect.getsource(transformers.trainer)
     names = {"folder", "load_index", "loaded_keys", "shard_file", "shard_files"}
-    assert names <= set(load_sharded_checkpoint.__code__.co_varnames)
+    code = load_sharded_checkpoint.__code__
+    assert names <= {*code.co_varnames, *code.co_cellvars}
 
 
 def test_attributes_that_wrappers_leave_on_a_module() -> None:
