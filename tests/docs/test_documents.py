@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import MambaForCausalLM
 from typer.testing import CliRunner
 
@@ -16,7 +17,7 @@ from hf_compressm.cli.app import app
 from tests.cases import tiny_mamba, token_batch
 
 ROOT = Path(hf_compressm.__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -42,6 +43,16 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), f"{page.name} links to {target}"
         assert not anchor or anchor in anchors(file), f"{page.name} links to {target}, a heading that is not there"
+
+
+def test_the_example_of_a_family_is_the_one_that_is_tested() -> None:
+    tested = (ROOT / "tests" / "architectures" / "toy_family.py").read_text(encoding="utf-8")
+    assert blocks(ROOT / "docs" / "add_a_family.md", "python") == [tested]
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == hf_compressm.__version__
 
 
 def test_the_readme_is_short() -> None:
