@@ -15,9 +15,13 @@ from ...systems import OutputSamples
 # What is kept of one part of a layer: 32 MB of states in single precision.
 _NUMBERS = 2**23
 _STEPS = 2048
+# As long as there are so many.
+_FEWEST = 512
 _CHANNELS = 64
 # Every block of sequences shows other channels.
 _BLOCKS = 8
+# Of the batch's steps, so that a fit costs little beside the pass.
+_SHARE = 8
 # One step in four judges a fit.
 _HELD_OUT = 4
 
@@ -46,7 +50,7 @@ def sample_outputs(
     if inputs.channel_scans(torch.arange(count, device=inputs.u.device), grad_output) is None:
         return None
     batch, length = inputs.u.shape[:2]
-    most = _most_steps(inputs.B[0, 0].numel() * count)
+    most = min(_most_steps(inputs.B[0, 0].numel() * count), max(_FEWEST, batch * length // _SHARE))
     times = sample_times(batch, length, max(1, min(length, most // batch)), generator)
     held_out = _held_out(*times.shape, generator)
     # Sequences are many where one step of each is more than enough.

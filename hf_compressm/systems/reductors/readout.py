@@ -24,6 +24,7 @@ from ..truncation import Truncation
 # Shrinks the fourth moments of the sampled steps towards those of a readout that is independent of the state.
 _RIDGE = 1e-2
 _ITERATIONS = 100
+_CHUNK = 64
 # Iterations without a smaller error on the held-out steps after which no more is expected.
 _PATIENCE = 8
 # Of the first step of the iteration, in the squared norm that it reduces.
@@ -130,9 +131,9 @@ def fit_readout(truncation: Truncation, samples: OutputSamples, ridge: float = _
 
 def _fitted(T: torch.Tensor, W: torch.Tensor, samples: OutputSamples, ridge: float) -> torch.Tensor:
     """The fitted `T` of one system, of the dtype and on the device of the given one."""
-    states = samples.states.double()
-    basis = _free_directions(W.to(states), states)
-    problem = _LeastSquares.of(T.to(states), W.to(states), basis, samples)
+    double = {"dtype": torch.float64, "device": samples.states.device}
+    basis = _free_directions(W.to(**double), samples.states)
+    problem = _LeastSquares.of(T.to(**double), W.to(**double), basis, samples)
     held_out, last = samples.held_out, None
     if held_out.any():
         seen, unseen = problem.part(~held_out), problem.part(held_out)
@@ -144,7 +145,7 @@ def _fitted(T: torch.Tensor, W: torch.Tensor, samples: OutputSamples, ridge: flo
 
 def _free_directions(W: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """A basis of what may be added to a column of `T`, `(N, N - r)`: all `d` with `W^H d = 0`, in the states' units."""
-    deviation = states.square().mean((0, 1)).sqrt()
+    deviation = torch.linalg.vector_norm(states, dim=(0, 1), dtype=torch.float64) / states[..., 0].numel() ** 0.5
     deviation = torch.where(deviation > 0, deviation, 1).unsqueeze(-1)
     N, r = W.shape
     dropped = (W == 0).all(1)
@@ -175,13 +176,26 @@ class _LeastSquares:
 
     @classmethod
     def of(cls, T: torch.Tensor, W: torch.Tensor, basis: torch.Tensor, samples: OutputSamples) -> _LeastSquares:
-        readout, states, weights = (part.to(T) for part in (samples.readout, samples.states, samples.weights))
+        # The widened copy of a few steps at a time.
+        parts = (part.split(_CHUNK) for part in (samples.readout, samples.states, samples.weights))
+        chunks = [cls._of_chunk(T, W, basis, *(part.to(T) for part in chunk)) for chunk in zip(*parts)]
+        return cls(*(torch.cat(found) for found in zip(*chunks)))
+
+    @staticmethod
+    def _of_chunk(
+        T: torch.Tensor,
+        W: torch.Tensor,
+        basis: torch.Tensor,
+        readout: torch.Tensor,
+        states: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
         kept = states @ W
         left = _outputs(readout, states) - _outputs(readout @ T, kept)
         weighted = weights.unsqueeze(-1) * kept
         of_left = (left.unsqueeze(-2) @ weighted).squeeze(-2)
         energy = (weights * left.square()).sum(-1)
-        return cls(readout @ basis, weighted.mT @ kept, of_left, energy, weights.sum(-1))
+        return readout @ basis, weighted.mT @ kept, of_left, energy, weights.sum(-1)
 
     def part(self, steps: torch.Tensor) -> _LeastSquares:
         """That of some of the steps."""
