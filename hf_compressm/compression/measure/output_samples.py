@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...architectures import ChannelScans, ScanInputs
+from ...errors import NotFiniteError
 from ...ops import double_device, sample_times, sampled_states
 from ...systems import OutputSamples
 
@@ -44,7 +45,8 @@ def sample_outputs(
 
     Returns:
         [`~systems.OutputSamples`] or `None`: On the scan's device (the CPU for one without float64), with the layer's
-            groups first where it has groups; None for a recurrence whose state is no vector a channel.
+            groups first where it has groups; None for a recurrence whose state is no vector a channel, and where a
+            state or gradient is not finite.
     """
     count = min(_CHANNELS, inputs.channel_count)
     if inputs.channel_scans(torch.arange(count, device=inputs.u.device), grad_output) is None:
@@ -59,7 +61,11 @@ def sample_outputs(
     for block in sequences.chunk(_BLOCKS):
         channels = torch.randperm(inputs.channel_count, generator=generator)[:count]
         scans = inputs.channel_scans(channels.to(inputs.u.device), grad_output)
-        found = [_samples_of(scan, times, block, held_out, weight) for scan in scans]
+        try:
+            found = [_samples_of(scan, times, block, held_out, weight) for scan in scans]
+        except NotFiniteError:
+            # The Gramians of such a batch are not finite either, which is said where all of them are known.
+            return None
         blocks.append(found[0] if inputs.B.ndim == 3 else _merged(found, torch.stack))
     return _merged(blocks, lambda tensors: torch.cat(tensors, inputs.B.ndim - 3))
 

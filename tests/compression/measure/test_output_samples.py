@@ -106,6 +106,11 @@ def test_a_recurrence_without_channels_has_no_samples() -> None:
     assert joined(None, None, 1, generator()) is None
 
 
+def test_a_gradient_that_overflows_has_no_samples() -> None:
+    inputs = selective()
+    assert sample_outputs(inputs, torch.full_like(inputs.u, float("inf")), generator()) is None
+
+
 def test_parts_are_side_by_side_where_all_have_samples() -> None:
     inputs = selective()
     one = sample_outputs(inputs, output_of(inputs), generator())
