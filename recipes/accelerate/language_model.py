@@ -88,7 +88,8 @@ def main() -> None:
     rank = int(os.environ.get("RANK", 0))
     joint = data["train"][: options.batch_size]
     mine = {name: values.chunk(processes)[rank] for name, values in joint.items()}
-    config = CompreSSMConfig(strategy="fixed", keep_ratio=options.keep_ratio)
+    # A readout would be fitted to the data of the first process alone, so that runs in one and in two would differ.
+    config = CompreSSMConfig(strategy="fixed", keep_ratio=options.keep_ratio, fit_readout=False)
 
     def make_trainer() -> Trainer:
         set_seed(0)
