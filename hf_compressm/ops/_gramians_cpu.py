@@ -100,12 +100,14 @@ def write_states(delta, drive, A_blocks, B, times, states, sequences, blocks):
     """
     Run the recurrence over a range of sequences and of blocks, and write its states at `times` to `states`.
 
-    The arguments are those of `sum_outer_products`; `states`: (batch, K, channels, N).
+    The arguments are those of `sum_outer_products`, but `A_blocks` has a first axis, one entry for all sequences or one
+    each; `states`: (batch, K, channels, N).
     """
     n_states, channels = B.shape[2], delta.shape[2]
     row = np.empty((2, CHANNEL_BLOCK), delta.dtype)
     state = np.empty((n_states, CHANNEL_BLOCK), delta.dtype)
     for b in range(sequences[0], sequences[1]):
+        rates = A_blocks[b if A_blocks.shape[0] > 1 else 0]
         for block in range(blocks[0], blocks[1]):
             state[:] = 0.0
             t = 0
@@ -113,7 +115,7 @@ def write_states(delta, drive, A_blocks, B, times, states, sequences, blocks):
                 while t <= times[b, k]:
                     if t % TIME_CHUNK == 0:
                         flush_subnormals(state)
-                    _advance(delta, drive, A_blocks, B, b, t, block, row, state)
+                    _advance(delta, drive, rates, B, b, t, block, row, state)
                     t += 1
                 first = block * CHANNEL_BLOCK
                 for lane in range(min(CHANNEL_BLOCK, channels - first)):
@@ -125,12 +127,12 @@ def sampled_states(delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, times: Te
     """
     The states that [`sampled_outer_products`] sums, `(batch, K, channels, N)`, from a zero state on.
 
-    The arguments `delta`, `drive`, `A`, `B` and `times` are the same.
+    The arguments `delta`, `drive`, `A`, `B` and `times` are the same; `A` may also be `(batch, channels, N)`.
     """
-    states = delta.new_empty(delta.shape[0], times.shape[1], *A.shape)
-    A_blocks = channels_to_blocks(A * LOG2_E)
+    states = delta.new_empty(delta.shape[0], times.shape[1], *A.shape[-2:])
+    A_blocks = torch.stack([channels_to_blocks(rates * LOG2_E) for rates in (A if A.ndim == 3 else [A])])
     inputs = [tensor.detach().contiguous().numpy() for tensor in (delta, drive, A_blocks, B, times, states)]
-    sequence_ranges, block_ranges = divide_work(delta.shape[0], A_blocks.shape[0])
+    sequence_ranges, block_ranges = divide_work(delta.shape[0], A_blocks.shape[1])
     run_units(write_states, [(*inputs, *unit) for unit in itertools.product(sequence_ranges, block_ranges)])
     return states
 

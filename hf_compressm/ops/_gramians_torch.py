@@ -55,10 +55,11 @@ def sampled_states(delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, times: Te
 
     The arguments `delta`, `drive`, `A`, `B` and `times` are the same.
     """
-    states = delta.new_empty(*times.shape, *A.shape)
+    states = delta.new_empty(*times.shape, *A.shape[-2:])
     times = times.to(delta.device)
-    for sequences, group in _pieces(*delta.shape[::2], A.shape[1]):
-        inputs = (delta[sequences, :, group], drive[sequences, :, group], A[group], B[sequences])
+    for sequences, group in _pieces(*delta.shape[::2], A.shape[-1]):
+        rates = A[group] if A.ndim == 2 else A[sequences, None, group]
+        inputs = (delta[sequences, :, group], drive[sequences, :, group], rates, B[sequences])
         for samples, sequence, sample, _ in _sampled_states(*inputs, times[sequences], None):
             states[sequences, :, group][sequence, sample] = samples
     return states
@@ -74,9 +75,13 @@ def _pieces(batch: int, channels: int, n_states: int) -> Iterator[tuple[slice, s
 
 
 def _sampled_states(delta, drive, A, B, times, state) -> Iterator[tuple[Tensor, ...]]:
-    """Chunk by chunk: the sampled states, (samples, channels, N), and the sequence, sample and step of each of them."""
+    """
+    Chunk by chunk: the sampled states, (samples, channels, N), and the sequence, sample and step of each of them.
+
+    A: (channels, N), or (batch, 1, channels, N).
+    """
     if state is None:
-        state = delta.new_zeros(delta.shape[0], delta.shape[2], A.shape[1])
+        state = delta.new_zeros(delta.shape[0], delta.shape[2], A.shape[-1])
     for start in range(0, delta.shape[1], _CHUNK):
         chunk = slice(start, start + _CHUNK)
         decays = torch.exp(delta[:, chunk, :, None] * A)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _gramians_cpu, _gramians_torch
+from ._state_kernels import implementation_for
 from ._validation import compute_dtype, require_shapes, validated_times
 
 
@@ -14,14 +14,15 @@ def sampled_states(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, times: Tensor
     r"""
     The states \\( h_t = e^{\Delta_t A} h_{t-1} + \Delta_t u_t B_t \\) at sampled steps.
 
-    They are computed in float32 (float64 for float64 arguments), on the CPU in a compiled kernel and elsewhere as a
-    parallel scan. Beyond copies of the arguments and the result, peak memory is one state a thread on the CPU, and
-    about 250 MB elsewhere, whatever the length.
+    They are computed in float32 (float64 for float64 arguments), on the CPU and on GPUs that Triton knows in a compiled
+    kernel and elsewhere as a parallel scan. Beyond copies of the arguments and the result, peak memory is one state a
+    thread on the CPU, and about 350 MB elsewhere, whatever the length.
 
     Args:
         u (`torch.Tensor` of shape `(batch, length, channels)`): Input, any floating-point dtype and device.
         delta (`torch.Tensor` of shape `(batch, length, channels)`): Time steps, after the softplus.
-        A (`torch.Tensor` of shape `(channels, N)`): Diagonal of each channel's state matrix, negative.
+        A (`torch.Tensor` of shape `(channels, N)` or `(batch, channels, N)`): Diagonal of each channel's state matrix,
+            negative; of each sequence's channels where they are not the same ones.
         B (`torch.Tensor` of shape `(batch, length, N)`): Input matrix of each step.
         times (`torch.Tensor` of shape `(batch, K)`, int64): The steps of each sequence, ascending.
 
@@ -33,11 +34,9 @@ def sampled_states(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, times: Tensor
         [`~errors.ConfigurationError`]: arguments are on different devices, or not floating-point.
     """
     steps = ("batch", "length", "channels")
-    sizes = require_shapes(
-        u=(u, steps), delta=(delta, steps), A=(A, ("channels", "N")), B=(B, ("batch", "length", "N"))
-    )
+    rates = ("batch", "channels", "N") if A.ndim == 3 else ("channels", "N")
+    sizes = require_shapes(u=(u, steps), delta=(delta, steps), A=(A, rates), B=(B, ("batch", "length", "N")))
     times = validated_times(times, sizes["batch"], sizes["length"])
     dtype = compute_dtype(u, delta, A, B)
     u, delta, A, B = (tensor.to(dtype) for tensor in (u, delta, A, B))
-    implementation = _gramians_cpu if u.device.type == "cpu" else _gramians_torch
-    return implementation.sampled_states(delta, delta * u, A, B, times)
+    return implementation_for(u.device).sampled_states(delta, delta * u, A, B, times)

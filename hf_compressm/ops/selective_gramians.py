@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DimensionError
-from . import _gramians_cpu, _gramians_torch
+from ._state_kernels import implementation_for
 from ._validation import compute_dtype, require_shapes, validated_times
 
 
@@ -33,10 +33,10 @@ def state_gramian(
     r"""
     Sums of \\( h h^\top \\) and of \\( (h_n C_n)^2 \\) over sequences, time and channels of a selective scan.
 
-    The recurrence runs over every step in float32 (float64 for float64 arguments), on the CPU in a compiled kernel and
-    elsewhere as a parallel scan; sampled states are widened to float64 before they are multiplied. Beyond copies of
-    the arguments, peak memory is a few N x N matrices a thread and one state a sequence on the CPU, and about 250 MB
-    elsewhere, whatever the length.
+    The recurrence runs over every step in float32 (float64 for float64 arguments), on the CPU and on GPUs that Triton
+    knows in a compiled kernel and elsewhere as a parallel scan; sampled states are widened to float64 before they are
+    multiplied. Beyond copies of the arguments, peak memory is a few N x N matrices a thread and one state a sequence on
+    the CPU, and about 350 MB elsewhere, whatever the length.
 
     Args:
         u (`torch.Tensor` of shape `(batch, length, channels)`): Input, any floating-point dtype and device.
@@ -150,5 +150,4 @@ def default_sample_count(length: int, state_size: int) -> int:
 
 
 def _outer_products(delta: Tensor, *arguments: Tensor | None, **options: Tensor) -> tuple[Tensor, Tensor]:
-    implementation = _gramians_cpu if delta.device.type == "cpu" else _gramians_torch
-    return implementation.sampled_outer_products(delta, *arguments, **options)
+    return implementation_for(delta.device).sampled_outer_products(delta, *arguments, **options)

@@ -28,6 +28,7 @@ PARTS = {
     "in_training": ("gpu.in_training", "run"),
     "reduction": ("gpu.reduction", "run"),
     "mamba2": ("gpu.mamba2", "run"),
+    "delta_rule": ("gpu.delta_rule", "run"),
     "time_invariant": ("gpu.time_invariant", "run"),
     "without_kernels": ("gpu.mamba", "run_without_kernels"),
     "tests": ("gpu.suite", "run"),

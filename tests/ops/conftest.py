@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
+
+from hf_compressm.ops import _gramians_cpu, _gramians_torch
 
 ScanArguments = dict[str, Tensor]
 
@@ -47,3 +52,11 @@ def scan_arguments() -> Callable[..., ScanArguments]:
         return {name: tensor.to(dtype) for name, tensor in arguments.items()}
 
     return make
+
+
+def state_kernels() -> list[ModuleType]:
+    """All that samples states and runs here; Triton's kernel where its interpreter is asked for."""
+    found = [_gramians_cpu, _gramians_torch]
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        found.append(importlib.import_module("hf_compressm.ops._gramians_triton"))
+    return found

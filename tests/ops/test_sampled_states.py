@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from hf_compressm.errors import ConfigurationError, DimensionError
-from hf_compressm.ops import _gramians_cpu, _gramians_torch, sample_times, sampled_states, selective_scan_reference
+from hf_compressm.ops import _gramians_cpu, sample_times, sampled_states, selective_scan_reference
+
+from .conftest import state_kernels
 
 SHAPES = [(1, 1, 1, 1), (2, 5, 3, 4), (3, 130, 70, 5), (1, 129, 200, 9)]
-IMPLEMENTATIONS = [_gramians_cpu, _gramians_torch]
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", state_kernels(), ids=lambda module: module.__name__[25:])
 
 
 def all_states(u, delta, A, B) -> torch.Tensor:
@@ -18,7 +20,7 @@ def all_states(u, delta, A, B) -> torch.Tensor:
     return torch.stack([selective_scan_reference(u, delta, A, B, unit[..., n, :])[0] for n in range(A.shape[1])], -1)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=["kernel", "torch"])
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
 def test_against_the_scan(scan_arguments, implementation, shape, dtype, tolerance) -> None:
@@ -34,13 +36,15 @@ def test_against_the_scan(scan_arguments, implementation, shape, dtype, toleranc
     )
 
 
-def test_chunks_are_pieced_together(scan_arguments, monkeypatch) -> None:
+@IMPLEMENTATIONS
+def test_chunks_are_pieced_together(scan_arguments, monkeypatch, implementation) -> None:
     arguments = scan_arguments(3, 150, 10, 4, dtype=torch.float64)
     u, delta, A, B = (arguments[name] for name in ("u", "delta", "A", "B"))
     times = sample_times(3, 150, 40)
-    expected = _gramians_torch.sampled_states(delta, delta * u, A, B, times)
-    monkeypatch.setattr(_gramians_torch, "_CHUNK_ELEMENTS", 64 * 4 * 3)
-    assert torch.allclose(_gramians_torch.sampled_states(delta, delta * u, A, B, times), expected, rtol=1e-12)
+    expected = implementation.sampled_states(delta, delta * u, A, B, times)
+    for name in ("_CHUNK_ELEMENTS", "_BUFFER_ELEMENTS"):
+        monkeypatch.setattr(implementation, name, 64 * 4 * 3, raising=False)
+    assert torch.allclose(implementation.sampled_states(delta, delta * u, A, B, times), expected, rtol=1e-12)
 
 
 def test_narrow_types_are_widened(scan_arguments) -> None:

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from hf_compressm.errors import ConfigurationError, DimensionError
 from hf_compressm.ops import (
-    _gramians_cpu,
-    _gramians_torch,
     adjoint_gramian,
     default_sample_count,
     sample_times,
@@ -17,13 +15,15 @@ from hf_compressm.ops import (
     state_gramian,
 )
 
+from .conftest import state_kernels
+
 SHAPES = [(1, 1, 1, 1), (2, 5, 3, 4), (3, 64, 64, 16), (3, 130, 70, 5), (1, 129, 200, 9)]
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6}
 
 
-@pytest.fixture(params=[_gramians_cpu, _gramians_torch], ids=["kernel", "torch"], autouse=True)
+@pytest.fixture(params=state_kernels(), ids=lambda module: module.__name__[25:], autouse=True)
 def implementation(request, monkeypatch):
-    """Run every test with the kernel and with what other devices use."""
+    """Run every test with each of the kernels and with what other devices use."""
     monkeypatch.setattr(
         selective_gramians,
         "_outer_products",
@@ -76,7 +76,7 @@ def test_gramians_match_loop_and_autograd(scan_arguments, shape, sampled, dtype)
     assert_close(readout_energy, read.diagonal(), TOLERANCES[dtype])
 
 
-def test_the_size_of_groups_changes_nothing(scan_arguments, monkeypatch) -> None:
+def test_the_size_of_groups_changes_nothing(scan_arguments, monkeypatch, implementation) -> None:
     arguments = scan_arguments(3, 150, 130, 6)
     times = sample_times(3, 150, 40, torch.Generator().manual_seed(3))
     grad_y = torch.randn(3, 150, 130)
@@ -88,7 +88,8 @@ def test_the_size_of_groups_changes_nothing(scan_arguments, monkeypatch) -> None
     expected = gramians()
     # Some channels of one sequence, some sequences, one channel.
     for elements in (64 * 6 * 50, 64 * 6 * 300, 0):
-        monkeypatch.setattr(_gramians_torch, "_CHUNK_ELEMENTS", elements)
+        for name in ("_CHUNK_ELEMENTS", "_BUFFER_ELEMENTS"):
+            monkeypatch.setattr(implementation, name, elements, raising=False)
         for actual, wanted in zip(gramians(), expected):
             assert_close(actual, wanted, 1e-12)
 

@@ -18,6 +18,7 @@ from gpu.session import Session  # noqa: E402
 TABLES = {
     "mamba": ["gpu_mamba"],
     "mamba2": ["gpu_mamba2"],
+    "delta_rule": ["gpu_delta_rule"],
     "time_invariant": ["gpu_time_invariant", "gpu_diagonal_scan"],
     "reduction": ["gpu_reduction_cost"],
     "in_training": ["gpu_in_training"],

@@ -17,6 +17,8 @@ from ...ops import (
 from ...systems import DiagonalLTI
 
 _CHUNK = 2**16
+# States of one channel at one step: more of them say nothing new of a Gramian, and a small N would sample every step.
+_MOST_ROWS = 2**22
 
 
 class ChannelScans(NamedTuple):
@@ -26,7 +28,7 @@ class ChannelScans(NamedTuple):
     Args:
         u (`torch.Tensor` of shape `(batch, length, M)`): Input.
         delta (`torch.Tensor` of shape `(batch, length, M)`): Positive time steps.
-        A (`torch.Tensor` of shape `(M, N)`): Negative decay rates.
+        A (`torch.Tensor` of shape `(M, N)` or `(batch, M, N)`): Negative decay rates.
         B (`torch.Tensor` of shape `(batch, length, N)`): Input matrix.
         C (`torch.Tensor` of shape `(batch, length, N)`): Readout.
         output (`torch.Tensor` of shape `(batch, length, M)`): What was given for the scan's output.
@@ -79,9 +81,10 @@ class ScanInputs(ABC):
         return replace(self, **{name: value.detach() for name, value in values.items() if isinstance(value, Tensor)})
 
     def sample_times(self, generator: torch.Generator) -> Tensor:
-        """Random steps, as many as make the Gramians cost what the recurrence costs; `(batch, K)` int64."""
+        """Random steps, at most as many as make the Gramians cost what the recurrence costs; `(batch, K)` int64."""
         batch, length = self.u.shape[:2]
-        return sample_times(batch, length, default_sample_count(length, self.state_size), generator)
+        enough = max(1, _MOST_ROWS // max(1, batch * self.u[0, 0].numel()))
+        return sample_times(batch, length, min(enough, default_sample_count(length, self.state_size)), generator)
 
     def squares(self) -> Tensor:
         """Mean squares over sequences and steps of each state's entry of B and of C, `(..., 2, N)` float64."""

@@ -130,7 +130,8 @@ class _SampledGramians(GramianObserver):
         rows = sums[0].new_tensor([float(parts[0].rows)])
         totals = sum_over_processes(torch.cat([*(total.flatten() for total in sums), rows]))
         *totals, rows = totals.split([*(total.numel() for total in sums), 1])
-        means = (found.reshape(total.shape) / rows for found, total in zip(totals, sums))
+        # Decompositions of matrices of this size take a GPU longer than a CPU.
+        means = ((found.reshape(total.shape) / rows).cpu() for found, total in zip(totals, sums))
         samples = parts[0].samples if None in self._sums else side_by_side([part.samples for part in parts])
         return replace(_validated(layer_name, *means), samples=samples)
 

@@ -56,18 +56,18 @@ def sample_outputs(
     times = sample_times(batch, length, max(1, min(length, most // batch)), generator)
     held_out = _held_out(*times.shape, generator)
     # Sequences are many where one step of each is more than enough.
-    sequences = torch.randperm(batch, generator=generator)[: max(1, most // times.shape[1])]
+    chosen = torch.randperm(batch, generator=generator)[: max(1, most // times.shape[1])]
     blocks = []
-    for block in sequences.chunk(_BLOCKS):
+    for block in chosen.chunk(_BLOCKS):
         channels = torch.randperm(inputs.channel_count, generator=generator)[:count]
         scans = inputs.channel_scans(channels.to(inputs.u.device), grad_output)
-        try:
-            found = [_samples_of(scan, times, block, held_out, weight) for scan in scans]
-        except NotFiniteError:
-            # The Gramians of such a batch are not finite either, which is said where all of them are known.
-            return None
-        blocks.append(found[0] if inputs.B.ndim == 3 else _merged(found, torch.stack))
-    return _merged(blocks, lambda tensors: torch.cat(tensors, inputs.B.ndim - 3))
+        blocks.append([_of_sequences(scan, block.to(inputs.u.device)) for scan in scans])
+    try:
+        found = [_samples_of(_together(scans), times[chosen], held_out[chosen], weight) for scans in zip(*blocks)]
+    except NotFiniteError:
+        # The Gramians of such a batch are not finite either, which is said where all of them are known.
+        return None
+    return found[0] if inputs.B.ndim == 3 else _merged(found, torch.stack)
 
 
 def _most_steps(numbers: int) -> int:
@@ -80,16 +80,24 @@ def _held_out(batch: int, count: int, generator: torch.Generator) -> Tensor:
     return (torch.arange(count) >= count - count // _HELD_OUT).expand(batch, -1)
 
 
-def _samples_of(scan: ChannelScans, times: Tensor, chosen: Tensor, held_out: Tensor, weight: float) -> OutputSamples:
-    here = chosen.to(scan.u.device)
-    u, delta, B, C, output = (tensor[here] for tensor in (scan.u, scan.delta, scan.B, scan.C, scan.output))
-    times = times[chosen]
-    states = sampled_states(u, delta, scan.A, B, times)
-    rows = torch.arange(len(chosen))[:, None].to(here.device), times.to(here.device)
-    weights = weight * output[rows].float().square()
-    device = double_device(here.device)
-    parts = (part.flatten(0, 1).float().to(device) for part in (C[rows], states, weights))
-    return OutputSamples(*parts, held_out[chosen].flatten().to(device))
+def _of_sequences(scan: ChannelScans, sequences: Tensor) -> ChannelScans:
+    """Some sequences of a scan, with the A of each."""
+    u, delta, B, C, output = (tensor[sequences] for tensor in (scan.u, scan.delta, scan.B, scan.C, scan.output))
+    return ChannelScans(u, delta, scan.A.expand(len(sequences), -1, -1), B, C, output)
+
+
+def _together(scans: Sequence[ChannelScans]) -> ChannelScans:
+    """Sequences that show other channels as one scan: a walk along time takes as long for few as for many."""
+    return ChannelScans(*(torch.cat(tensors) for tensors in zip(*scans)))
+
+
+def _samples_of(scan: ChannelScans, times: Tensor, held_out: Tensor, weight: float) -> OutputSamples:
+    states = sampled_states(scan.u, scan.delta, scan.A, scan.B, times)
+    rows = torch.arange(len(times))[:, None].to(scan.u.device), times.to(scan.u.device)
+    weights = weight * scan.output[rows].float().square()
+    device = double_device(scan.u.device)
+    parts = (part.flatten(0, 1).float().to(device) for part in (scan.C[rows], states, weights))
+    return OutputSamples(*parts, held_out.flatten().to(device))
 
 
 def _merged(samples: Sequence[OutputSamples], merge: Callable[[list[Tensor]], Tensor]) -> OutputSamples:

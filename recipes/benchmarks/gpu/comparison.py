@@ -63,6 +63,7 @@ def measured(
     repeats: int,
     prompts: int,
     new: int,
+    replay: bool = True,
 ) -> dict[Any, Figures]:
     """
     Training step, memory and decoding of language models.
@@ -74,6 +75,7 @@ def measured(
         repeats (`int`): Timed steps of each.
         prompts (`int`): Sequences that are decoded at a time; 0 for no decoding.
         new (`int`): Tokens that are decoded for each.
+        replay (`bool`, *optional*, defaults to `True`): Whether to decode by a replayed single step as well.
     """
     models, figures = training_steps(session, builders, batch, repeats)
     if prompts:
@@ -81,7 +83,7 @@ def measured(
         prompt = torch.randint(0, vocabulary, (prompts, 8), generator=torch.Generator().manual_seed(0))
         for model in models.values():
             model.zero_grad()
-        for name, speeds in decoding(session, models, prompt.to(session.device), new, new).items():
+        for name, speeds in decoding(session, models, prompt.to(session.device), new, new if replay else 0).items():
             figures[name].update(speeds)
     return figures
 

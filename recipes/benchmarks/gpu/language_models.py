@@ -116,11 +116,11 @@ def decoding(
         models (`dict`): The models by what they are called.
         prompt (`torch.Tensor` of shape `(batch, length)`): What each decoding begins with.
         new (`int`): Tokens that `generate` appends.
-        replays (`int`): Single steps of each timed call.
+        replays (`int`): Single steps of each timed call; 0 for `generate` alone.
     """
     speeds: dict[Any, dict[str, float]] = {name: {} for name in models}
     narrow = {name: copy.deepcopy(model).to(torch.bfloat16).eval() for name, model in models.items()}
-    for kind in ("generate", "replayed"):
+    for kind in ("generate", "replayed") if replays else ("generate",):
         calls = {}
         for name, model in narrow.items():
             if kind == "generate":

@@ -52,9 +52,9 @@ def run(session: Session) -> None:
         rows,
         figures,
         "One `compress` with the optimizer: a calibration batch of the training batch's size, Gramians from states and "
-        f"adjoint states, spectra, the cut to {KEPT:g} of the states, moments carried over, loss before and after. "
-        "Medians of synchronised calls after a first one, which also compiles kernels. Training step: bf16 autocast, "
-        "fused AdamW.",
+        f"adjoint states, spectra, the cut to {KEPT:g} of the states, the readouts' fit, moments carried over, loss "
+        "before and after, under bf16 autocast. Medians of synchronised calls after a first one, which also compiles "
+        "kernels. Training step: bf16 autocast, fused AdamW.",
     )
 
 
@@ -76,6 +76,12 @@ def _measure(
     }
 
 
+def _bf16_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss as a model gives it that the Trainer has prepared with `bf16=True`."""
+    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
+        return model(**batch).loss
+
+
 def _reduction_seconds(session: Session, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
     victim = copy.deepcopy(model)  # so that the same full model can be cut again
     optimizer = torch.optim.AdamW(victim.parameters(), lr=1e-4, fused=True)
@@ -85,7 +91,7 @@ def _reduction_seconds(session: Session, model: torch.nn.Module, batch: dict[str
     optimizer.zero_grad()
     session.wait()
     start = time.perf_counter()
-    record = compress(victim, [batch], CompreSSMConfig(strategy="fixed", keep_ratio=KEPT), optimizer)
+    record = compress(victim, [batch], CompreSSMConfig(strategy="fixed", keep_ratio=KEPT), optimizer, _bf16_loss)
     session.wait()
     seconds = time.perf_counter() - start
     if record.outcome != "cut":

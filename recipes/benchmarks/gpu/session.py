@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from common import RESULTS, provenance, write_result
 
-KERNELS = ("mamba_ssm", "causal_conv1d", "triton", "accelerate")
+KERNELS = ("mamba_ssm", "causal_conv1d", "flash-linear-attention", "triton", "accelerate")
 Found = TypeVar("Found")
 
 
