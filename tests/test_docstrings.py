@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 
@@ -16,6 +16,8 @@ import hf_compressm
 def public_things() -> list[tuple[str, object]]:
     things = []
     for info in pkgutil.walk_packages(hf_compressm.__path__, "hf_compressm."):
+        if info.name.endswith("_triton") and not importlib.util.find_spec("triton"):
+            continue
         module = importlib.import_module(info.name)
         for name, thing in vars(module).items():
             is_code = inspect.isclass(thing) or inspect.isfunction(thing)

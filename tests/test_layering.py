@@ -35,7 +35,7 @@ ALLOWED_OUTSIDE = {
     "consistency": set(),
     "config": set(),
     "systems": {"torch"},
-    "ops": {"torch", "numpy", "numba"},
+    "ops": {"torch", "numpy", "numba", "triton"},
     "models": {"torch", "transformers", "huggingface_hub"},
     "architectures": {"torch"},
     "files": set(),

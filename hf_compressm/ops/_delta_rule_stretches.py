@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._validation import compute_dtype
+from ._validation import compute_dtype, elements_at_once
 
 CHUNK_ELEMENTS = 2**23
 
@@ -98,7 +98,7 @@ def _chunks(stops: Tensor, rule: Rule, head_dim: int) -> Iterator[tuple[slice, T
     width = max(1, int((stops - before).max())) if stops.numel() else 1
     heads, n_states = rule.beta.shape[2], rule.key.shape[3]
     elements = len(stops) * heads * (n_states * head_dim + width * (4 * n_states + 2 * head_dim + 2 * width))
-    size = max(1, CHUNK_ELEMENTS // elements)
+    size = max(1, elements_at_once(CHUNK_ELEMENTS, rule.key.device) // elements)
     for start in range(0, stops.shape[1], size):
         chunk = slice(start, start + size)
         yield chunk, before[:, chunk], stops[:, chunk], width

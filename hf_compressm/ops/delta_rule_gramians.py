@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import DimensionError
 from . import _delta_rule_stretches as stretches
 from ._delta_rule_stretches import Rule, adjoints_at, states_at
-from ._validation import double_device, validated_times
+from ._validation import double_device, elements_at_once, validated_times
 from .delta_rule import require_delta_rule
 from .multi_head_gramians import _stops
 
@@ -41,8 +41,8 @@ def delta_rule_state_gramian(
     Sums of \\( h h^\top \\) and of \\( (h_n q_n)^2 \\) over sequences, time, value heads and the columns h of S.
 
     The states are computed in float32 (float64 for float64 arguments), and widened to float64 before they are
-    multiplied. Beyond copies of the arguments, about 8 million states exist at once, 100 MB with their double-precision
-    copy, or one sample of one sequence where that is more.
+    multiplied. Beyond copies of the arguments, about 8 million states exist at once (four times as many on a GPU),
+    100 MB with their double-precision copy, or one sample of one sequence where that is more.
 
     Args:
         query (`torch.Tensor` of shape `(batch, length, key_heads, N)`): As in [`delta_rule`].
@@ -176,7 +176,9 @@ def _validated(
 
 def _sequences(sizes: dict[str, int], device: torch.device) -> Iterator[tuple[slice, Tensor]]:
     """Groups of sequences, and the index that picks a step of each of them."""
-    size = max(1, stretches.CHUNK_ELEMENTS // (sizes["heads"] * sizes["N"] * sizes["head_dim"]))
+    size = max(
+        1, elements_at_once(stretches.CHUNK_ELEMENTS, device) // (sizes["heads"] * sizes["N"] * sizes["head_dim"])
+    )
     for first in range(0, sizes["batch"], size):
         part = slice(first, min(first + size, sizes["batch"]))
         yield part, torch.arange(part.stop - first, device=device)[:, None]

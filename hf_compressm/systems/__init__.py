@@ -13,12 +13,12 @@ from .gramians import (
 )
 from .hankel import HankelDecomposition, hankel_decomposition, hankel_singular_values
 from .lti import DiagonalLTI
+from .output_samples import OutputSamples
 from .projection import project
 from .ranks import energy_rank, error_bound, joint_energy_ranks, rank_correlation
 from .reductors import (
     COARSE_RESOLUTION,
     KnownGramians,
-    OutputSamples,
     Reductor,
     StateChoice,
     balanced_truncation,
@@ -28,6 +28,7 @@ from .reductors import (
     diagonal_hankel_scores,
     erased_shares,
     fit_readout,
+    fit_readouts,
     greedy_selection_truncation,
     interpolation_residual,
     interpolative_truncation,
@@ -67,6 +68,7 @@ __all__ = [
     "energy_rank",
     "erased_shares",
     "fit_readout",
+    "fit_readouts",
     "error_bound",
     "gramian_factor",
     "greedy_selection_truncation",

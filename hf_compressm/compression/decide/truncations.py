@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -9,9 +10,11 @@ from tqdm.auto import tqdm
 
 from ...config import CompreSSMConfig
 from ...errors import TruncationError
-from ...systems import Truncation
+from ...systems import Truncation, fit_readouts
 from ..measure.layer_gramians import LayerGramians
 from ..processes import Processes
+
+logger = logging.getLogger(__name__)
 
 
 class Found(NamedTuple):
@@ -79,9 +82,30 @@ def find_truncations(
             break
         else:
             failed[name] = " Then: ".join(problems)
+    found = _with_fitted_readouts(found, gramians, require_writable)
     found, failed = processes.first((found, failed))
     moved = {name: item._replace(truncation=item.truncation.to(gramians[name].device)) for name, item in found.items()}
     return moved, failed
+
+
+def _with_fitted_readouts(
+    found: Mapping[str, Found],
+    gramians: Mapping[str, LayerGramians],
+    require_writable: Callable[[str, Truncation], object],
+) -> dict[str, Found]:
+    """The same, with readouts fitted to sampled outputs where there are some and the layer can hold the fit."""
+    samples = {name: gramians[name].samples_for(item.reductor) for name, item in found.items()}
+    known = {name: seen for name, seen in samples.items() if seen is not None}
+    fitted = fit_readouts([found[name].truncation for name in known], list(known.values()))
+    results = dict(found)
+    for name, truncation in zip(known, fitted):
+        try:
+            require_writable(name, truncation)
+        except TruncationError as error:
+            logger.info("the readout of %s stays as its Gramians make it: %s", name, error)
+            continue
+        results[name] = found[name]._replace(truncation=truncation)
+    return results
 
 
 def _attempts(gramians: LayerGramians, reductor: str, alternative: str) -> list[tuple[LayerGramians, str]]:

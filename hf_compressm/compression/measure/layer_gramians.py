@@ -25,7 +25,6 @@ from ...systems import (
     StateChoice,
     Truncation,
     diagonal_hankel_scores,
-    fit_readout,
     hankel_decomposition,
     interpolation_residual,
     project,
@@ -71,6 +70,10 @@ class LayerGramians(ABC):
     def alternatives(self, reductor: str) -> dict[str, LayerGramians]:
         """The Gramians that a truncation can be made by, by a name for each; what is asked for comes first."""
         return {"": self}
+
+    def samples_for(self, reductor: str) -> OutputSamples | None:
+        """Sampled steps that the readout of such a truncation may be fitted to; None where there are none."""
+        return None
 
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> Truncation:
         """
@@ -154,10 +157,11 @@ class EmpiricalGramians(LayerGramians):
 
     def truncate(self, rank: int, reductor: str, config: CompreSSMConfig, seed: int = 0) -> MeasuredTruncation:
         """Cut to `rank` states in every group; `reductor`, `config` and `seed` as above. It takes `squares` along."""
-        truncation = super().truncate(rank, reductor, config, seed)
-        if self.samples is not None and not registered_reductors()[reductor].only_selects:
-            truncation = fit_readout(truncation, self.samples)
-        return MeasuredTruncation.of(truncation, self.squares)
+        return MeasuredTruncation.of(super().truncate(rank, reductor, config, seed), self.squares)
+
+    def samples_for(self, reductor: str) -> OutputSamples | None:
+        """Those that were kept, for what is no mere selection."""
+        return None if registered_reductors()[reductor].only_selects else self.samples
 
 
 @dataclass(frozen=True)

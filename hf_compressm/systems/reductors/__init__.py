@@ -8,7 +8,7 @@ from .balanced_each import balanced_truncation_of_each, balancing_truncation_of_
 from .interpolative import interpolation_residual, interpolative_truncation
 from .oblique import erased_shares, oblique_truncation
 from .orthonormal import orthonormal_truncation
-from .readout import OutputSamples, fit_readout
+from .readout import fit_readout, fit_readouts
 from .reductor import (
     KnownGramians,
     Reductor,
@@ -30,7 +30,6 @@ for _module in iter_modules(__path__):
 
 __all__ = [
     "KnownGramians",
-    "OutputSamples",
     "Reductor",
     "StateChoice",
     "reductor_names",
@@ -43,6 +42,7 @@ __all__ = [
     "balancing_truncation_of_each",
     "diagonal_hankel_scores",
     "fit_readout",
+    "fit_readouts",
     "greedy_selection_truncation",
     "interpolation_residual",
     "erased_shares",

@@ -9,67 +9,25 @@ Error bound: none known a priori. A fit is judged on sampled steps that it has n
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
 
 import torch
 
 from ...errors import DimensionError
-from .._decompositions import qr, solve
-from .._validation import require_finite
+from .._decompositions import qr
+from ..output_samples import OutputSamples
 from ..truncation import Truncation
+from ._output_least_squares import OutputLeastSquares, best_iteration
 
 # Shrinks the fourth moments of the sampled steps towards those of a readout that is independent of the state.
 _RIDGE = 1e-2
-_ITERATIONS = 100
-_CHUNK = 64
-# Iterations without a smaller error on the held-out steps after which no more is expected.
-_PATIENCE = 8
-# Of the first step of the iteration, in the squared norm that it reduces.
-_CONVERGED = 1e-8
-# What keeps the preconditioner invertible where states are dependent.
-_FLOOR = 1e-9
-
-
-@dataclass(frozen=True, eq=False)
-class OutputSamples:
-    r"""
-    Sampled steps of a layer with the output \\( y_{td} = C_t^\top h_{td} \\) in channel d.
-
-    Args:
-        readout (`torch.Tensor` of shape `(..., K, N)`): \\( C_t \\).
-        states (`torch.Tensor` of shape `(..., K, M, N)`): \\( h_{td} \\) of M channels of each step.
-        weights (`torch.Tensor` of shape `(..., K, M)`): What a squared error of each output counts; not negative.
-        held_out (`torch.Tensor` of shape `(..., K)`, bool): The steps that a fit is judged by.
-
-    Raises:
-        DimensionError: The shapes do not fit.
-        NotFiniteError: An entry is NaN or infinite.
-    """
-
-    readout: torch.Tensor
-    states: torch.Tensor
-    weights: torch.Tensor
-    held_out: torch.Tensor
-
-    def __post_init__(self) -> None:
-        shape = self.readout.shape
-        fits = self.states.ndim == self.readout.ndim + 1 and (*self.states.shape[:-2], self.states.shape[-1]) == shape
-        if not fits or self.weights.shape != self.states.shape[:-1] or self.held_out.shape != shape[:-1]:
-            found = {field.name: tuple(getattr(self, field.name).shape) for field in fields(self)}
-            raise DimensionError(
-                f"the shapes of the samples do not fit: {found}; they must be readout (..., K, N), states (..., K, M, "
-                "N), weights (..., K, M) and held_out (..., K)."
-            )
-        for name in ("readout", "states", "weights"):
-            require_finite(name, getattr(self, name))
-
-    def each(self) -> list[OutputSamples]:
-        """Those of every system of a batch."""
-        flat = [getattr(self, field.name) for field in fields(self)]
-        return [OutputSamples(*one) for one in zip(*(part.flatten(0, self.readout.ndim - 3) for part in flat))]
+# Entries of the matrices of systems that are solved together on a GPU: 256 MB.
+_NUMBERS = 2**25
+# How many systems are solved together on a CPU, where what is one system's stays in the cache.
+_ON_A_CPU = 1
 
 
 @torch.no_grad()
@@ -115,32 +73,108 @@ def fit_readout(truncation: Truncation, samples: OutputSamples, ridge: float = _
 
     ```
     """
+    return fit_readouts([truncation], [samples], ridge)[0]
+
+
+@torch.no_grad()
+def fit_readouts(
+    truncations: Sequence[Truncation], samples: Sequence[OutputSamples], ridge: float = _RIDGE
+) -> list[Truncation]:
+    """
+    [`fit_readout`] for several truncations at once: a GPU solves systems of one size together in the time of one.
+
+    Args:
+        truncations (`Sequence[Truncation]`): Each as in [`fit_readout`].
+        samples (`Sequence[OutputSamples]`): Those of each truncation, on any devices.
+        ridge (`float`, *optional*, defaults to 0.01): At least 0.
+
+    Returns:
+        `list[Truncation]`: The same with another `T`, in their order.
+
+    Raises:
+        DimensionError: Samples are not of their truncation's states.
+    """
+    for truncation, seen in zip(truncations, samples, strict=True):
+        _require_same_systems(truncation, seen)
+    systems = [
+        _System.of(T, W, part)
+        for truncation, seen in zip(truncations, samples)
+        if truncation.state_size < truncation.full_size
+        for T, W, part in zip(*_each(truncation), [seen] if seen.readout.ndim == 2 else seen.each())
+    ]
+    solved = dict(chain.from_iterable(_solutions(alike, ridge) for alike in _alike(systems)))
+    fitted = iter([system.T + (system.basis @ solved[place]).to(system.T) for place, system in enumerate(systems)])
+    return [_with_fitted(truncation, fitted) for truncation in truncations]
+
+
+def _with_fitted(truncation: Truncation, fitted: Iterator[torch.Tensor]) -> Truncation:
+    if truncation.state_size == truncation.full_size:
+        return truncation
+    T = torch.stack([next(fitted) for _ in _each(truncation)[0]])
+    return replace(truncation, T=T.reshape(truncation.T.shape))
+
+
+def _require_same_systems(truncation: Truncation, samples: OutputSamples) -> None:
     if samples.readout.shape[-1] != truncation.full_size or samples.readout.ndim != truncation.T.ndim:
         raise DimensionError(
             f"the samples have readouts of shape {tuple(samples.readout.shape)}, and T has {tuple(truncation.T.shape)};"
             " they must be of the same systems, with N entries."
         )
-    if truncation.state_size == truncation.full_size:
-        return truncation
+
+
+def _each(truncation: Truncation) -> tuple[torch.Tensor, torch.Tensor]:
+    """T and W of every system."""
     size = truncation.T.shape[-2:]
-    pairs = zip(truncation.T.reshape(-1, *size), truncation.W.reshape(-1, *size))
-    parts = [samples] if samples.readout.ndim == 2 else samples.each()
-    fitted = [_fitted(T, W, part, ridge) for (T, W), part in zip(pairs, parts)]
-    return replace(truncation, T=torch.stack(fitted).reshape(truncation.T.shape))
+    return truncation.T.reshape(-1, *size), truncation.W.reshape(-1, *size)
 
 
-def _fitted(T: torch.Tensor, W: torch.Tensor, samples: OutputSamples, ridge: float) -> torch.Tensor:
-    """The fitted `T` of one system, of the dtype and on the device of the given one."""
-    double = {"dtype": torch.float64, "device": samples.states.device}
-    basis = _free_directions(W.to(**double), samples.states)
-    problem = _LeastSquares.of(T.to(**double), W.to(**double), basis, samples)
-    held_out, last = samples.held_out, None
+@dataclass(frozen=True)
+class _System:
+    """One system's `T`, a basis of what may be added to it, what is to be explained, and the steps that judge a fit."""
+
+    T: torch.Tensor
+    basis: torch.Tensor
+    problem: OutputLeastSquares
+    held_out: torch.Tensor
+
+    @classmethod
+    def of(cls, T: torch.Tensor, W: torch.Tensor, samples: OutputSamples) -> _System:
+        double = {"dtype": torch.float64, "device": samples.states.device}
+        basis = _free_directions(W.to(**double), samples.states)
+        return cls(T, basis, OutputLeastSquares.of(T.to(**double), W.to(**double), basis, samples), samples.held_out)
+
+
+def _alike(systems: Sequence[_System]) -> list[list[tuple[int, _System]]]:
+    """The systems with their places, in groups that are solved together."""
+    groups: dict[Any, list[tuple[int, _System]]] = {}
+    for place, system in enumerate(systems):
+        problem = system.problem
+        key = (problem.states.device, problem.free.shape, problem.states.shape, bool(system.held_out.any()))
+        groups.setdefault(key, []).append((place, system))
+    found = []
+    for (device, *_), group in groups.items():
+        most = _ON_A_CPU if device.type == "cpu" else max(1, _NUMBERS // group[0][1].problem.states.numel())
+        found += [group[first : first + most] for first in range(0, len(group), most)]
+    return found
+
+
+def _solutions(group: Sequence[tuple[int, _System]], ridge: float) -> Iterator[tuple[int, torch.Tensor]]:
+    """What is added to the `T` of each system of a group, in its basis, with the system's place."""
+    problem = OutputLeastSquares.together([system.problem for _, system in group])
+    held_out = torch.stack([system.held_out for _, system in group])
+    last = None
     if held_out.any():
-        seen, unseen = problem.part(~held_out), problem.part(held_out)
-        last = _best(unseen.error(found) for found in seen.iterates(ridge))
+        seen, unseen = problem.split(held_out)
+        last = best_iteration(unseen.error(found) for found in seen.iterates(ridge))
     # All samples together can converge in fewer steps than a part of them.
-    *_, found = islice(problem.iterates(ridge), None if last is None else last + 1)
-    return T + (basis @ found).to(T)
+    for iteration, solution in enumerate(problem.iterates(ridge)):
+        if last is None or iteration == 0:
+            found = solution
+        else:
+            found = torch.where((iteration <= last)[:, None, None], solution, found)
+        if last is not None and iteration >= int(last.max()):
+            break
+    return zip((place for place, _ in group), found)
 
 
 def _free_directions(W: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -153,104 +187,3 @@ def _free_directions(W: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         # The rows of the kept states stay those of the identity, to the last bit.
         return torch.diag(deviation.squeeze(-1))[:, dropped]
     return deviation * qr(deviation * W, mode="complete")[0][:, r:]
-
-
-@dataclass(frozen=True)
-class _LeastSquares:
-    r"""
-    What is left of the outputs, and the features \\( f_t^\top Y z_{td} \\) that explain it, with the channels summed.
-
-    Args:
-        free (`torch.Tensor` of shape `(K, n)`): \\( f_t \\), the readout in the directions that `T` may change in.
-        states (`torch.Tensor` of shape `(K, r, r)`): \\( \sum_d w_{td} z_{td} z_{td}^\top \\) of the kept states.
-        left (`torch.Tensor` of shape `(K, r)`): \\( \sum_d w_{td} z_{td} \\) times what is left of the output.
-        energy (`torch.Tensor` of shape `(K,)`): \\( \sum_d w_{td} \\) times the square of what is left.
-        weights (`torch.Tensor` of shape `(K,)`): \\( \sum_d w_{td} \\).
-    """
-
-    free: torch.Tensor
-    states: torch.Tensor
-    left: torch.Tensor
-    energy: torch.Tensor
-    weights: torch.Tensor
-
-    @classmethod
-    def of(cls, T: torch.Tensor, W: torch.Tensor, basis: torch.Tensor, samples: OutputSamples) -> _LeastSquares:
-        # The widened copy of a few steps at a time; a GPU would wait for the next of few.
-        chunk = _CHUNK if samples.states.device.type == "cpu" else 16 * _CHUNK
-        parts = (part.split(chunk) for part in (samples.readout, samples.states, samples.weights))
-        chunks = [cls._of_chunk(T, W, basis, *(part.to(T) for part in chunk)) for chunk in zip(*parts)]
-        return cls(*(torch.cat(found) for found in zip(*chunks)))
-
-    @staticmethod
-    def _of_chunk(
-        T: torch.Tensor,
-        W: torch.Tensor,
-        basis: torch.Tensor,
-        readout: torch.Tensor,
-        states: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        kept = states @ W
-        left = _outputs(readout, states) - _outputs(readout @ T, kept)
-        weighted = weights.unsqueeze(-1) * kept
-        of_left = (left.unsqueeze(-2) @ weighted).squeeze(-2)
-        energy = (weights * left.square()).sum(-1)
-        return readout @ basis, weighted.mT @ kept, of_left, energy, weights.sum(-1)
-
-    def part(self, steps: torch.Tensor) -> _LeastSquares:
-        """That of some of the steps."""
-        return _LeastSquares(*(getattr(self, field.name)[steps] for field in fields(self)))
-
-    def error(self, Y: torch.Tensor) -> float:
-        """The weighted sum of squares of what `Y` leaves."""
-        read = self.free @ Y
-        return float(
-            (self.energy - 2 * (read * self.left).sum(-1) + (read * _outputs(read, self.states)).sum(-1)).sum()
-        )
-
-    def iterates(self, ridge: float) -> Iterator[torch.Tensor]:
-        """Preconditioned conjugate gradients on the normal equations: zero first, then one solution after the other."""
-        solution = self.left.new_zeros(self.free.shape[-1], self.left.shape[-1])
-        yield solution
-        total = self.weights.sum()
-        if not total > 0:
-            return
-        R = self.free.mT @ (self.weights.unsqueeze(-1) * self.free) / total
-        Z = self.states.sum(0) / total
-        inverses = [solve(_raised(M), torch.eye(len(M)).to(M)) for M in (R, Z)]
-        residual = self.free.mT @ self.left / total
-        direction = scaled = inverses[0] @ residual @ inverses[1]
-        norm = first = (residual * scaled).sum()
-        for _ in range(_ITERATIONS):
-            image = self.free.mT @ _outputs(self.free @ direction, self.states) / total + ridge * R @ direction @ Z
-            curvature = (direction * image).sum()
-            if not (norm > _CONVERGED * first and curvature > 0):
-                return
-            solution = solution + norm / curvature * direction
-            residual = residual - norm / curvature * image
-            yield solution
-            scaled = inverses[0] @ residual @ inverses[1]
-            before, norm = norm, (residual * scaled).sum()
-            direction = scaled + norm / before * direction
-
-
-def _best(errors: Iterator[float]) -> int:
-    """The place of the least error, up to where several in a row have brought nothing less."""
-    best, least = 0, math.inf
-    for place, error in enumerate(errors):
-        if error < least:
-            best, least = place, error
-        elif place - best >= _PATIENCE:
-            break
-    return best
-
-
-def _raised(gramian: torch.Tensor) -> torch.Tensor:
-    scale = gramian.diagonal().mean()
-    return gramian + (_FLOOR * torch.where(scale > 0, scale, 1)) * torch.eye(len(gramian)).to(gramian)
-
-
-def _outputs(readout: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """What `(K, n)` reads from `(K, M, n)`, `(K, M)`."""
-    return (states @ readout.unsqueeze(-1)).squeeze(-1)

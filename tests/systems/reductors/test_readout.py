@@ -14,9 +14,11 @@ from hf_compressm.systems import (
     Truncation,
     balancing_truncation,
     fit_readout,
+    fit_readouts,
     hankel_decomposition,
     interpolative_truncation,
 )
+from hf_compressm.systems.reductors import readout
 
 
 def samples(
@@ -184,3 +186,34 @@ def test_samples_that_do_not_fit_are_refused() -> None:
         OutputSamples(found.readout, found.states[..., :7], found.weights, found.held_out)
     with pytest.raises(NotFiniteError):
         OutputSamples(found.readout * float("nan"), found.states, found.weights, found.held_out)
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.25])
+def test_several_systems_at_once_are_each_fitted_alone(held_out: float, monkeypatch) -> None:
+    seen = [samples(seed, held_out=held_out) for seed in range(3)] + [samples(7, N=6, held_out=held_out)]
+    # As many held-out steps in each, as a layer's samples have; and one that converges before the others.
+    for number, each in enumerate(seen):
+        each.held_out.copy_(torch.arange(len(each.readout)) % 4 == number if held_out else each.held_out)
+    seen[1].weights.zero_()
+    cuts = [truncations(each, 3)[number % 2] for number, each in enumerate(seen)]
+    alone = [fit_readout(cut, each) for cut, each in zip(cuts, seen)]
+    monkeypatch.setattr(readout, "_ON_A_CPU", 8)
+    for one, other, cut in zip(alone, fit_readouts(cuts, seen), cuts, strict=True):
+        assert torch.allclose(one.T, other.T, rtol=1e-9, atol=1e-12)
+        assert torch.equal(other.W, cut.W)
+    assert torch.equal(alone[1].T, cuts[1].T) and not torch.allclose(alone[0].T, cuts[0].T, atol=1e-3)
+
+
+def test_systems_with_other_counts_of_held_out_steps(monkeypatch) -> None:
+    monkeypatch.setattr(readout, "_ON_A_CPU", 8)
+    seen = [samples(seed, held_out=0.2 + 0.2 * seed) for seed in range(2)]
+    cuts = [truncations(each, 3)[0] for each in seen]
+    for cut, fitted, each in zip(cuts, fit_readouts(cuts, seen), seen):
+        alone = output_error(fit_readout(cut, each), each)
+        assert output_error(fitted, each) < 1.05 * alone < 0.95 * output_error(cut, each)
+
+
+def test_no_systems_and_systems_of_full_size() -> None:
+    assert fit_readouts([], []) == []
+    whole = Truncation.from_indices(range(8), full_size=8)
+    assert fit_readouts([whole], [samples()])[0] is whole
