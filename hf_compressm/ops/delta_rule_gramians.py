@@ -176,9 +176,8 @@ def _validated(
 
 def _sequences(sizes: dict[str, int], device: torch.device) -> Iterator[tuple[slice, Tensor]]:
     """Groups of sequences, and the index that picks a step of each of them."""
-    size = max(
-        1, elements_at_once(stretches.CHUNK_ELEMENTS, device) // (sizes["heads"] * sizes["N"] * sizes["head_dim"])
-    )
+    states = sizes["heads"] * sizes["N"] * sizes["head_dim"]
+    size = max(1, elements_at_once(stretches.CHUNK_ELEMENTS, device) // states)
     for first in range(0, sizes["batch"], size):
         part = slice(first, min(first + size, sizes["batch"]))
         yield part, torch.arange(part.stop - first, device=device)[:, None]

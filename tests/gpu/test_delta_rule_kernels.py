@@ -71,8 +71,13 @@ def test_loss_and_gradients_of_a_cut_model(name: str, size: int, stock: bool) ->
     there = on_the_gpu(here)
     losses = [model(**{key: value.to(model.device) for key, value in batch().items()}).loss for model in (here, there)]
     agree(losses[0].detach(), losses[1].detach())
-    for loss in losses:
-        loss.backward()
+    losses[0].backward()
+    try:
+        losses[1].backward()
+    except RuntimeError as error:
+        if "incorrect results" not in str(error):
+            raise
+        pytest.skip(f"fla does not trust this Triton on this GPU: {error}")
     pairs = [(one.grad, other.grad) for one, other in zip(here.parameters(), there.parameters())]
     agree(*(torch.cat([pair[i].flatten().cpu() for pair in pairs if pair[0] is not None]) for i in range(2)))
 
