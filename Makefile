@@ -6,12 +6,13 @@ EXTRAS ?= test
 WORKERS ?= 2
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo test test-lowest test-deepspeed test-gpu lint bench bench-gpu clean
+.PHONY: help setup demo test test-lowest test-install test-deepspeed test-gpu lint bench bench-gpu clean
 
 help:
 	@echo "make demo            train a Mamba on real data, cut its state in training, load the result in stock transformers"
 	@echo "make test            all tests"
-	@echo "make test-lowest     all tests with the oldest supported transformers"
+	@echo "make test-lowest     all tests with the oldest supported transformers; LOWEST_TESTS=... for some folders"
+	@echo "make test-install    installs the package as a user does, without pinned versions, and uses its command"
 	@echo "make test-deepspeed  the tests of ZeRO-1, 2 and 3, with DeepSpeed and its CPU backend"
 	@echo "make bench           all benchmarks; rewrites the tables in recipes/benchmarks/results"
 	@echo "make bench-gpu       all that is measured on one CUDA device, and its tests; PARTS=... for some of it"
@@ -34,7 +35,11 @@ test: setup lint
 	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile --quiet
 
 test-lowest:
-	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+	$(MAKE) setup VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+	.venv-lowest/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --quiet $(LOWEST_TESTS)
+
+test-install:
+	$(PYTHON) tests/install/check_install.py
 
 test-deepspeed:
 	$(MAKE) setup VENV=.venv-deepspeed EXTRAS=test,deepspeed

@@ -13,6 +13,7 @@ from .changes import (
 from .compressed_forms import all_changes, can_hold_forms, take_forms
 from .contract import ScanObserver, StateSpaceLayer, SumOverProcesses
 from .families.mixable import MixableLayer
+from .kernel_limits import refused_size, runs_on_kernels, size_multiple
 from .measured_truncation import MeasuredTruncation
 from .moment_maps.axis import AxisMap, AxisSelection, Rescaling
 from .moment_maps.modal import ModalMap
@@ -72,10 +73,13 @@ __all__ = [
     "fast_cpu_scan_enabled",
     "find_layers",
     "per_head",
+    "refused_size",
     "register",
     "register_scan",
     "registered_families",
     "runs",
+    "runs_on_kernels",
+    "size_multiple",
     "successor",
     "take_forms",
     "unsupported_note",

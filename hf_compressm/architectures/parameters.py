@@ -25,6 +25,10 @@ def successor(old: nn.Parameter, values: Tensor) -> nn.Parameter:
     return new
 
 
+# Apple's GPUs.
+_WITHOUT_DOUBLE_PRECISION = frozenset({"mps"})
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """
     A module's own parameters by name, as the module holds them: what is written here is written into the module.
@@ -58,7 +62,8 @@ def why_not_reducible(parameter: Any) -> str | None:
         parameter (`Any`): What a module has under the name of a parameter.
     """
     if not isinstance(parameter, nn.Parameter):
-        return f"is a {type(parameter).__name__} and not a parameter (a parametrisation or an adapter holds it)"
+        kind = type(parameter).__name__
+        return f"is a {kind} and not a parameter (a parametrisation, an adapter or a quantised module holds it)"
     if hasattr(parameter, "ds_id"):
         return (
             "is partitioned by DeepSpeed, as all is that is loaded while the arguments of a ZeRO-3 run are known (for "
@@ -71,6 +76,11 @@ def why_not_reducible(parameter: Any) -> str | None:
         return f"has dtype {parameter.dtype}, a quantised form"
     if _has_gradient_hooks(parameter):
         return "has hooks on its gradient, which its replacement would not have; remove them"
+    if parameter.device.type in _WITHOUT_DOUBLE_PRECISION:
+        return (
+            f"is on the device {parameter.device.type}, which has no double precision, and a cut is computed in it; "
+            "move the model to the CPU to compress it (or train there, with use_cpu=True)"
+        )
     if parameter.is_meta:
         return "is on the meta device and has no values (it may be offloaded)"
     return None

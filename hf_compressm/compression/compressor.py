@@ -86,6 +86,7 @@ class Compressor:
         self._progress = progress
         self._scores: dict[str, Tensor] = {}
         self._chosen = Chosen.of(self.layers, config, lambda layer: can_hold_forms(model, layer))
+        self._limits = self._chosen.limits(config)
         self._state = TrainingState(
             model, self.layers, optimizer, config.optimizer_moments, tuple(followers), find_copies
         )
@@ -135,20 +136,20 @@ class Compressor:
 
     def _check(self, batches: Sequence[Any], step: int | None, number: int, total: int) -> CheckRecord:
         start, parameters = time.perf_counter(), self._count_parameters()
-        seed = combined_seed(self.config.seed, step)
-        with torch.inference_mode(False), fast_cpu_scan(self.config.fast_cpu_scan):
-            batches, others = self._chosen.split(batches, self.config)
+        config, seed = self.config, combined_seed(self.config.seed, step)
+        with torch.inference_mode(False), fast_cpu_scan(config.fast_cpu_scan):
+            batches, others = self._chosen.split(batches, config)
             calibration = self._calibrate(batches, seed)
             batches = [batch for place, batch in enumerate(batches) if place not in calibration.left_out]
             seen = self._see(calibration)
-            stage = stage_of(self.records, self.config, seen.correlations, number, total)
-            maker = CutMaker(
-                self._state, seen.gramians, self._chosen.reductors, self.config, self._processes, seed, self._progress
-            )
+            stage = stage_of(self.records, config, seen.correlations, number, total)
+            parts = (self._state, seen.gramians, self._chosen.reductors, self._limits, self._processes)
+            maker = CutMaker(*parts, seed, self._progress)
             trials = Trials(maker, lambda: self._loss_on(others))
             plan, alternative = self._decide(trials, seen.spectra, stage)
             planned = [layer for layer in self._chosen.layers if layer.name in plan]
             outputs = OutputsOf(planned, self.model, others, self._loss_function)
+            self._chosen.warn_of_refused_sizes({name: layer.new_size for name, layer in plan.items() if layer.is_cut})
             result = attempt_cut(maker, plan, alternative, calibration.loss, lambda: self._loss(batches), step)
             self.pending = result.pending or self.pending
             seen.note_cut(result.found, outputs.errors(self._processes.sum) if result.outcome == "cut" else {})
@@ -224,7 +225,7 @@ class Compressor:
         if self.config.strategy == "loss":
             plan = trials.smallest(spectra, sizes, stage)
         else:
-            plan = plan_reduction(spectra, sizes, self.config, stage)
+            plan = plan_reduction(spectra, sizes, self._limits, stage)
         return plan, trials.best_alternative(plan) if self.config.compare_truncations else ""
 
     def _loss_on(self, batches: Sequence[Any]) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_compressm.architectures import find_layers, successor
+from hf_compressm.architectures import find_layers, parameters, successor
 from hf_compressm.errors import UnsupportedModelError
 from tests.cases import tiny_mamba
 
@@ -77,7 +77,7 @@ class SubclassedTensor(torch.Tensor):
         (partitioned, "partitioned by DeepSpeed"),
         (tensor_subclass, "holds a SubclassedTensor"),
         (adapted, "not a torch.nn.Linear"),
-        (parametrised, "a parametrisation or an adapter"),
+        (parametrised, "a parametrisation, an adapter or a quantised"),
         (shared, "one shared parameter"),
     ],
 )
@@ -87,3 +87,10 @@ def test_forms_that_cannot_be_cut_are_refused_by_name(damage, message: str) -> N
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         find_layers(model)
     assert "layers.1.mixer" in str(caught.value)
+
+
+def test_devices_without_double_precision_are_refused_before_anything_happens(monkeypatch) -> None:
+    assert "mps" in parameters._WITHOUT_DOUBLE_PRECISION
+    monkeypatch.setattr(parameters, "_WITHOUT_DOUBLE_PRECISION", frozenset({"cpu"}))
+    with pytest.raises(UnsupportedModelError, match="no double precision.*move the model to the CPU"):
+        find_layers(tiny_mamba())

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ...architectures import StateSpaceLayer
+from ...architectures import StateSpaceLayer, refused_size, runs_on_kernels, size_multiple
 from ...config import CompreSSMConfig
 from ...errors import CalibrationError, ConfigurationError, UnsupportedModelError
+from ...systems import registered_reductors
 from ..measure.layer_gramians import LayerGramians
+
+logger = logging.getLogger(__name__)
 
 
 def chosen_layers(layers: Sequence[StateSpaceLayer], config: CompreSSMConfig) -> list[StateSpaceLayer]:
@@ -100,6 +105,39 @@ class Chosen:
                 f"({fixed[0].family}) cannot hold. Leave uniform=True."
             )
         return cls(chosen, reductors, frozenset(own))
+
+    def limits(self, config: CompreSSMConfig) -> CompreSSMConfig:
+        """
+        The settings with a `multiple_of` that the kernels take which the layers run on here; a target stays as it is.
+
+        Args:
+            config ([`CompreSSMConfig`]): The settings.
+        """
+        multiples = [size_multiple(layer) for layer in self._with_smaller_convolution() if runs_on_kernels(layer)]
+        multiple = math.lcm(config.multiple_of, *multiples)
+        if multiple == config.multiple_of or config.strategy == "target":
+            return config
+        logger.info(
+            "state sizes are rounded up to multiples of %d, for causal-conv1d's kernels take no others.", multiple
+        )
+        return replace(config, multiple_of=multiple)
+
+    def warn_of_refused_sizes(self, sizes: Mapping[str, int]) -> None:
+        """
+        Warn where causal-conv1d's kernels would refuse a layer that they take now.
+
+        Args:
+            sizes (`Mapping[str, int]`): The new size of each layer that is to be cut.
+        """
+        found = (refused_size(x, sizes[x.name]) for x in self._with_smaller_convolution() if x.name in sizes)
+        line = next((line for line in found if line is not None), None)
+        if line is not None:
+            logger.warning("%s.", line)
+
+    def _with_smaller_convolution(self) -> list[StateSpaceLayer]:
+        """The layers whose projected entries a cut takes away, and does not only combine."""
+        reductors = registered_reductors()
+        return [layer for layer in self.layers if reductors[self.reductors[layer.name]].only_selects]
 
     def batches_per_check(self, config: CompreSSMConfig) -> int:
         """How many batches a check makes use of: those for the Gramians, and those that [`split`] sets apart."""
