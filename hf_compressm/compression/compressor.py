@@ -184,9 +184,8 @@ class Compressor:
             batches, others = split_in_half(batches, "a table of sizes")
             calibration = self._calibrate(batches, seed)
             seen = self._see(calibration)
-            maker = CutMaker(
-                self._state, seen.gramians, self._chosen.reductors, self.config, self._processes, seed, self._progress
-            )
+            parts = (self._state, seen.gramians, self._chosen.reductors, self.config, self._processes)
+            maker = CutMaker(*parts, seed, self._progress)
             layers = [layer for layer in self._chosen.layers if layer.name in seen.gramians]
             rows = measure_sizes(maker, layers, sizes, lambda: self._loss_on(others), others[0])
         return Spectrum(seen.spectra, calibration.loss, tuple(rows))
