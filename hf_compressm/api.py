@@ -13,6 +13,7 @@ from torch import nn
 from .architectures import fast_cpu_scan, find_layers, unsupported_note
 from .cards import Provenance
 from .compression.compressor import Compressor
+from .compression.cut.optimizer import require_trained_layers
 from .compression.decide.chosen import chosen_layers
 from .compression.history import CheckRecord
 from .compression.measure.calibration import calibrate
@@ -140,6 +141,8 @@ def compress(
             "makes none. Set rollback_metric='calibration_loss'."
         )
     compressor = Compressor(model, config, loss_function=loss_function, optimizer=optimizer, progress=progress)
+    if optimizer is not None:
+        require_trained_layers(optimizer, compressor.layers)
     note = unsupported_note(model, compressor.layers)
     if note is not None:
         logger.warning(note)

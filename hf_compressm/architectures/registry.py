@@ -43,9 +43,14 @@ def find_layers(model: nn.Module) -> list[StateSpaceLayer]:
     All layers of a model whose state can be cut, in the order of `model.named_modules()`.
 
     Raises:
-        [`~errors.UnsupportedModelError`]: there is none (the message lists what was found and what is supported), a
-            layer's parameters are in a form that cannot be cut, or two layers share a parameter.
+        [`~errors.UnsupportedModelError`]: the model is no module, there is no layer (the message lists what was found
+            and what is supported), a layer's parameters are in a form that cannot be cut, or two layers share one.
     """
+    if not isinstance(model, nn.Module):
+        kind = "class" if isinstance(model, type) else f"{type(model).__name__}"
+        raise UnsupportedModelError(
+            f"the model is a {kind}; give a torch.nn.Module, such as AutoModelForCausalLM.from_pretrained(...) returns."
+        )
     layers = [
         layer_class(name, module, _configs_around(model, name))
         for name, module in model.named_modules()

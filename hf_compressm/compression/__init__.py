@@ -2,7 +2,7 @@
 
 from .compressor import Compressor
 from .cut.changes import Change, ModelChange, commit_together, roll_back_together
-from .cut.optimizer import OptimizerChange, drop_stale_states, require_trained, unwrap_optimizer
+from .cut.optimizer import OptimizerChange, drop_stale_states, require_trained_layers, unwrap_optimizer
 from .cut.pending_cut import PendingCut
 from .cut.snapshot import AVERAGES_NAME, LAYERS_NAME, SNAPSHOT_NAME, Snapshot
 from .decide.plan import LayerPlan, plan_reduction
@@ -51,7 +51,7 @@ __all__ = [
     "model_loss",
     "plan_reduction",
     "read_history",
-    "require_trained",
+    "require_trained_layers",
     "roll_back_together",
     "sizes_after",
     "standing_cuts",

@@ -93,7 +93,7 @@ def model_class_of(folder: str | os.PathLike, trust_remote_code: bool = False) -
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
         # A type that is registered is read by its own class whatever code is next to it, so that is no reason.
         if auto_map and not trust_remote_code and not _is_registered(written.get("model_type")):
             raise UnsupportedModelError(

@@ -23,7 +23,7 @@ from ..compression import (
     Snapshot,
     drop_stale_states,
     keep_old_history,
-    require_trained,
+    require_trained_layers,
     sizes_after,
     write_history,
 )
@@ -120,8 +120,7 @@ class CompressionRun:
         self._processes.agree("the training", run_facts(self.config, compressor.sizes))
         if not alone:
             begin_with_a_new_reducer(self._model)
-        replaced = [{**layer.state_parameters(), **layer.rescaled_parameters()} for layer in compressor.layers]
-        require_trained(optimizer, [parameter for of_layer in replaced for parameter in of_layer.values()])
+        require_trained_layers(optimizer, compressor.layers)
         return compressor
 
     def _require_loss(self, loss_function: LossFunction | None) -> None:

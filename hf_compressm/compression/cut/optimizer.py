@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...architectures import ParameterAddition, ParameterChange
+from ...architectures import ParameterAddition, ParameterChange, StateSpaceLayer
 from ...errors import UnsupportedModelError
 from .changes import ModelChange
 from .optimizer_moments import carry_state, fits
@@ -212,6 +212,21 @@ def require_trained(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
             "with requires_grad_(False), or, where it trains flattened or partitioned copies (DeepSpeed), compress "
             "in a run without that wrapper."
         )
+
+
+def require_trained_layers(optimizer: Any, layers: Iterable[StateSpaceLayer]) -> None:
+    """
+    [`require_trained`] for all that a cut may replace in some layers.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer, or a wrapper of it.
+        layers (`Iterable[StateSpaceLayer]`): The layers.
+
+    Raises:
+        [`~errors.UnsupportedModelError`]: as above.
+    """
+    replaced = [{**layer.state_parameters(), **layer.rescaled_parameters()} for layer in layers]
+    require_trained(optimizer, [parameter for of_layer in replaced for parameter in of_layer.values()])
 
 
 def _takes_matrices_alone(part: Any) -> bool:
