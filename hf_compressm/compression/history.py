@@ -220,9 +220,24 @@ def keep_old_history(folder: str | os.PathLike) -> Path | None:
 
 
 def read_history(folder: str | os.PathLike) -> list[CheckRecord]:
-    """The records in a folder's `compressm_history.json`, in the order in which the checks were made."""
-    content = json.loads((Path(folder) / HISTORY_NAME).read_text(encoding="utf-8"))
-    return [CheckRecord.from_dict(check) for check in content["checks"]]
+    """
+    The records in a folder's `compressm_history.json`, in the order in which the checks were made.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder of a training, a checkpoint or a saved model.
+
+    Raises:
+        `FileNotFoundError`: the folder has no history.
+        [`~errors.InconsistentModelError`]: the file is there and is no history.
+    """
+    path = Path(folder) / HISTORY_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return [CheckRecord.from_dict(check) for check in content["checks"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InconsistentModelError(
+            f"{path} is not a history of hf_compressm: {error!r}. Remove or restore the file."
+        ) from error
 
 
 def history_of(folder: str | os.PathLike) -> list[CheckRecord]:
@@ -235,12 +250,4 @@ def history_of(folder: str | os.PathLike) -> list[CheckRecord]:
     Raises:
         [`~errors.InconsistentModelError`]: the file is there and is no history.
     """
-    path = Path(folder) / HISTORY_NAME
-    if not path.is_file():
-        return []
-    try:
-        return read_history(folder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InconsistentModelError(
-            f"{path} is not a history of hf_compressm: {error!r}. Remove or restore the file."
-        ) from error
+    return read_history(folder) if (Path(folder) / HISTORY_NAME).is_file() else []

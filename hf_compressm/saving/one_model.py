@@ -59,8 +59,8 @@ def require_one_model(
         raise
     except Exception as error:  # transformers' classes and safetensors have no error in common
         raise InconsistentModelError(
-            f"the files in {folder} make no model: {type(error).__name__}: {' '.join(str(error).split())[:300]} Save the "
-            "model again with save_pretrained, which writes both together."
+            f"the files in {folder} make no model: {type(error).__name__}: {' '.join(str(error).split())[:300]} Save "
+            "the model again with save_pretrained, which writes both together."
         ) from error
     problems = [
         f"{name} is {tuple(saved)} in the weights and {tuple(wanted)} by the configuration"

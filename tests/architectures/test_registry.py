@@ -19,3 +19,9 @@ def test_a_family_name_is_taken_once() -> None:
     assert register(MambaLayer) is MambaLayer
     with pytest.raises(ConfigurationError, match="already registered"):
         register(type("Impostor", (MambaLayer,), {}))
+
+
+@pytest.mark.parametrize("model", ["state-spaces/mamba-130m-hf", None, nn.Linear, {}])
+def test_what_is_no_module_is_refused(model) -> None:
+    with pytest.raises(UnsupportedModelError, match="give a torch.nn.Module"):
+        find_layers(model)

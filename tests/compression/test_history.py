@@ -9,6 +9,7 @@ import pytest
 
 from hf_compressm import read_history
 from hf_compressm.compression import HISTORY_NAME, CheckRecord, LayerRecord, write_history
+from hf_compressm.errors import InconsistentModelError
 
 LAYER = LayerRecord("layers.0", "mamba", 8, 4, 3, [3.0, 1.0, 0.5, 0.1], 0.6, 0.13, None)
 CUT = CheckRecord("cut", "the spectra allow it", [LAYER], 10, 2.0, 2.01, 0.5, 100, 60)
@@ -48,3 +49,14 @@ def test_scalars_are_plain_numbers() -> None:
     assert scalars["compressm/cut"] == 1 and scalars["compressm/loss_after"] == 2.01
     assert all(type(value) is float for value in scalars.values())
     assert "compressm/loss_before" not in CheckRecord("skipped", "why").scalars()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"checks": [{"outcome": "cut"', "[]", '{"checks": 3}', '{"checks": [{"a": 1}]}', "\x80"]
+)
+def test_what_is_no_history_is_refused_by_its_path(text: str, tmp_path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_history(tmp_path)
+    (tmp_path / HISTORY_NAME).write_bytes(text.encode("latin-1"))
+    with pytest.raises(InconsistentModelError, match=f"{HISTORY_NAME} is not a history.*Remove or restore"):
+        read_history(tmp_path)

@@ -61,17 +61,20 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
         folder (`Path`): Where they run.
     """
     _prepared(folder)
+    number = 0
     while True:
         command = draw.choice(["analyze", "compress", "compress", "report", "demo-"])
         arguments = [command]
-        arguments += [draw.choice(["model", "model", "model", *_ODD_TEXTS])] if draw.random() < 0.95 else []
+        arguments += ["model"] if draw.random() < 0.8 else draw.choice([[], [draw.choice(_ODD_TEXTS)]])
         if command in ("analyze", "compress"):
-            file = draw.choice(["text.txt", "text.txt", "text.txt", *_ODD_TEXTS])
-            arguments += [draw.choice(["--text-file", "--text-file", "--data-file"]), file, "--length", "16"]
-            arguments += ["--sequences", "8"]
+            file = "text.txt" if draw.random() < 0.8 else draw.choice(_ODD_TEXTS)
+            arguments += [draw.choice(["--text-file", "--data-file"]), file, "--length", "16", "--sequences", "8"]
         if command == "compress":
-            arguments += ["-o", draw.choice(["small", "small", "model", "text.txt", "/dev/null/x", ""])]
-        for option in draw.sample(_OPTIONS.get(command, []), min(2, len(_OPTIONS.get(command, [])))):
+            number += 1
+            output = f"small{number}" if draw.random() < 0.8 else draw.choice(["model", "text.txt", "/dev/null/x", ""])
+            arguments += ["-o", output]
+        options = _OPTIONS.get(command, [])
+        for option in draw.sample(options, min(draw.randint(0, 2), len(options))):
             arguments += [option, draw.choice(_ODD_TEXTS)]
         arguments += [flag for flag in _FLAGS.get(command, []) if draw.random() < 0.3]
         watched = [folder / name for name in ("model", "text.txt", "rows.csv")]

@@ -54,6 +54,8 @@ def test_an_optimizer_of_a_part_of_the_parameters_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="2 of the 4 parameters that would be cut are not in AdamW"):
         compress(model, [token_batch()], FIXED, part)
     assert model.config.state_size == 8
+    with pytest.raises(UnsupportedModelError):  # known before any batch is run
+        compress(model, [{"input_ids": "no batch"}], FIXED, part)
     for layer in model.backbone.layers:
         layer.mixer.x_proj.requires_grad_(False)
     assert compress(model, [token_batch()], FIXED, part).outcome == "cut", "frozen parameters need no optimizer"
