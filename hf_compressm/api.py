@@ -105,8 +105,7 @@ def compress(
         batches (`Iterable`, *optional*): Calibration inputs, as in [`analyze`].
         config ([`CompreSSMConfig`] or its `dict`, *optional*): What to cut and how; its schedule (`window`,
             `interval`) is not used.
-        optimizer (`torch.optim.Optimizer`, *optional*): Keeps training the model: its groups get the new parameters,
-            its moments move with them.
+        optimizer (`torch.optim.Optimizer`, *optional*): Trains the model on, with moments that move along.
         loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
             loss when unset.
         progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
