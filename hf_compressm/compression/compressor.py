@@ -51,8 +51,7 @@ class Compressor:
         config ([`CompreSSMConfig`]): What to cut and how.
         loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
             loss when unset.
-        optimizer (`torch.optim.Optimizer`, *optional*): Trains the model: its groups get the new parameters, its
-            moments are carried over.
+        optimizer (`torch.optim.Optimizer`, *optional*): Trains the model on, with moments that move along.
         followers (`Sequence[Follow]`, *optional*): What else changes together with the model.
         processes ([`~compression.processes.Processes`], *optional*): The processes that train the model together.
         find_copies (`Callable`, *optional*): Returns modules, or dictionaries of tensors by parameter name, that may be
@@ -87,6 +86,7 @@ class Compressor:
         self._scores: dict[str, Tensor] = {}
         self._chosen = Chosen.of(self.layers, config, lambda layer: can_hold_forms(model, layer))
         self._limits = self._chosen.limits(config)
+        self._fits_readouts = optimizer is None if config.fit_readout is None else config.fit_readout
         self._state = TrainingState(
             model, self.layers, optimizer, config.optimizer_moments, tuple(followers), find_copies
         )
@@ -196,7 +196,7 @@ class Compressor:
             self._chosen.layers,
             batches,
             gramians=self.config.gramians,
-            fit_readout=self.config.fit_readout,
+            fit_readout=self._fits_readouts,
             loss_function=self._loss_function,
             sum_over_processes=self._processes.sum,
             seed=seed,

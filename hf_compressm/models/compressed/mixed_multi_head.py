@@ -61,8 +61,9 @@ class MixedMultiHead:
     def forward(
         self,
         hidden_states: Tensor,
-        cache_params: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
+        cache_params: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """
@@ -70,17 +71,19 @@ class MixedMultiHead:
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`): Input.
-            cache_params (`transformers.Cache`, *optional*): Convolution and recurrent states, `(batch, heads, head_dim,
-                r)`, that are read and updated.
+            cache (`transformers.Cache`, *optional*): Convolution and recurrent states, `(batch, heads, head_dim, r)`,
+                that are read and updated.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 for padding.
+            cache_params (`transformers.Cache`, *optional*): The name of the cache before transformers 5.24.
         """
+        cache = cache_params if cache is None else cache
         dtype, (batch, length, _) = hidden_states.dtype, hidden_states.shape
-        conv_state, recurrent_state, recording = earlier_states(cache_params, self.layer_idx)
+        conv_state, recurrent_state, recording = earlier_states(cache, self.layer_idx)
         projected = self._project(apply_mask_to_padding_states(hidden_states, attention_mask))
         gate, driven, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
         # A cache that records what it may have to take back grows its convolution's state even by single steps.
         stepping = conv_state is not None and length == 1 and not recording
-        driven = self._convolve(driven, cache_params, conv_state if stepping else None, kwargs)
+        driven = self._convolve(driven, cache, conv_state if stepping else None, kwargs)
         driven = apply_mask_to_padding_states(driven, attention_mask)
         width = self.n_groups * self.ssm_state_size
         u, B, C = driven.split([self.intermediate_size, width, width], dim=-1)
@@ -93,11 +96,11 @@ class MixedMultiHead:
             output = mamba2_chunk_scan(
                 u, dt, A, B, C, chunk_size=self.chunk_size, D=self.D, z=None, dt_bias=self.dt_bias, dt_softplus=True,
                 initial_states=recurrent_state, dt_limit=self.time_step_limit,
-                return_final_states=cache_params is not None, **kwargs,
+                return_final_states=cache is not None, **kwargs,
             )  # fmt: skip
-            if cache_params is not None:
+            if cache is not None:
                 output, state = output
-                cache_params.update_recurrent_state(state, self.layer_idx)
+                cache.update_recurrent_state(state, self.layer_idx)
         output = output.reshape(batch, length, -1)
         output = self.norm(output, gate) if getattr(self, "mamba_rms_norm", True) else output * F.silu(gate)
         return self.out_proj(output.to(dtype))
@@ -109,13 +112,13 @@ class MixedMultiHead:
         scales = getattr(self, "mup_vector", None)
         return projected if scales is None else projected * scales
 
-    def _convolve(self, driven: Tensor, cache_params: Any, state: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+    def _convolve(self, driven: Tensor, cache: Any, state: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         length, driven = driven.shape[1], driven.transpose(1, 2)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         if state is not None:
             return causal_conv1d_update(driven, state, weight, bias, activation=self.activation).transpose(1, 2)
-        if cache_params is not None:
-            driven = cache_params.update_conv_state(driven, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+        if cache is not None:
+            driven = cache.update_conv_state(driven, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
         driven = causal_conv1d_fn(driven, weight, bias, activation=self.activation, **kwargs)
         return driven[:, :, -length:].transpose(1, 2)
 

@@ -69,7 +69,7 @@ class LRUConfig(SequenceSettings, PreTrainedConfig):
     """
 
     model_type = "lru"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int | None = None
     input_size: int | None = None

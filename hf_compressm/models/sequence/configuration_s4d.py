@@ -72,7 +72,7 @@ class S4DConfig(SequenceSettings, PreTrainedConfig):
     """
 
     model_type = "s4d"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int | None = None
     input_size: int | None = None

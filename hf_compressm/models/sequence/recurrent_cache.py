@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What outputs call their cache; transformers 5.24 gave all caches one name.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class RecurrentCache(Cache):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .recurrent_cache import RecurrentCache
+from .recurrent_cache import CACHE_NAME, RecurrentCache
 from .sequence_blocks import SequenceBlock
 from .sequence_classification import ClassificationHead, SequenceClassification
 from .sequence_inputs import SequenceInput, padding_mask
@@ -93,6 +93,7 @@ class SequenceBackbone:
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: RecurrentCache | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutputWithPast:
         """
@@ -108,13 +109,15 @@ class SequenceBackbone:
             inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*):
                 Ready hidden states, instead of tokens or values.
             past_key_values ([`RecurrentCache`], *optional*):
-                States after the steps before these; written to.
+                States after the steps before these; written to. The name of `cache` before transformers 5.24.
             use_cache (`bool`, *optional*):
                 Whether to return the states; by default as in the config, and never in training.
             output_hidden_states (`bool`, *optional*):
                 Whether to return what enters each block, and the result of the last.
             return_dict (`bool`, *optional*):
                 Whether to return an output object instead of a tuple.
+            cache ([`RecurrentCache`], *optional*):
+                States after the steps before these; written to.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPast`] or `tuple`.
@@ -124,7 +127,7 @@ class SequenceBackbone:
             output_hidden_states = self.config.output_hidden_states
         if use_cache and self.gradient_checkpointing and self.training:
             use_cache = False
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = RecurrentCache(len(self.layers))
         hidden_states = self.embeddings(input_ids, input_values, inputs_embeds)
@@ -137,8 +140,8 @@ class SequenceBackbone:
             cache.seen_steps += hidden_states.shape[1]
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=cache if use_cache else None,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            **{CACHE_NAME: cache if use_cache else None},
         )
         as_object = self.config.return_dict if return_dict is None else return_dict
         return output if as_object else output.to_tuple()
@@ -214,6 +217,7 @@ class SequenceCausalLM:
         logits_to_keep: int = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: RecurrentCache | None = None,
         **kwargs,
     ) -> tuple | CausalLMOutputWithPast:
         """
@@ -229,7 +233,7 @@ class SequenceCausalLM:
             inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*):
                 Ready hidden states, instead of tokens.
             past_key_values ([`RecurrentCache`], *optional*):
-                States after the steps before these; written to.
+                States after the steps before these; written to. The name of `cache` before transformers 5.24.
             use_cache (`bool`, *optional*):
                 Whether to return the states; by default as in the config, and never in training.
             logits_to_keep (`int`, *optional*, defaults to 0):
@@ -238,6 +242,8 @@ class SequenceCausalLM:
                 Whether to return what enters each block, and the result of the last.
             return_dict (`bool`, *optional*):
                 Whether to return an output object instead of a tuple.
+            cache ([`RecurrentCache`], *optional*):
+                States after the steps before these; written to.
 
         Returns:
             [`~transformers.modeling_outputs.CausalLMOutputWithPast`] or `tuple`.
@@ -246,7 +252,7 @@ class SequenceCausalLM:
             input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
@@ -256,7 +262,7 @@ class SequenceCausalLM:
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
+            loss=loss, logits=logits, hidden_states=output.hidden_states, **{CACHE_NAME: getattr(output, CACHE_NAME)}
         )
         as_object = self.config.return_dict if return_dict is None else return_dict
         return output if as_object else output.to_tuple()

@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,8 @@ def _check(
     show = args.process_index == 0 and not args.disable_tqdm
     compressor = Compressor(
         model,
-        callback.config,
+        # The training goes on, though one process alone has the optimizer.
+        replace(callback.config, fit_readout=bool(callback.config.fit_readout)),
         loss_function=callback.loss_function or trainer_loss(callback),
         optimizer=optimizer,
         processes=processes,
