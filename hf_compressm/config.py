@@ -138,11 +138,9 @@ class CompreSSMConfig:
             loss a time-invariant layer takes `"input_weighted"` for `"loss_gradient"`, and without batches
             `"closed_form"`.
         fit_readout (`bool`, *optional*):
-            Fit what reads the kept states of a selective layer to the layer's outputs on the calibration batches, with
-            errors weighted by the loss's gradient; else it rebuilds each dropped state. When unset, it is fitted where
-            the training is over: a fit loses less on the spot, and where a training goes on it gains nothing in the
-            end and can do harm early. Several processes take the fit of the first one. Without effect on
-            `"selection"`, on `gramians="averaged"` and on the delta rule.
+            Fit what reads the kept states of a selective layer to the layer's outputs on the calibration batches; else
+            it rebuilds each dropped state. When unset, it is fitted where no training goes on, in which a fit gains
+            nothing. Several processes take that of the first. Without effect on `"selection"` and the delta rule.
         compare_truncations (`bool`, *optional*, defaults to `False`):
             Make several truncations of the size that was found, measure the loss of each on batches that it was not
             made with, and keep the best.
@@ -223,10 +221,9 @@ class CompreSSMConfig:
             require_integer(name, getattr(self, name), minimum=1)
         for name in ("seed", "rollback_after"):
             require_integer(name, getattr(self, name), minimum=0)
-        for name in ("uniform", "stock", "fast_cpu_scan", "compare_truncations"):
-            require_bool(name, getattr(self, name))
-        if self.fit_readout is not None:
-            require_bool("fit_readout", self.fit_readout)
+        for name in ("uniform", "stock", "fast_cpu_scan", "fit_readout", "compare_truncations"):
+            if not (name == "fit_readout" and self.fit_readout is None):
+                require_bool(name, getattr(self, name))
         if not is_number(self.minimum_reduction) or not 0 <= self.minimum_reduction < 1:
             raise ConfigurationError(
                 f"minimum_reduction is {self.minimum_reduction!r}; give a number in [0, 1), for example 0.05."

@@ -26,6 +26,11 @@ class RecurrentCache(Cache):
         self.states: list[Tensor | None] = [None] * num_hidden_layers
         self.seen_steps = 0
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """False for every layer: unlike the linear layers of transformers, this cache counts what it has read."""
+        return [False] * len(self.states)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of steps that the model has read."""
         return self.seen_steps

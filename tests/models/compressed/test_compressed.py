@@ -153,7 +153,8 @@ def test_generation_with_the_smaller_cache_is_that_without_one(family: str) -> N
 def logits_in_pieces(model: nn.Module, first: int = 5) -> Tensor:
     """The logits of a prompt whose last tokens come one by one."""
     outputs = model(input_ids=tokens()[:, :first], use_cache=True)
-    name = "past_key_values" if "past_key_values" in outputs else "cache_params"
+    # transformers 5.24 calls every cache so.
+    name = next(name for name in ("cache", "past_key_values", "cache_params") if name in outputs)
     cache, pieces = outputs[name], [outputs.logits]
     for t in range(first, LENGTH):
         pieces.append(model(input_ids=tokens()[:, t : t + 1], use_cache=True, **{name: cache}).logits)
