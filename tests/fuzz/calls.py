@@ -166,7 +166,7 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
     while True:
         kind = draw.choice(["model", "batches", "batches", "settings", "settings", "optimizer", "loss function"])
         family = draw.choice(TRAINED_CASES)
-        model, optimizer, loss, own = family.build(), None, None, ()
+        model, optimizer, loss, own, places = family.build(), None, None, (), ()
         good = family.batch()
         batches, config = [good], CompreSSMConfig(strategy="fixed", keep_ratio=0.5)
         what = ""
@@ -177,7 +177,7 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
         elif kind == "batches":
             what, batches = odd_batches(draw, good)
             # The model's own words for what it cannot take.
-            own = (Exception,)
+            own, places = (Exception,), ("/torch/nn/modules/module.py",)
         elif kind == "settings":
             config = odd_settings(draw)
             what = shown(config)
@@ -185,7 +185,7 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
             what, optimizer = odd_optimizer(draw, model)
         else:
             what, loss = odd_loss(draw)
-            own = (OwnError, TypeError, KeyError)
+            own, places = (OwnError, TypeError, KeyError), (__file__,)
         if draw.random() < 0.3 and optimizer is None:
             call = partial(analyze, model, batches, config, loss_function=loss)
             name = "analyze"
@@ -196,7 +196,7 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
         what = f"{kind}, {what}" if kind != "settings" else kind
         yield Case(
             f"{name}: {what}", f"{family.name}, {what}, {shown(config)}", call, partial(fingerprint, *watched),
-            partial(_require_sound, model, name), own,
+            partial(_require_sound, model, name), own, places,
         )  # fmt: skip
 
 
