@@ -122,7 +122,8 @@ def odd_loss(draw: random.Random) -> tuple[str, Any]:
         "raises": raising,
         "takes no arguments": lambda: 1.0,
         "empties the batch": lambda model, batch: model(**{key: batch.pop(key) for key in list(batch)}).loss,
-        "is no function": draw.choice([1, "loss", nn.Linear]),
+        "is no function": draw.choice([1, "loss", [], float("nan")]),
+        "is a class": nn.Linear,
     }
     what = draw.choice(list(odd))
     return what, odd[what]
@@ -185,7 +186,9 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
             what, optimizer = odd_optimizer(draw, model)
         else:
             what, loss = odd_loss(draw)
-            own, places = (OwnError, TypeError, KeyError), (__file__,)
+            own = (OwnError, TypeError, KeyError, AttributeError)
+            # Python's own words name a function that takes other arguments, and its caller is this library.
+            places = ("",) if what == "takes no arguments" else (__file__, "/torch/nn/modules/")
         if draw.random() < 0.3 and optimizer is None:
             call = partial(analyze, model, batches, config, loss_function=loss)
             name = "analyze"

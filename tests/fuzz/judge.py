@@ -31,8 +31,8 @@ ODD_VALUES: list[Any] = [
 ]  # fmt: skip
 
 ODD_JSON: list[Any] = [
-    None, True, False, 0, 1, 3, 5, -1, 10**30, 0.5, -1.5, 1e300, float("nan"), float("inf"), "", "4", "\u4e2d", "\ud800",
-    "a" * 5000, [], [None], [[]], [4, 4], {}, {"a": 1}, {"": {"": []}},
+    None, True, False, 0, 1, 3, 5, -1, 10**30, 0.5, -1.5, 1e300, float("nan"), float("inf"), "", "4", "\u4e2d",
+    "\ud800", "a" * 5000, [], [None], [[]], [4, 4], {}, {"a": 1}, {"": {"": []}},
 ]  # fmt: skip
 
 
@@ -100,7 +100,9 @@ def _problem_of(error: Exception, case: Case) -> str | None:
     if isinstance(error, CompreSSMError):
         if len(str(error)) < _SHORTEST or "\n" in str(error).strip():
             return f"gave an error that says too little or too much: {text!r}"
-        return None if any(name in str(error) for name in case.names) else f"gave an error that does not name it: {text}"
+        return (
+            None if any(name in str(error) for name in case.names) else f"gave an error that does not name it: {text}"
+        )
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, case.own) and any(place in file for place in case.own_places for file in files):
         return None
@@ -200,4 +202,6 @@ def mutated(text: str, draw: random.Random) -> tuple[str, str]:
     if fault == "NaN":
         number = draw.choice(["NaN", "Infinity", "1e999", "-3"])
         return text.replace(draw.choice(["0", "1", "2", "false"]), number, 1), fault
-    return ("" if fault == "empty" else draw.choice(["[]", "{}", "3", '"text"', "\ufeff{}", "null", "\x80"])), fault
+    return (
+        "" if fault == "empty" else draw.choice(["[]", "{}", "3", '"text"', "\ufeff{}", "null", "\x80", "[" * 100_000])
+    ), fault
