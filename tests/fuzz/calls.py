@@ -188,7 +188,7 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
             what, loss = odd_loss(draw)
             own = (OwnError, TypeError, KeyError, AttributeError)
             # Python's own words name a function that takes other arguments, and its caller is this library.
-            places = ("",) if what == "takes no arguments" else (__file__, "/torch/nn/modules/")
+            places = () if what == "takes no arguments" else (__file__, "/torch/nn/modules/")
         if draw.random() < 0.3 and optimizer is None:
             call = partial(analyze, model, batches, config, loss_function=loss)
             name = "analyze"

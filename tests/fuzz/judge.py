@@ -14,10 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+import hf_compressm
 from hf_compressm.errors import CompreSSMError
 
 # What a model's forward pass, the Trainer and save_pretrained of transformers write into a config.
 _OF_OTHERS = {"problem_type", "use_cache", "architectures", "dtype"}
+_OURS = str(Path(hf_compressm.__file__).parent)
+# The models that this library brings are a user's model as any other.
+_MODELS = (f"{_OURS}/models/", f"{_OURS}/ops/")
 # A message has to say something.
 _SHORTEST = 15
 
@@ -48,8 +52,9 @@ class Case:
         watched (`Callable`): A fingerprint of all that must not change where `run` raises.
         check (`Callable`, *optional*): Raises `AssertionError` where the result of a `run` that works is not right.
         own (`tuple[type[Exception], ...]`, *optional*): What the user's own code raises, which may pass through.
-        own_places (`tuple[str, ...]`, *optional*): Pieces of paths; an error of `own` has to come from a file with one
-            of them in its path, as what this library's own lines raise on such an input is no clear error.
+        own_places (`tuple[str, ...]`, *optional*): Pieces of paths. Where this library's lines had a part in an error
+            of `own`, a file with such a piece has to be called by them; what they raise by themselves is no clear
+            error. Anything is allowed where there are none.
         names (`tuple[str, ...]`, *optional*): The message of an error of this library has to hold one of them.
     """
 
@@ -59,7 +64,7 @@ class Case:
     watched: Callable[[], str] = field(default=lambda: "")
     check: Callable[[Any], None] = field(default=lambda result: None)
     own: tuple[type[Exception], ...] = ()
-    own_places: tuple[str, ...] = ("",)
+    own_places: tuple[str, ...] = ()
     names: tuple[str, ...] = ("",)
 
 
@@ -103,10 +108,14 @@ def _problem_of(error: Exception, case: Case) -> str | None:
         return (
             None if any(name in str(error) for name in case.names) else f"gave an error that does not name it: {text}"
         )
+    return None if isinstance(error, case.own) and _is_raised_by_others(error, case.own_places) else f"gave {text}"
+
+
+def _is_raised_by_others(error: Exception, places: tuple[str, ...]) -> bool:
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, case.own) and any(place in file for place in case.own_places for file in files):
-        return None
-    return f"gave {text}"
+    ours = [number for number, file in enumerate(files) if file.startswith(_OURS) and not file.startswith(_MODELS)]
+    called = files[ours[-1] + 1 :] if ours else []
+    return not ours or not places or any(place in file for place in places for file in called)
 
 
 def shown(value: Any) -> str:
