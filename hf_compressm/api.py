@@ -22,6 +22,7 @@ from .compression.spectrum import Spectrum
 from .config import CompreSSMConfig
 from .errors import ConfigurationError
 from .saving import follow_saves, provenance_of
+from .validation import require_batches, require_function
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def analyze(
 
     Raises:
         [`~errors.UnsupportedModelError`]: the model has no layer that can be cut.
-        [`~errors.ConfigurationError`]: a size is not possible.
+        [`~errors.ConfigurationError`]: a size is not possible, or an argument is of another type.
         [`~errors.CalibrationError`]: the batches give no finite loss or Gramians.
 
     Example:
@@ -69,16 +70,16 @@ def analyze(
 
     ```
     """
-    config = CompreSSMConfig.coerced(config)
+    config, batches = _checked(config, batches, loss_function)
     if sizes:
         compressor = Compressor(model, config, loss_function=loss_function, progress=progress)
-        return compressor.measure_sizes(list(() if batches is None else batches), sizes)
+        return compressor.measure_sizes(list(batches), sizes)
     layers = chosen_layers(find_layers(model), config)
     with fast_cpu_scan(config.fast_cpu_scan):
         calibration = calibrate(
             model,
             layers,
-            () if batches is None else batches,
+            batches,
             gramians=config.gramians,
             loss_function=loss_function,
             seed=config.seed,
@@ -115,7 +116,7 @@ def compress(
 
     Raises:
         [`~errors.UnsupportedModelError`]: the model has no layer that can be cut, or the optimizer does not train it.
-        [`~errors.CalibrationError`]: the batches give no finite loss or Gramians.
+        [`~errors.ConfigurationError`], [`~errors.CalibrationError`]: as in [`analyze`].
 
     Example:
 
@@ -133,7 +134,7 @@ def compress(
 
     ```
     """
-    config = CompreSSMConfig.coerced(config)
+    config, batches = _checked(config, batches, loss_function)
     if config.judged_by_evaluation:
         raise ConfigurationError(
             f"rollback_metric is {config.rollback_metric!r}, a metric of the Trainer's evaluation; compress() "
@@ -145,9 +146,15 @@ def compress(
     note = unsupported_note(model, compressor.layers)
     if note is not None:
         logger.warning(note)
-    record = compressor.check(list(() if batches is None else batches))
+    record = compressor.check(list(batches))
     _let_saves_tell(model, compressor)
     return record
+
+
+def _checked(config: Any, batches: Any, loss_function: Any) -> tuple[CompreSSMConfig, Iterable[Any]]:
+    """Settings and batches that were given as they may be."""
+    require_function("loss_function", loss_function)
+    return CompreSSMConfig.coerced(config), () if require_batches("batches", batches) is None else batches
 
 
 def _let_saves_tell(model: nn.Module, compressor: Compressor) -> None:

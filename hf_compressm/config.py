@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import InitVar, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
 from .consistency import CALIBRATION_LOSS, inferred, require_consistent, without_ignored
 from .errors import ConfigurationError
+from .files import replace_file
 from .systems.reductors.reductor import SelectionRule, SelectionScore, registered_reductors
 from .validation import (
     is_number,
@@ -19,6 +21,7 @@ from .validation import (
     require_pattern,
     require_share,
     require_window,
+    settings_in,
 )
 
 CONFIG_NAME = "compressm_config.json"
@@ -259,10 +262,12 @@ class CompreSSMConfig:
         Build a configuration from the dictionary that [`~CompreSSMConfig.to_dict`] gives.
 
         Raises:
-            [`~errors.ConfigurationError`]: a name is unknown, or a value is not allowed.
+            [`~errors.ConfigurationError`]: it is no `dict`, a name is unknown, or a value is not allowed.
         """
+        if not isinstance(settings, Mapping):
+            raise ConfigurationError(f"the settings are a {type(settings).__name__}; give a dict of names and values.")
         known = [field.name for field in fields(cls)]
-        unknown = sorted(set(settings) - set(known))
+        unknown = sorted(set(settings) - set(known), key=str)
         if unknown:
             raise ConfigurationError(
                 f"unknown setting{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}; "
@@ -297,14 +302,14 @@ class CompreSSMConfig:
             [`~errors.ConfigurationError`]: the text is not a JSON object, or a setting in it is not allowed or
                 given twice.
         """
-        return cls.from_dict(_settings_in(text))
+        return cls.from_dict(settings_in(text))
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> Path:
         """Write `compressm_config.json` to a folder, which is made if needed; returns the file's path."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / CONFIG_NAME
-        path.write_text(self.to_json_string(), encoding="utf-8")
+        replace_file(path, self.to_json_string().encode("utf-8"))
         return path
 
     @classmethod
@@ -320,7 +325,7 @@ class CompreSSMConfig:
         """
         path = Path(path)
         file = path / CONFIG_NAME if path.is_dir() else path
-        return cls.from_dict(without_ignored(_settings_in(file.read_text(encoding="utf-8"))))
+        return cls.from_dict(without_ignored(settings_in(file.read_bytes())))
 
 
 _CHOICES = {
@@ -332,20 +337,3 @@ _CHOICES = {
     "gramians": GRAMIANS,
     "after_rollback": AFTER_ROLLBACK,
 }
-
-
-def _settings_in(text: str) -> dict[str, Any]:
-    try:
-        settings = json.loads(text, object_pairs_hook=_without_repeats)
-    except json.JSONDecodeError as error:
-        raise ConfigurationError(f"the configuration is not valid JSON: {error}.") from error
-    if not isinstance(settings, dict):
-        raise ConfigurationError(f"the configuration is a JSON {type(settings).__name__}; give an object.")
-    return settings
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    repeated = sorted({name for name, _ in pairs if sum(other == name for other, _ in pairs) > 1})
-    if repeated:
-        raise ConfigurationError(f"{', '.join(map(repr, repeated))} is given more than once; keep one of the values.")
-    return dict(pairs)

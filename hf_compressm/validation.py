@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import ConfigurationError
@@ -99,3 +101,67 @@ def require_pattern(name: str, value: Any) -> None:
         re.compile(value)
     except re.error as error:
         raise ConfigurationError(f"{name} is {value!r}, which is no regular expression: {error}.") from error
+
+
+def require_batches(name: str, batches: Any) -> Any:
+    """
+    Raise unless the value is unset or can be gone through batch by batch; returns it.
+
+    Args:
+        name (`str`): The argument.
+        batches (`object`): Its value.
+
+    Raises:
+        [`~errors.ConfigurationError`]: it is a number, a text or a single batch.
+    """
+    if batches is not None and (isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable)):
+        raise ConfigurationError(
+            f"{name} is a {type(batches).__name__}; give a list of batches (their number is a setting of "
+            "CompreSSMConfig)."
+        )
+    return batches
+
+
+def require_function(name: str, function: Any) -> Any:
+    """
+    Raise unless the value is unset or callable; returns it.
+
+    Args:
+        name (`str`): The argument.
+        function (`object`): Its value.
+
+    Raises:
+        [`~errors.ConfigurationError`]: it cannot be called.
+    """
+    if function is not None and not callable(function):
+        raise ConfigurationError(f"{name} is {function!r}; give a function of the model and a batch.")
+    return function
+
+
+def settings_in(text: str | bytes) -> dict[str, Any]:
+    """
+    The settings in a JSON text.
+
+    Args:
+        text (`str` or `bytes`): A JSON object.
+
+    Raises:
+        [`~errors.ConfigurationError`]: it is no such text, or names a setting twice.
+    """
+    if not isinstance(text, (str, bytes, bytearray)):
+        raise ConfigurationError(f"the configuration is a {type(text).__name__}; give the text of a JSON object.")
+    try:
+        text = text if isinstance(text, str) else bytes(text).decode("utf-8")
+        settings = json.loads(text, object_pairs_hook=_without_repeats)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigurationError(f"the configuration is not valid JSON: {error}.") from error
+    if not isinstance(settings, dict):
+        raise ConfigurationError(f"the configuration is a JSON {type(settings).__name__}; give an object.")
+    return settings
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    repeated = sorted({name for name, _ in pairs if sum(other == name for other, _ in pairs) > 1})
+    if repeated:
+        raise ConfigurationError(f"{', '.join(map(repr, repeated))} is given more than once; keep one of the values.")
+    return dict(pairs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,8 @@ from pathlib import Path
 
 from ..compression.history import CheckRecord, LayerRecord, standing_cuts
 from ..config import CONFIG_NAME, CompreSSMConfig
+from ..errors import InconsistentModelError
+from ..files import read_json_object
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,23 @@ def describe_folder(folder: str | os.PathLike, provenance: Provenance) -> Proven
     Args:
         folder (`str` or `os.PathLike`): A folder with `config.json`.
         provenance ([`Provenance`]): What is known.
+
+    Raises:
+        [`~errors.InconsistentModelError`]: `config.json` is no JSON object, or names no class.
+        [`~errors.ConfigurationError`]: the settings in the folder are not allowed.
     """
     folder = Path(folder)
-    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    written = read_json_object(folder / "config.json")
+    architectures = written.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise InconsistentModelError(
+            f"architectures in {folder / 'config.json'} is {architectures!r:.60}; give a list with the model's class."
+        )
     settings = CompreSSMConfig.from_pretrained(folder) if (folder / CONFIG_NAME).is_file() else None
     return replace(
         provenance,
         config=provenance.config or settings,
-        model_class=provenance.model_class or next(iter(written.get("architectures") or []), None),
+        model_class=provenance.model_class or next(iter(architectures), None),
         model_type=provenance.model_type or written.get("model_type"),
         reads_tokens=provenance.reads_tokens and written.get("vocab_size", True) is not None,
         needs_code=provenance.needs_code or bool(written.get("auto_map")),

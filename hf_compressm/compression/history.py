@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import InconsistentModelError
-from ..files import replace_file
+from ..files import read_json_object, replace_file
+from .record_fields import known_fields, shortened
 
 HISTORY_NAME = "compressm_history.json"
 HISTORY_VERSION = 1
@@ -115,10 +116,21 @@ class CheckRecord:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CheckRecord:
-        """The record that [`~CheckRecord.to_dict`] gave; fields of a later version are left out."""
-        layers = [LayerRecord(**_known(LayerRecord, layer)) for layer in values.get("layers", [])]
-        trials = [TrialRecord(**_known(TrialRecord, trial)) for trial in values.get("trials", [])]
-        return cls(**{**_known(cls, values), "layers": layers, "trials": trials})
+        """
+        The record that [`~CheckRecord.to_dict`] gave; fields of a later version are left out.
+
+        Args:
+            values (`dict[str, Any]`): The fields.
+
+        Raises:
+            [`~errors.InconsistentModelError`]: a field is missing or has a value that no record has.
+        """
+        values = known_fields(cls, values)
+        for name, part in (("layers", LayerRecord), ("trials", TrialRecord)):
+            values[name] = [part(**known_fields(part, value)) for value in values.get(name, [])]
+        if values["outcome"] == "cut" and not values["layers"]:
+            raise InconsistentModelError("a CheckRecord has the outcome 'cut' and no layers; a cut changes a layer.")
+        return cls(**values)
 
     def summary(self) -> str:
         """One line for a person."""
@@ -156,11 +168,6 @@ class CheckRecord:
             values[f"compressm/state_size/{layer.name}"] = float(layer.size_after)
             values[f"compressm/wanted_size/{layer.name}"] = float(layer.wanted_size)
         return {name: float(value) for name, value in values.items() if value is not None}
-
-
-def _known(record: type, values: dict[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in fields(record)}
-    return {name: value for name, value in values.items() if name in names}
 
 
 def size_range(sizes: Iterable[int]) -> str:
@@ -232,11 +239,13 @@ def read_history(folder: str | os.PathLike) -> list[CheckRecord]:
     """
     path = Path(folder) / HISTORY_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return [CheckRecord.from_dict(check) for check in content["checks"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        checks = read_json_object(path).get("checks")
+        if not isinstance(checks, list):
+            raise InconsistentModelError(f"its checks are {shortened(checks)}; they have to be a list.")
+        return [CheckRecord.from_dict(check) for check in checks]
+    except InconsistentModelError as error:
         raise InconsistentModelError(
-            f"{path} is not a history of hf_compressm: {error!r}. Remove or restore the file."
+            f"{path} is not a history of hf_compressm: {error} Remove or restore the file."
         ) from error
 
 

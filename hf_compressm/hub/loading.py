@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from .. import models  # noqa: F401  (makes our own model types known to the Aut
 from ..cards import Provenance
 from ..compression import history_of
 from ..errors import InconsistentModelError, UnsupportedModelError
+from ..files import read_json_object
 from ..saving import require_one_model, require_safe_weights
 from .errors import translated
 
@@ -158,16 +158,11 @@ def loadable_class(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def _config_of(folder: Path) -> dict[str, Any]:
     try:
-        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return read_json_object(folder / "config.json")
     except FileNotFoundError as error:
         raise InconsistentModelError(
             f"{folder} has no config.json; give a folder that save_pretrained wrote."
         ) from error
-    except ValueError as error:
-        raise InconsistentModelError(f"{folder / 'config.json'} is not valid JSON: {error}.") from error
-    if not isinstance(written, dict):
-        raise InconsistentModelError(f"{folder / 'config.json'} is a JSON {type(written).__name__}; give an object.")
-    return written
 
 
 def _kernel_in(written: Any) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..compression.decide.progress import combined_seed
 from ..compression.measure.model_pass import says_nothing
 from ..config import CompreSSMConfig
 from ..errors import ConfigurationError
+from ..validation import require_batches
 
 # Of torch, accelerate and transformers; each of them goes through the whole data set.
 _COMPLETE_SAMPLERS = frozenset(
@@ -179,7 +180,7 @@ def seed_of_process(args: TrainingArguments, config: CompreSSMConfig) -> int:
     return args.seed + config.seed + 7919 * args.process_index
 
 
-def require_batches(name: str, batches: Any) -> Any:
+def require_lasting_batches(name: str, batches: Any) -> Any:
     """
     Raise unless the value is unset or can be gone through again and again, batch by batch; returns it.
 
@@ -190,35 +191,12 @@ def require_batches(name: str, batches: Any) -> Any:
     Raises:
         [`~errors.ConfigurationError`]: it is a number, a single batch, or used up after one check.
     """
-    if batches is None:
-        return None
-    if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
-        raise ConfigurationError(
-            f"{name} is a {type(batches).__name__}; give a list of batches (their number is a setting of "
-            "CompreSSMConfig)."
-        )
-    if isinstance(batches, Iterator):
+    if isinstance(require_batches(name, batches), Iterator):
         raise ConfigurationError(
             f"{name} is a {type(batches).__name__}, which is used up after one check; give list({name}), cut short "
             "where it has no end."
         )
     return batches
-
-
-def require_function(name: str, function: Any) -> Any:
-    """
-    Raise unless the value is unset or callable; returns it.
-
-    Args:
-        name (`str`): The argument.
-        function (`object`): Its value.
-
-    Raises:
-        [`~errors.ConfigurationError`]: it cannot be called.
-    """
-    if function is not None and not callable(function):
-        raise ConfigurationError(f"{name} is {function!r}; give a function of the model and a batch.")
-    return function
 
 
 def _draws_from_everything(dataloader: DataLoader) -> bool:

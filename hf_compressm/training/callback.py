@@ -12,7 +12,8 @@ from transformers.trainer_callback import ExportableState
 
 from ..compression import CheckRecord, LossFunction
 from ..config import CompreSSMConfig
-from .batches import require_batches, require_function
+from ..validation import require_function
+from .batches import require_lasting_batches
 from .card.keeper import keep_card
 from .checkpoints.replacing import after_replacing, before_replacing, set_aside_incomplete, wait_until_set_aside
 from .resume import arguments_json_cannot_hold, follow_checkpoints, require_arguments_of_saved, saved_run
@@ -68,7 +69,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.config = CompreSSMConfig.coerced(config)
         self.loss_function = require_function("loss_function", loss_function)
-        self.calibration_batches = require_batches("calibration_batches", calibration_batches)
+        self.calibration_batches = require_lasting_batches("calibration_batches", calibration_batches)
         # One average by itself is meant as a list of one.
         single = isinstance(averaged_weights, (nn.Module, Mapping))
         self.averaged_weights = [averaged_weights] if single else averaged_weights

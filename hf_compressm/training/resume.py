@@ -12,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..architectures import StateSpaceLayer, find_layers, take_forms
 from ..compression import CheckRecord
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, InconsistentModelError
 from .saved_names import take_names_of_model
 from .shards import shapes_of_whole_checkpoint
 
@@ -140,11 +140,20 @@ def saved_run(state: TrainerState, callback: ExportableState) -> SavedRun:
         state (`transformers.TrainerState`): The run's state. It gets an entry for the callback where it has none, as
             after a checkpoint that was written without it; the Trainer could not write its next checkpoint otherwise.
         callback (`transformers.trainer_callback.ExportableState`): The callback whose `state()` was saved.
+
+    Raises:
+        [`~errors.InconsistentModelError`]: what the checkpoint holds is not what a callback saves.
     """
     saved = state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
     if state.global_step == 0:
         return SavedRun()
     # Of several callbacks of one class the Trainer keeps a list.
-    attributes = (saved[0] if isinstance(saved, list) else saved).get("attributes", {})
-    records = [CheckRecord.from_dict(record) for record in attributes.get("saved_records", [])]
-    return SavedRun(records, attributes.get("saved_judgement"))
+    try:
+        attributes = (saved[0] if isinstance(saved, list) else saved).get("attributes", {})
+        records = [CheckRecord.from_dict(record) for record in attributes.get("saved_records", [])]
+        return SavedRun(records, attributes.get("saved_judgement"))
+    except (InconsistentModelError, LookupError, TypeError, AttributeError) as error:
+        raise InconsistentModelError(
+            f"the entry of {type(callback).__name__} in the trainer_state.json of the checkpoint of step "
+            f"{state.global_step} cannot be read: {error!r:.200}. Resume from another checkpoint."
+        ) from error

@@ -122,7 +122,8 @@ def odd_loss(draw: random.Random) -> tuple[str, Any]:
         "raises": raising,
         "takes no arguments": lambda: 1.0,
         "empties the batch": lambda model, batch: model(**{key: batch.pop(key) for key in list(batch)}).loss,
-        "is no function": draw.choice([1, "loss", nn.Linear]),
+        "is no function": draw.choice([1, "loss", [], float("nan")]),
+        "is a class": nn.Linear,
     }
     what = draw.choice(list(odd))
     return what, odd[what]
@@ -166,7 +167,7 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
     while True:
         kind = draw.choice(["model", "batches", "batches", "settings", "settings", "optimizer", "loss function"])
         family = draw.choice(TRAINED_CASES)
-        model, optimizer, loss, own = family.build(), None, None, ()
+        model, optimizer, loss, own, places = family.build(), None, None, (), ()
         good = family.batch()
         batches, config = [good], CompreSSMConfig(strategy="fixed", keep_ratio=0.5)
         what = ""
@@ -177,7 +178,7 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
         elif kind == "batches":
             what, batches = odd_batches(draw, good)
             # The model's own words for what it cannot take.
-            own = (Exception,)
+            own, places = (Exception,), ("/torch/nn/modules/module.py",)
         elif kind == "settings":
             config = odd_settings(draw)
             what = shown(config)
@@ -185,7 +186,9 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
             what, optimizer = odd_optimizer(draw, model)
         else:
             what, loss = odd_loss(draw)
-            own = (OwnError, TypeError, KeyError)
+            own = (OwnError, TypeError, KeyError, AttributeError)
+            # Python's own words name a function that takes other arguments, and its caller is this library.
+            places = () if what == "takes no arguments" else (__file__, "/torch/nn/modules/")
         if draw.random() < 0.3 and optimizer is None:
             call = partial(analyze, model, batches, config, loss_function=loss)
             name = "analyze"
@@ -196,7 +199,7 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
         what = f"{kind}, {what}" if kind != "settings" else kind
         yield Case(
             f"{name}: {what}", f"{family.name}, {what}, {shown(config)}", call, partial(fingerprint, *watched),
-            partial(_require_sound, model, name), own,
+            partial(_require_sound, model, name), own, places,
         )  # fmt: skip
 
 

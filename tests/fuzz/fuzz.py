@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from . import calls, commands, files, settings, trainings
+from . import calls, checkpoints, commands, files, settings, trainings
 from .judge import BrokenRule, Case, judged
 
 AREAS: dict[str, Callable[[random.Random, Path], Iterator[Case]]] = {
     "settings": settings.cases,
     "analyze and compress": calls.cases,
     "callback": trainings.cases,
+    "checkpoints": checkpoints.cases,
     "command line": commands.cases,
     "files": files.cases,
 }

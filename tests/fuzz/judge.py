@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+import hf_compressm
 from hf_compressm.errors import CompreSSMError
 
 # What a model's forward pass, the Trainer and save_pretrained of transformers write into a config.
 _OF_OTHERS = {"problem_type", "use_cache", "architectures", "dtype"}
+_OURS = str(Path(hf_compressm.__file__).parent)
+# The models that this library brings are a user's model as any other.
+_MODELS = (f"{_OURS}/models/", f"{_OURS}/ops/")
 # A message has to say something.
 _SHORTEST = 15
 
@@ -27,6 +32,11 @@ ODD_VALUES: list[Any] = [
     "(", ".*", "\u0130\u4e2d\U0001f4a5", "\x00", "a" * 10_000, b"0.5", [], [0.0, 0.5], [0, 5], (0.5, 0.1), (0, 0),
     (0.0, 2.0), [1], [None, None], ["a", "b"], [[0.0], 1], {}, {"a": 1}, {1, 2}, object(), int, torch.tensor(0.5),
     torch.tensor([1, 2]), 1j, range(3), lambda: 0.5, Path("."),
+]  # fmt: skip
+
+ODD_JSON: list[Any] = [
+    None, True, False, 0, 1, 3, 5, -1, 10**30, 0.5, -1.5, 1e300, float("nan"), float("inf"), "", "4", "\u4e2d",
+    "\ud800", "a" * 5000, [], [None], [[]], [4, 4], {}, {"a": 1}, {"": {"": []}},
 ]  # fmt: skip
 
 
@@ -42,6 +52,10 @@ class Case:
         watched (`Callable`): A fingerprint of all that must not change where `run` raises.
         check (`Callable`, *optional*): Raises `AssertionError` where the result of a `run` that works is not right.
         own (`tuple[type[Exception], ...]`, *optional*): What the user's own code raises, which may pass through.
+        own_places (`tuple[str, ...]`, *optional*): Pieces of paths. Where this library's lines had a part in an error
+            of `own`, a file with such a piece has to be called by them; what they raise by themselves is no clear
+            error. Anything is allowed where there are none.
+        names (`tuple[str, ...]`, *optional*): The message of an error of this library has to hold one of them.
     """
 
     kind: str
@@ -50,6 +64,8 @@ class Case:
     watched: Callable[[], str] = field(default=lambda: "")
     check: Callable[[Any], None] = field(default=lambda result: None)
     own: tuple[type[Exception], ...] = ()
+    own_places: tuple[str, ...] = ()
+    names: tuple[str, ...] = ("",)
 
 
 class BrokenRule(AssertionError):
@@ -70,19 +86,36 @@ def judged(case: Case) -> str:
     try:
         result = case.run()
     except Exception as error:
-        known = isinstance(error, (CompreSSMError, *case.own))
-        if not known:
-            raise BrokenRule(f"{case.kind}: {case.shown} gave {type(error).__name__}: {error}") from error
-        if len(str(error)) < _SHORTEST and not isinstance(error, case.own):
-            raise BrokenRule(f"{case.kind}: {case.shown} gave {type(error).__name__} with {str(error)!r}") from error
-        if case.watched() != before:
-            raise BrokenRule(f"{case.kind}: {case.shown} was refused ({error}), and something was changed") from error
+        problem = _problem_of(error, case)
+        if problem is None and case.watched() != before:
+            problem = f"was refused ({error}), and something was changed"
+        if problem is not None:
+            raise BrokenRule(f"{case.kind}: {case.shown} {problem}") from error
         return type(error).__name__
     try:
         case.check(result)
     except AssertionError as error:
         raise BrokenRule(f"{case.kind}: {case.shown} was taken, and {error or 'the result is wrong'}") from error
     return "worked"
+
+
+def _problem_of(error: Exception, case: Case) -> str | None:
+    """What is wrong with an error, or None."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, CompreSSMError):
+        if len(str(error)) < _SHORTEST or "\n" in str(error).strip():
+            return f"gave an error that says too little or too much: {text!r}"
+        return (
+            None if any(name in str(error) for name in case.names) else f"gave an error that does not name it: {text}"
+        )
+    return None if isinstance(error, case.own) and _is_raised_by_others(error, case.own_places) else f"gave {text}"
+
+
+def _is_raised_by_others(error: Exception, places: tuple[str, ...]) -> bool:
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [number for number, file in enumerate(files) if file.startswith(_OURS) and not file.startswith(_MODELS)]
+    called = files[ours[-1] + 1 :] if ours else []
+    return not ours or not places or any(place in file for place in places for file in called)
 
 
 def shown(value: Any) -> str:
@@ -131,6 +164,30 @@ def fingerprint(*things: Any) -> str:
     return digest.hexdigest()
 
 
+def with_odd_value(tree: Any, draw: random.Random) -> tuple[Any, str]:
+    """
+    JSON of the right form with one value of another kind, or without it, and what was done.
+
+    Args:
+        tree (`Any`): What `json.loads` gave; it is left as it is.
+        draw (`random.Random`): Chooses the place and the value.
+    """
+    tree = json.loads(json.dumps(tree))
+    place: Any = tree
+    while True:
+        key = draw.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        if not isinstance(place[key], (dict, list)) or not place[key] or draw.random() < 0.2:
+            break
+        place = place[key]
+    if draw.random() < 0.2:
+        del place[key]
+        return tree, "an entry missing"
+    present = place[key]
+    place[key] = draw.choice([value for value in ODD_JSON if type(value) is not type(present) or value != present])
+    kind = "of another type" if type(place[key]) is not type(present) else "of the same type"
+    return tree, f"a value {kind}"
+
+
 def mutated(text: str, draw: random.Random) -> tuple[str, str]:
     """
     A text with a fault, and what the fault is.
@@ -154,4 +211,6 @@ def mutated(text: str, draw: random.Random) -> tuple[str, str]:
     if fault == "NaN":
         number = draw.choice(["NaN", "Infinity", "1e999", "-3"])
         return text.replace(draw.choice(["0", "1", "2", "false"]), number, 1), fault
-    return ("" if fault == "empty" else draw.choice(["[]", "{}", "3", '"text"', "\ufeff{}", "null", "\x80"])), fault
+    return (
+        "" if fault == "empty" else draw.choice(["[]", "{}", "3", '"text"', "\ufeff{}", "null", "\x80", "[" * 100_000])
+    ), fault

@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_compressm import CompreSSMConfig
 
-from .judge import ODD_VALUES, Case, mutated, shown
+from .judge import ODD_VALUES, Case, mutated, shown, with_odd_value
 
 NAMES = [setting.name for setting in dataclasses.fields(CompreSSMConfig)]
 
@@ -44,7 +44,17 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
     """
     whole = CompreSSMConfig(tolerance=0.02, interval=5, window=(0, 50)).to_json_string()
     while True:
-        kind = draw.choice(["arguments", "arguments", "dict", "unknown name", "JSON"])
+        kind = draw.choice(["arguments", "arguments", "dict", "unknown name", "JSON", "JSON value", "no dict"])
+        if kind == "no dict":
+            value = draw.choice(ODD_VALUES)
+            make = draw.choice([CompreSSMConfig.from_dict, CompreSSMConfig.from_json_string, CompreSSMConfig.coerced])
+            yield Case(f"{make.__name__}, an odd value", shown(value), partial(make, value), check=require_round_trip)
+            continue
+        if kind == "JSON value":
+            tree, fault = with_odd_value(json.loads(whole), draw)
+            text = json.dumps(tree)
+            yield Case(f"JSON, {fault}", shown(text), partial(_from_folder, folder, text), check=require_round_trip)
+            continue
         if kind == "JSON":
             text, fault = mutated(whole, draw)
             make = draw.choice([CompreSSMConfig.from_json_string, lambda text: _from_folder(folder, text)])
@@ -54,7 +64,7 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
         if kind == "unknown name":
             values[draw.choice(["tolerence", "", "state-size", "\u4e2d", "0"])] = 1
         make = partial(CompreSSMConfig, **values) if kind == "arguments" else partial(CompreSSMConfig.from_dict, values)
-        yield Case(kind, shown(values), make, check=require_round_trip)
+        yield Case(kind, shown(values), make, check=require_round_trip, names=tuple(values))
 
 
 def _from_folder(folder: Path, text: str) -> CompreSSMConfig:

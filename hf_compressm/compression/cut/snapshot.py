@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...architectures import LayerReduction, StateForm, StateSpaceLayer
+from ...errors import InconsistentModelError
 from .optimizer_parts import state_of
 
 SNAPSHOT_NAME = "compressm_snapshot.safetensors"
@@ -156,8 +157,21 @@ class Snapshot:
 
         Raises:
             `FileNotFoundError`: there is none.
+            [`~errors.InconsistentModelError`]: the file is not whole, or is none that [`~Snapshot.save`] wrote.
         """
         path = Path(folder) / file_name
+        try:
+            return cls._read(path)
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+            raise InconsistentModelError(
+                f"{path} is not what hf_compressm saves before a cut: {error!r:.200}. Restore the file, or remove it "
+                "with the folder that it is in."
+            ) from error
+
+    @classmethod
+    def _read(cls, path: Path) -> Snapshot:
         parameters: dict[str, Tensor] = {}
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
