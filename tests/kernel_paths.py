@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
+import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -42,3 +44,9 @@ def implementation(function: object) -> Callable | None:
     if not (inspect.isfunction(function) and hasattr(function, "__wrapped__")):
         return None
     return inspect.getclosurevars(function).nonlocals.get("implementation")
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """That a tensor is finite and no entry is further from what is expected than a share of the largest one."""
+    assert found.shape == expected.shape and torch.isfinite(found).all()
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
