@@ -17,6 +17,11 @@ if os.environ.get("HIDE_MAMBA_SSM"):
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from .kernels import interpreter  # noqa: E402
+
+if interpreter.is_asked_for():
+    interpreter.install()
+
 from hf_compressm import disable_fast_cpu_scan  # noqa: E402
 
 # Saved folders carry code of their own, in which no doctest is to be looked for.

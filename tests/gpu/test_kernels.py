@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import inspect
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 from hf_compressm import CheckRecord, CompreSSMCallback, CompreSSMConfig, compress
 from hf_compressm.architectures import find_layers
 from tests.cases import logits_of
+from tests.kernel_paths import homes, torch_path
 from tests.training.test_callback import HALF, Notes, Rows, make_trainer
 
 
@@ -74,6 +73,9 @@ def _first_configuration_that_fits(monkeypatch):
         self.nargs = dict(zip(self.arg_names, args))
         for config in self.configs:
             self.best_config = config  # mamba-ssm reads it
+            # mamba-ssm fills the buffers that several programs add to with zeros here.
+            if config.pre_hook is not None:
+                config.pre_hook({**self.nargs, **kwargs, **config.all_kwargs()})
             try:
                 return self.fn.run(*args, **{**config.all_kwargs(), **kwargs})
             except OutOfResources:
@@ -81,29 +83,6 @@ def _first_configuration_that_fits(monkeypatch):
         raise AssertionError("no configuration fits")
 
     monkeypatch.setattr(autotuner.Autotuner, "run", run)
-
-
-@contextmanager
-def torch_path() -> Iterator[None]:
-    """transformers' own code in the place of the kernels, which it calls for tensors on a CPU too."""
-    from transformers.models.mamba import modeling_mamba
-    from transformers.models.mamba2 import modeling_mamba2
-
-    from hf_compressm.models.compressed import mixed_multi_head
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (modeling_mamba, modeling_mamba2, mixed_multi_head):
-            for name, function in list(vars(module).items()):
-                if implementation(function) is not None:
-                    patch.setattr(module, name, inspect.unwrap(function))
-        yield
-
-
-def implementation(function) -> object | None:
-    """What a function of transformers calls that has a kernel of another package behind it."""
-    if not (inspect.isfunction(function) and hasattr(function, "__wrapped__")):
-        return None
-    return inspect.getclosurevars(function).nonlocals.get("implementation")
 
 
 def batch(length: int = 96) -> dict[str, torch.Tensor]:
@@ -126,9 +105,8 @@ def test_transformers_runs_the_kernels() -> None:
     from transformers.models.mamba2 import modeling_mamba2
 
     for module in (modeling_mamba, modeling_mamba2):
-        found = {name: implementation(function) for name, function in vars(module).items()}
-        homes = {name: kernel.__module__.split(".")[0] for name, kernel in found.items() if kernel is not None}
-        assert len(homes) == 5 and set(homes.values()) == {"mamba_ssm", "causal_conv1d"}, homes
+        found = homes(module)
+        assert len(found) == 5 and set(found.values()) == {"mamba_ssm", "causal_conv1d"}, found
 
 
 def test_a_cut_is_that_on_a_cpu(form) -> None:

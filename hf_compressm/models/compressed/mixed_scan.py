@@ -106,12 +106,14 @@ def _combining_call(stock: Callable[..., Any], call: ScanCall) -> Callable[..., 
         mixer = _running.get()
         if mixer is None:
             return stock(*args, **kwargs)
-        bound = inspect.signature(stock).bind(*args, **kwargs)
-        bound.arguments.update(mixer.combined(call, dict(bound.arguments)))
+        # Behind the signature may stand a kernel with its parameters in another order: names stay names.
+        positional = list(inspect.signature(stock).parameters)[: len(args)]
+        named = mixer.combined(call, {**dict(zip(positional, args)), **kwargs})
+        args = [named.pop(name) for name in positional]
         # A scan that calls another one has combined its arguments already.
         token = _running.set(None)
         try:
-            return stock(*bound.args, **bound.kwargs)
+            return stock(*args, **named)
         finally:
             _running.reset(token)
 
