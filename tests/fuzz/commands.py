@@ -91,5 +91,5 @@ def _run(folder: Path, arguments: list[str]) -> Any:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     if result.exit_code:
-        raise Refused(f"{result.stderr} {result.stdout}".strip())
+        raise Refused(" ".join(f"{result.stderr} {result.stdout}".split()))
     return result

@@ -1,4 +1,4 @@
-"""fla's chunk and step kernels of gated DeltaNet and of Kimi delta attention compute the rule of `ops/delta_rule.py`."""
+"""fla's chunk and step kernels of gated DeltaNet and Kimi delta attention compute the rule of `ops/delta_rule.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from hf_compressm.ops import delta_rule_reference
 
-# Neither size is a power of two, keys and values differ in it and in the number of heads, and no length fills fla's chunks of 64.
+# Neither size is a power of two, keys and values differ in it and in the number of heads, and the length does not fill
+# fla's chunks of 64.
 KEY_DIM, VALUE_DIM, KEY_HEADS, HEADS, LENGTH = 24, 40, 1, 2, 70
 
 
@@ -22,7 +23,8 @@ def arguments(per_entry: bool) -> list[Tensor]:
     log_decay = -0.3 * torch.rand(2, LENGTH, HEADS, *entries, generator=generator)
     beta = torch.rand(2, LENGTH, HEADS, generator=generator)
     state = torch.randn(2, HEADS, KEY_DIM, VALUE_DIM, generator=generator)
-    return [x.requires_grad_() for x in (query, lengths * key / key.norm(dim=-1, keepdim=True), value, log_decay, beta, state)]
+    key = lengths * key / key.norm(dim=-1, keepdim=True)
+    return [tensor.requires_grad_() for tensor in (query, key, value, log_decay, beta, state)]
 
 
 def reference(query: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor, nn
