@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..architectures import StateSpaceLayer, find_layers, take_forms
 from ..compression import CheckRecord
+from ..compression.record_fields import known_fields
 from ..errors import ConfigurationError, InconsistentModelError
 from .saved_names import take_names_of_model
 from .shards import shapes_of_whole_checkpoint
@@ -132,6 +133,23 @@ class SavedRun:
     pending: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class _Judgement:
+    """What [`~training.evaluation_watch.EvaluationWatch`] saves."""
+
+    before: float | None = None
+    judge_at: int | None = None
+
+
+def _judgement_in(saved: Any) -> dict[str, Any] | None:
+    if saved is None:
+        return None
+    judgement = _Judgement(**known_fields(_Judgement, saved))
+    if judgement.judge_at is not None and judgement.before is None:
+        raise InconsistentModelError(f"a cut is to be judged after step {judgement.judge_at}, and by no earlier value.")
+    return asdict(judgement)
+
+
 def saved_run(state: TrainerState, callback: ExportableState) -> SavedRun:
     """
     What the checkpoint of a resumed run holds; nothing for a run that starts at its first step.
@@ -151,7 +169,7 @@ def saved_run(state: TrainerState, callback: ExportableState) -> SavedRun:
     try:
         attributes = (saved[0] if isinstance(saved, list) else saved).get("attributes", {})
         records = [CheckRecord.from_dict(record) for record in attributes.get("saved_records", [])]
-        return SavedRun(records, attributes.get("saved_judgement"))
+        return SavedRun(records, _judgement_in(attributes.get("saved_judgement")))
     except (InconsistentModelError, LookupError, TypeError, AttributeError) as error:
         raise InconsistentModelError(
             f"the entry of {type(callback).__name__} in the trainer_state.json of the checkpoint of step "

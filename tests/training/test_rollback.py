@@ -7,12 +7,13 @@ import os
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, read_history
 from hf_compressm.architectures import find_layers
 from hf_compressm.compression import AVERAGES_NAME, SNAPSHOT_NAME
-from hf_compressm.errors import ConfigurationError
+from hf_compressm.errors import ConfigurationError, InconsistentModelError
+from hf_compressm.training.resume import saved_run
 from tests.cases import TRAINED_CASES, case_id, token_batch
 from tests.training.test_callback import Notes, Rows, make_trainer
 from tests.training.test_features import KeepsAverage
@@ -242,3 +243,21 @@ def test_the_figures_after_a_rollback_are_finite(tmp_path) -> None:
     assert math.isfinite(result.training_loss)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     assert math.isfinite(trainer.model(**token_batch()).loss.item())
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"before": "0.5", "judge_at": 4},
+        {"before": 0.5, "judge_at": "4"},
+        {"judge_at": 4},
+        {"before": 0.5, "judge_at": []},
+        1,
+    ],
+)
+def test_a_saved_judgement_of_another_kind_is_refused(saved) -> None:
+    callback = CompreSSMCallback(CompreSSMConfig(strategy="fixed"))
+    entry = {"args": {}, "attributes": {"saved_records": [], "saved_judgement": saved}}
+    state = TrainerState(global_step=3, stateful_callbacks={"CompreSSMCallback": entry})
+    with pytest.raises(InconsistentModelError, match="trainer_state.json of the checkpoint of step 3 cannot be read"):
+        saved_run(state, callback)
