@@ -6,7 +6,7 @@ EXTRAS ?= test
 WORKERS ?= 2
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo test test-lowest test-install test-kernels test-deepspeed test-gpu lint bench bench-gpu clean
+.PHONY: help setup demo test test-lowest test-install test-kernels test-deepspeed test-gpu lint bench bench-gpu notebook clean
 
 help:
 	@echo "make demo            train a Mamba on real data, cut its state in training, load the result in stock transformers"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench           all benchmarks; rewrites the tables in recipes/benchmarks/results"
 	@echo "make bench-gpu       all that is measured on one CUDA device, and its tests; PARTS=... for some of it"
 	@echo "make test-gpu        the tests on a CUDA device alone (both take the python3 that has torch: RUN=python3)"
+	@echo "make notebook        run recipes/notebooks anew, and keep its outputs"
 	@echo "make lint            style checks"
 	@echo "make clean           remove the virtual environments and what the demo wrote"
 
@@ -71,6 +72,9 @@ bench-gpu:
 
 test-gpu:
 	PYTHONPATH=. $(RUN) recipes/benchmarks/run_gpu.py --parts tests
+
+notebook: setup
+	$(RUN) recipes/notebooks/execute.py
 
 clean:
 	rm -rf .venv .venv-lowest .venv-kernels .venv-deepspeed demo_output

@@ -13,7 +13,9 @@ BENCHMARKS = ["mambapy"]
 TEST = [
     "control",
     "hypothesis",
+    'ipykernel; python_version >= "3.11"',
     "mpmath",
+    'nbclient; python_version >= "3.11"',
     'optuna; python_version >= "3.11"',
     "peft",
     "pymor",
