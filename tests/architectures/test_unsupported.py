@@ -73,6 +73,20 @@ def test_layers_without_a_state_size_say_why(model_type: str, settings: dict, na
         find_layers(model)
 
 
+class Mamba3(nn.Module):
+    """What mamba-ssm's layer of that name holds of its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj, self.out_proj = nn.Linear(4, 20), nn.Linear(8, 4)
+        self.B_bias, self.C_bias = nn.Parameter(torch.ones(2, 1, 4)), nn.Parameter(torch.ones(2, 1, 4))
+
+
+def test_mamba_3_says_why() -> None:
+    with pytest.raises(UnsupportedModelError, match="Mamba3: its B and C turn in pairs"):
+        find_layers(nn.Sequential(Mamba3()))
+
+
 def test_kimi_delta_attention_is_refused_with_the_reason() -> None:
     with pytest.raises(UnsupportedModelError, match="KimiLinearDeltaAttention: .*one size for keys and values"):
         compress(tiny_delta_rule_model("kimi_linear"), [token_batch()], CompreSSMConfig(stock=True))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hf_compressm import CheckRecord, CompreSSMConfig, compress
 from hf_compressm.architectures import find_layers
+from hf_compressm.errors import UnsupportedModelError
 
 WIDTH, STATES, KEPT, VOCABULARY, LENGTH = 32, 16, 6, 24, 40
 # The length fills no chunk, and the heads come in two groups.
@@ -70,3 +71,10 @@ def test_its_language_model_is_cut_saved_and_loaded_by_mamba_ssm(kind: str, tmp_
     assert [layer.state_size for layer in find_layers(loaded)] == [KEPT, KEPT]
     with torch.no_grad():
         assert torch.equal(model(tokens()).logits, loaded(tokens()).logits)
+
+
+def test_mamba_3_is_refused_with_the_reason() -> None:
+    from mamba_ssm.modules.mamba3 import Mamba3
+
+    with pytest.raises(UnsupportedModelError, match="Mamba3: its B and C turn in pairs"):
+        find_layers(nn.Sequential(Mamba3(WIDTH, d_state=STATES, headdim=16)))
