@@ -46,8 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
     data = None if options.report_only else load_data(runs[0].experiment.data)
     found = execute_all(runs, data, options.output_dir / grid.name, results)
     command = " ".join(["python", "recipes/grid.py", "--config", options.config])
-    page = write_report(found, options.results / f"{grid.name}.md", grid.title, command, grid.panels)
-    print(f"\n{table(found)}\n\n{page}")
+    page = write_report(found, options.results / f"{grid.name}.md", grid.title, command, grid.panels, grid.timed)
+    print(f"\n{table(found, grid.timed)}\n\n{page}")
 
 
 if __name__ == "__main__":

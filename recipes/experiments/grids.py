@@ -31,6 +31,8 @@ class Grid:
             written as a list of lists.
         settings (`dict`, *optional*): Dotted settings of all runs.
         panels (`list[dict]`, *optional*): See [`report.picture`].
+        timed (`bool`, *optional*, defaults to `True`): Whether the table has times, for which the machine must have
+            nothing else to do.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Grid:
     runs: list[dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)
     panels: list[dict[str, Any]] = field(default_factory=list)
+    timed: bool = True
 
     @classmethod
     def from_file(cls, path: str | Path) -> Grid:

@@ -62,38 +62,45 @@ def rows(results: Sequence[RunResult]) -> list[Row]:
     return [Row(tuple(group)) for group in groups.values()]
 
 
-def table(results: Sequence[RunResult]) -> str:
+def table(results: Sequence[RunResult], timed: bool = True) -> str:
     """
     A Markdown table: one row a method and setting, mean +- standard deviation over seeds.
 
     Args:
         results (`Sequence[RunResult]`): Of one experiment.
+        timed (`bool`, *optional*, defaults to `True`): Whether their times are shown; not where other work shared the
+            machine.
     """
     grouped = rows(results)
     names = list(dict.fromkeys(name for row in grouped for name in row.varied))
     base = next((row for row in grouped if row.method == "full"), None)
     header = ["method", *(_short(name) for name in names if name != "final_state_size"), "final state size"]
-    header += ["accuracy", "training time", "processor time", "against full size", "extra"]
-    cells = []
-    for row in grouped:
-        ratio = f"{row.mean('cpu_seconds') / base.mean('cpu_seconds'):.2f}" if base else ""
-        cells.append(
-            [
-                METHOD_NAMES[row.method],
-                *(_shown(row.varied.get(name)) for name in names if name != "final_state_size"),
-                _size(row),
-                f"{row.mean('accuracy'):.4f} +- {row.deviation('accuracy'):.4f}",
-                f"{row.mean('seconds'):.1f} +- {row.deviation('seconds'):.1f} s",
-                f"{row.mean('cpu_seconds'):.1f} s",
-                ratio,
-                f"{row.mean('extra_seconds'):.2f} s" if row.mean("extra_seconds") else "",
-            ]
-        )
+    header += ["accuracy", *(["training time", "processor time", "against full size", "extra"] if timed else [])]
+    cells = [
+        [
+            METHOD_NAMES[row.method],
+            *(_shown(row.varied.get(name)) for name in names if name != "final_state_size"),
+            _size(row),
+            f"{row.mean('accuracy'):.4f} +- {row.deviation('accuracy'):.4f}",
+            *(_times(row, base) if timed else []),
+        ]
+        for row in grouped
+    ]
     return tabulate(cells, headers=header, tablefmt="github", disable_numparse=True)
 
 
-TABLE_NOTE = (
-    "Accuracy on the test set, mean and sample standard deviation over seeds {seeds}. The training time holds "
+def _times(row: Row, base: Row | None) -> list[str]:
+    return [
+        f"{row.mean('seconds'):.1f} +- {row.deviation('seconds'):.1f} s",
+        f"{row.mean('cpu_seconds'):.1f} s",
+        f"{row.mean('cpu_seconds') / base.mean('cpu_seconds'):.2f}" if base else "",
+        f"{row.mean('extra_seconds'):.2f} s" if row.mean("extra_seconds") else "",
+    ]
+
+
+TABLE_NOTE = "Accuracy on the test set, mean and sample standard deviation over seeds {seeds}."
+TIMES_NOTE = (
+    " The training time holds "
     "everything that a method trains and cuts, a teacher's training included, and not the test; the processor time is "
     "that of the same work on all cores, and the ratio to the full size is one of processor times. Extra is the part "
     "that is the method's own: cuts, penalties, the teacher."
@@ -101,7 +108,12 @@ TABLE_NOTE = (
 
 
 def write_report(
-    results: Sequence[RunResult], path: str | Path, title: str, command: str, panels: Sequence[dict[str, Any]] = ()
+    results: Sequence[RunResult],
+    path: str | Path,
+    title: str,
+    command: str,
+    panels: Sequence[dict[str, Any]] = (),
+    timed: bool = True,
 ) -> Path:
     """
     Write a page with the table, and its picture beside it.
@@ -112,6 +124,7 @@ def write_report(
         title (`str`): The heading.
         command (`str`): The command that made the results.
         panels (`Sequence[dict]`, *optional*): See [`picture`].
+        timed (`bool`, *optional*, defaults to `True`): See [`table`].
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +133,8 @@ def write_report(
     seeds = sorted({result.seed for result in results})
     machines = sorted({result.machine for result in results})
     path.write_text(
-        f"# {title}\n\n{table(results)}\n\n{TABLE_NOTE.format(seeds=', '.join(map(str, seeds)))}\n\n"
+        f"# {title}\n\n{table(results, timed)}\n\n"
+        f"{TABLE_NOTE.format(seeds=', '.join(map(str, seeds)))}{TIMES_NOTE if timed else ''}\n\n"
         f"![{title}]({image.name})\n\nMade by `{command}`; {'; '.join(machines)}.\n",
         encoding="utf-8",
     )

@@ -155,6 +155,14 @@ def test_the_table_has_means_and_deviations_over_seeds() -> None:
     assert [len(row.results) for row in rows(many_results())] == [2, 2, 2]
 
 
+def test_a_table_of_runs_that_shared_a_machine_has_no_times(tmp_path) -> None:
+    header = table(many_results(), timed=False).splitlines()[0]
+    assert "accuracy" in header
+    assert "time" not in header
+    page = write_report(many_results(), tmp_path / "page.md", "A title", "python recipes/grid.py", timed=False)
+    assert " time" not in page.read_text()
+
+
 def test_the_page_names_its_command_and_shows_its_picture(tmp_path) -> None:
     page = write_report(many_results(), tmp_path / "sub" / "page.md", "A title", "python recipes/grid.py")
     text = page.read_text()
