@@ -13,6 +13,7 @@ from .changes import (
 from .compressed_forms import all_changes, can_hold_forms, take_forms
 from .contract import ScanObserver, StateSpaceLayer, SumOverProcesses
 from .families.mixable import MixableLayer
+from .families.time_invariant import TimeInvariantLayer
 from .kernel_limits import refused_size, runs_on_kernels, size_multiple
 from .measured_truncation import MeasuredTruncation
 from .moment_maps.axis import AxisMap, AxisSelection, Rescaling
@@ -66,6 +67,7 @@ __all__ = [
     "SumOverProcesses",
     "SystemInputs",
     "TimeAverages",
+    "TimeInvariantLayer",
     "config_changes",
     "disable_fast_cpu_scan",
     "enable_fast_cpu_scan",

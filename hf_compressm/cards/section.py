@@ -245,11 +245,13 @@ def _reductors(provenance: Provenance) -> set[str]:
 
 
 def _has_error_bound(provenance: Provenance) -> bool:
-    """Whether every layer was cut by balanced truncation on Gramians in closed form, whose error has a bound."""
+    """Whether all were cut by balanced truncation on Gramians in closed form alone, whose error has a bound."""
     names, known = _reductors(provenance), registered_reductors()
     cut = [layer for record in provenance.cuts for layer in record.layers]
     # What was recorded by an earlier version had no other form.
     if any(layer.gramians not in ("closed_form", None) for layer in cut):
+        return False
+    if provenance.config is not None and provenance.config.fit_readout:
         return False
     bounded = bool(names) and all(name in known and known[name].error_bound is not None for name in names)
     return bool(provenance.cuts) and _is_time_invariant(provenance) and bounded

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ..architectures import LayerReduction
 from ..config import CompreSSMConfig
-from ..systems import Truncation
+from ..systems import Truncation, registered_reductors
 from .cut.pending_cut import PendingCut
 from .cut.reductions import build_reductions
 from .cut.training_state import TrainingState
@@ -16,7 +17,10 @@ from .cut.weight_averages import WeightCopy
 from .decide.plan import LayerPlan
 from .decide.truncations import Found, find_truncations
 from .measure.layer_gramians import LayerGramians
+from .measure.output_fit import ReadoutFit
 from .processes import Processes
+
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class CutMaker:
         processes ([`~compression.processes.Processes`]): The processes that train the model together.
         seed (`int`): Seed of random selections.
         progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
+        readouts ([`ReadoutFit`], *optional*): Fits the readouts of time-invariant layers to their outputs.
     """
 
     state: TrainingState
@@ -82,6 +87,7 @@ class CutMaker:
     processes: Processes
     seed: int
     progress: bool | None = None
+    readouts: ReadoutFit | None = None
 
     def alternatives(self) -> list[str]:
         """The names of the ways to truncate, the usual one first; see [`LayerGramians.alternatives`]."""
@@ -105,7 +111,45 @@ class CutMaker:
         truncations = {name: item.truncation for name, item in found.items()}
         reductions, unfit = build_reductions(self.state.layers, truncations)
         fitting = {name: item for name, item in found.items() if name not in unfit}
+        if self.readouts is not None and reductions:
+            self.readouts.remember_outputs()
         return MadeCut(fitting, reductions, [f"{name}: {message}" for name, message in {**failed, **unfit}.items()])
+
+    def with_cut(self, made: MadeCut, measure: Callable[[], Measured]) -> Measured:
+        """
+        What the model would measure with a cut, its readouts fitted where that is asked for; it is taken back.
+
+        Args:
+            made ([`MadeCut`]): The cut.
+            measure (`Callable`): Looks at the model.
+        """
+
+        def fitted() -> Measured:
+            self.fit_readouts(made)
+            return measure()
+
+        return self.state.with_cut(made.reductions, fitted)
+
+    def fit_readouts(self, made: MadeCut) -> None:
+        """
+        Fit the readouts of the layers of a cut that is written.
+
+        What was cut in closed form has a bound, which a fit would end, and is fitted only where that was asked for.
+
+        Args:
+            made ([`MadeCut`]): The cut.
+        """
+        if self.readouts is None:
+            return
+        reductors = registered_reductors()
+        self.readouts.fit(
+            [
+                name
+                for name, found in made.found.items()
+                if (self.config.fit_readout or found.gramians != "closed_form")
+                and not reductors[found.reductor].only_selects
+            ]
+        )
 
 
 def attempt_cut(
@@ -143,8 +187,12 @@ def attempt_cut(
     maker.processes.agree("how to cut", {**facts, "failures": made.failures})
     copies = maker.state.copies()
     pending = _pending(maker.state, made.reductions, copies, maker.config, step)
-    probe = None if loss is None else evaluate
-    after = maker.state.commit(made.reductions, [copy.cut(truncations) for copy in copies], probe)
+
+    def fit_and_evaluate() -> float | None:
+        maker.fit_readouts(made)
+        return None if loss is None else evaluate()
+
+    after = maker.state.commit(made.reductions, [copy.cut(truncations) for copy in copies], fit_and_evaluate)
     if after is not None and not math.isfinite(after):
         return Attempt("skipped", f"the loss after the cut was {after}; the cut was taken back")
     allow = "the loss allows it" if maker.config.strategy == "loss" else "the spectra allow it"

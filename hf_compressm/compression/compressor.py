@@ -32,6 +32,7 @@ from .layer_records import Seen, layer_records, records_of_return
 from .measure.calibration import Calibration, calibrate
 from .measure.model_pass import LossFunction, evaluate_loss
 from .measure.output_error import OutputsOf
+from .measure.output_fit import ReadoutFit
 from .processes import Processes, SingleProcess
 from .size_table import measure_sizes
 from .spectrum import Spectrum
@@ -143,8 +144,7 @@ class Compressor:
             batches = [batch for place, batch in enumerate(batches) if place not in calibration.left_out]
             seen = self._see(calibration)
             stage = stage_of(self.records, config, seen.correlations, number, total)
-            parts = (self._state, seen.gramians, self._chosen.reductors, self._limits, self._processes)
-            maker = CutMaker(*parts, seed, self._progress)
+            maker = self._maker(seen, self._limits, batches, seed)
             trials = Trials(maker, lambda: self._loss_on(others))
             plan, alternative = self._decide(trials, seen.spectra, stage)
             planned = [layer for layer in self._chosen.layers if layer.name in plan]
@@ -154,17 +154,10 @@ class Compressor:
             self.pending = result.pending or self.pending
             seen.note_cut(result.found, outputs.errors(self._processes.sum) if result.outcome == "cut" else {})
         self._scores.update(seen.scores)
-        record = self._record(
-            result.outcome,
-            result.reason,
-            step,
-            parameters,
-            start,
-            layers=layer_records(self.layers, plan, seen, result.found),
-            loss_before=calibration.loss,
-            loss_after=result.loss_after,
-            trials=trials.records,
-        )
+        layers = layer_records(self.layers, plan, seen, result.found)
+        losses = {"loss_before": calibration.loss, "loss_after": result.loss_after}
+        what = (result.outcome, result.reason, step, parameters, start)
+        record = self._record(*what, layers=layers, trials=trials.records, **losses)
         return self._judged(record)
 
     def measure_sizes(self, batches: Sequence[Any], sizes: Sequence[int]) -> Spectrum:
@@ -184,8 +177,7 @@ class Compressor:
             batches, others = split_in_half(batches, "a table of sizes")
             calibration = self._calibrate(batches, seed)
             seen = self._see(calibration)
-            parts = (self._state, seen.gramians, self._chosen.reductors, self.config, self._processes)
-            maker = CutMaker(*parts, seed, self._progress)
+            maker = self._maker(seen, self.config, batches, seed)
             layers = [layer for layer in self._chosen.layers if layer.name in seen.gramians]
             rows = measure_sizes(maker, layers, sizes, lambda: self._loss_on(others), others[0])
         return Spectrum(seen.spectra, calibration.loss, tuple(rows))
@@ -208,6 +200,12 @@ class Compressor:
                 "that a cut could be judged by. Give batches with labels, or a loss_function."
             )
         return calibration
+
+    def _maker(self, seen: Seen, config: CompreSSMConfig, batches: Sequence[Any], seed: int) -> CutMaker:
+        shared = (self._processes, seed)
+        fit = ReadoutFit(self._chosen.layers, self.model, batches, self._loss_function, *shared)
+        parts = (self._state, seen.gramians, self._chosen.reductors, config, *shared, self._progress)
+        return CutMaker(*parts, fit if self._fits_readouts else None)
 
     def _see(self, calibration: Calibration) -> Seen:
         """What the calibration says of the layers that may change, the same in every process."""

@@ -72,7 +72,7 @@ def measure_sizes(
             rows.append(SizeRow(size, None, sum(p.numel() for p in model.parameters()), None, None))
         else:
             measure = lambda size=size: _row(model, layers, size, loss_now, batch)  # noqa: E731
-            rows.append(maker.state.with_cut(made.reductions, measure))
+            rows.append(maker.with_cut(made, measure))
     return rows
 
 

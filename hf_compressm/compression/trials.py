@@ -70,7 +70,7 @@ class Trials:
             if record.sizes == sizes and record.truncation == alternative:
                 return math.inf if record.loss is None else record.loss
         made = self.maker.make(plan, alternative)
-        loss = math.inf if made.failures else self.maker.state.with_cut(made.reductions, self.loss_now)
+        loss = math.inf if made.failures else self.maker.with_cut(made, self.loss_now)
         loss = math.inf if math.isnan(loss) else loss
         self.records.append(TrialRecord(sizes, alternative, loss if math.isfinite(loss) else None))
         return loss

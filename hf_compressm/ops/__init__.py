@@ -9,7 +9,7 @@ from .diagonal_gramians import diagonal_adjoint_gramian, diagonal_state_gramian
 from .diagonal_scan import diagonal_recurrence, diagonal_recurrence_reference, diagonal_scan, diagonal_scan_reference
 from .multi_head_gramians import multi_head_adjoint_gramian, multi_head_state_gramian
 from .multi_head_scan import multi_head_scan, multi_head_scan_reference
-from .sampled_states import sampled_states
+from .sampled_states import sampled_diagonal_states, sampled_states
 from .selective_gramians import adjoint_gramian, default_sample_count, sample_times, state_gramian
 from .selective_scan import selective_scan, selective_scan_reference
 from .warm_up import compile_kernels
@@ -38,6 +38,7 @@ __all__ = [
     "multi_head_scan_reference",
     "multi_head_state_gramian",
     "sample_times",
+    "sampled_diagonal_states",
     "sampled_states",
     "selective_scan",
     "selective_scan_reference",

@@ -16,11 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._diagonal_pieces import pieces_of_states
 from ._validation import double_device, require_shapes, validated_times
-from .diagonal_scan import diagonal_scan
-
-# States that exist at once, in complex128: 32 MB.
-_PIECE_STATES = 2**21
 
 
 @torch.no_grad()
@@ -109,16 +106,9 @@ def diagonal_adjoint_gramian(
 def _weighted_sum(u: Tensor, lam: Tensor, B: Tensor, weights: Tensor) -> Tensor:
     """The sum of `weights[b, t] h h^H`, one matrix a system."""
     systems, n = (lam.shape[0], lam.shape[1]) if lam.ndim == 2 else (1, lam.shape[0])
-    batch, length, poles = u.shape[0], u.shape[1], lam.flatten()
     total = u.new_zeros(systems, n, n)
-    state = u.new_zeros(batch, poles.shape[0])
-    piece = max(1, _PIECE_STATES // max(1, state.numel()))
-    for start in range(0, length, piece):
-        part = u[:, start : start + piece]
-        drive = (part.unsqueeze(-1) * B).flatten(2) if lam.ndim == 2 else part @ B.mT
-        states = diagonal_scan(poles, drive, state)
-        state = states[:, -1]
-        chosen = weights[:, start : start + piece]
+    for start, states in pieces_of_states(u, lam, B):
+        chosen = weights[:, start : start + states.shape[1]]
         kept = chosen > 0
         rows = (states[kept] * chosen[kept].sqrt().unsqueeze(-1)).unflatten(-1, (systems, n)).transpose(0, 1)
         total += rows.mT @ rows.conj()

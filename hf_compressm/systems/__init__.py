@@ -13,6 +13,7 @@ from .gramians import (
 )
 from .hankel import HankelDecomposition, hankel_decomposition, hankel_singular_values
 from .lti import DiagonalLTI
+from .output_moments import OutputMoments
 from .output_samples import OutputSamples
 from .projection import project
 from .ranks import energy_rank, error_bound, joint_energy_ranks, rank_correlation
@@ -29,6 +30,7 @@ from .reductors import (
     erased_shares,
     fit_readout,
     fit_readouts,
+    fit_system_readout,
     greedy_selection_truncation,
     interpolation_residual,
     interpolative_truncation,
@@ -47,6 +49,7 @@ from .verification import require_error_bound, response_error, verification_freq
 
 __all__ = [
     "KnownGramians",
+    "OutputMoments",
     "OutputSamples",
     "Reductor",
     "StateChoice",
@@ -69,6 +72,7 @@ __all__ = [
     "erased_shares",
     "fit_readout",
     "fit_readouts",
+    "fit_system_readout",
     "error_bound",
     "gramian_factor",
     "greedy_selection_truncation",

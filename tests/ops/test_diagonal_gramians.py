@@ -8,9 +8,9 @@ from torch import Tensor
 
 from hf_compressm.errors import ConfigurationError, DimensionError
 from hf_compressm.ops import (
+    _diagonal_pieces,
     channel_systems_reference,
     diagonal_adjoint_gramian,
-    diagonal_gramians,
     diagonal_recurrence_reference,
     diagonal_scan_reference,
     diagonal_state_gramian,
@@ -43,7 +43,7 @@ def loop(u: Tensor, lam: Tensor, B: Tensor, times: Tensor, mask: Tensor) -> Tens
 @pytest.mark.parametrize("piece", [1, 7, 10**6])
 @pytest.mark.parametrize("count", [3, 20])
 def test_the_sum_over_states_is_that_of_a_loop(piece: int, count: int, monkeypatch) -> None:
-    monkeypatch.setattr(diagonal_gramians, "_PIECE_STATES", piece * 2 * 5)
+    monkeypatch.setattr(_diagonal_pieces, "_PIECE_STATES", piece * 2 * 5)
     u, lam, B = normal(2, 20, 3, dtype=torch.float64), poles(5), normal(5, 3)
     times = sample_times(2, 20, count, torch.Generator().manual_seed(0))
     mask = torch.ones(2, 20, dtype=torch.bool)

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from hf_compressm.errors import ConfigurationError, DimensionError
-from hf_compressm.ops import _gramians_cpu, sample_times, sampled_states, selective_scan_reference
+from hf_compressm.ops import (
+    _diagonal_pieces,
+    _gramians_cpu,
+    diagonal_scan_reference,
+    sample_times,
+    sampled_diagonal_states,
+    sampled_states,
+    selective_scan_reference,
+)
 
 from .conftest import state_kernels
 
@@ -64,3 +72,26 @@ def test_bad_arguments(scan_arguments) -> None:
         sampled_states(u, delta, A, B, torch.full((2, 1), 9))
     with pytest.raises(ConfigurationError, match="dtype torch.int64"):
         sampled_states(u.long(), delta, A, B, torch.zeros(2, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+@pytest.mark.parametrize("piece", [1, 7, 10**6])
+def test_diagonal_states_are_those_of_a_loop(by_channel, piece, monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lam = 0.9 * torch.exp(1j * torch.rand((3, 5) if by_channel else (5,), generator=generator, dtype=torch.float64))
+    B = torch.randn((3, 5) if by_channel else (5, 3), generator=generator, dtype=torch.complex128)
+    u = torch.randn(2, 31, 3, generator=generator)
+    times = sample_times(2, 31, 9, generator)
+    monkeypatch.setattr(_diagonal_pieces, "_PIECE_STATES", piece * 2 * lam.numel())
+    drive = (u.double().unsqueeze(-1) * B).flatten(2) if by_channel else u.to(B.dtype) @ B.mT
+    states = diagonal_scan_reference(lam.flatten(), drive).unflatten(-1, lam.shape)
+    found = sampled_diagonal_states(u, lam, B, times)
+    assert torch.allclose(found, torch.stack([one[steps] for one, steps in zip(states, times)]), rtol=1e-12)
+
+
+def test_diagonal_states_check_their_arguments() -> None:
+    u, lam, B = torch.zeros(2, 5, 3), torch.zeros(4, dtype=torch.complex64), torch.zeros(4, 2, dtype=torch.complex64)
+    with pytest.raises(DimensionError, match="`B` has shape"):
+        sampled_diagonal_states(u, lam, B, torch.zeros(2, 1, dtype=torch.int64))
+    with pytest.raises(DimensionError, match="`times`"):
+        sampled_diagonal_states(u, lam, torch.zeros(4, 3), torch.full((2, 1), 5))

@@ -66,6 +66,10 @@ class LRULayer(TimeInvariantLayer):
             "C": torch.view_as_real((reduced.C * scale).resolve_conj()),
         }
 
+    def readout_parameter(self, C: Tensor) -> Tensor:
+        """Real and imaginary parts, as pairs."""
+        return torch.view_as_real(C.resolve_conj())
+
     def _row_length(self, B: Tensor) -> Tensor:
         """What each row of B is divided by to have the root mean square length of the layer's rows."""
         usual = self.module.B.detach().double().square().sum((1, 2)).mean().sqrt()

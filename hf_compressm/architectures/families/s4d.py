@@ -61,6 +61,11 @@ class S4DLayer(TimeInvariantLayer):
             "C": torch.view_as_real(C.resolve_conj()),
         }
 
+    def readout_parameter(self, C: Tensor) -> Tensor:
+        """The readouts without the factor 2 and the weights that the discretisation gives to the inputs."""
+        input_weight = self._continuous(self.system().lam.to(C.device))[1]
+        return torch.view_as_real((C.squeeze(-2) / (2 * input_weight)).resolve_conj())
+
     def _continuous(self, lam: Tensor) -> tuple[Tensor, Tensor]:
         """The A of discrete poles, and the weight that the discretisation gives to an input of weight 1."""
         dt = torch.exp(self.module.log_dt.detach().double()).unsqueeze(-1)

@@ -100,6 +100,32 @@ class TimeInvariantLayer(StateSpaceLayer):
         """The values of the parameters that hold a reduced system, float64, by name."""
 
     @abstractmethod
+    def readout_parameter(self, C: Tensor) -> Tensor:
+        """
+        The values of the parameter `C`, float64, that give the layer as it is another readout.
+
+        Args:
+            C (`torch.Tensor` of the shape of the system's `C`): Readout of the system, complex128.
+        """
+
+    @torch.no_grad()
+    def write_readout(self, C: Tensor) -> None:
+        """
+        Give the layer as it is another readout, in place; its poles and inputs stay.
+
+        Args:
+            C (`torch.Tensor` of the shape of the system's `C`): Readout of the system, complex.
+
+        Raises:
+            [`~errors.TruncationError`]: it is not finite in the dtype of the parameter. Nothing was changed.
+        """
+        parameter = self.module.C
+        values = self.readout_parameter(C.to(torch.complex128)).to(parameter)
+        if not torch.isfinite(values).all():
+            raise TruncationError(f"the readout of {self.name} is not finite in {parameter.dtype}.")
+        parameter.copy_(values)
+
+    @abstractmethod
     def moment_maps(self, truncation: Truncation, values: Mapping[str, Tensor]) -> dict[str, AxisMap]:
         """
         How gradients move under a truncation that mixes states, by parameter name; a missing one is reset.

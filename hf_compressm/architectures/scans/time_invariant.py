@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...ops import default_sample_count, diagonal_adjoint_gramian, diagonal_state_gramian, sample_times
+from ...ops import (
+    default_sample_count,
+    diagonal_adjoint_gramian,
+    diagonal_state_gramian,
+    sample_times,
+    sampled_diagonal_states,
+)
 from ...systems import DiagonalLTI
 
 if TYPE_CHECKING:
@@ -50,8 +56,23 @@ class SystemInputs:
 
     def state_gramian(self, times: Tensor) -> Tensor:
         """The sum of the states' outer products, `(..., N, N)` complex128; see [`~ops.diagonal_state_gramian`]."""
-        B = self.system.B.squeeze(-1) if self.system.batch_shape else self.system.B
-        return diagonal_state_gramian(self.u, self.system.lam, B, times, self.mask)
+        return diagonal_state_gramian(self.u, self.system.lam, self._input_matrix(), times, self.mask)
+
+    def states(self, sequences: Tensor, times: Tensor) -> Tensor:
+        """
+        The states of some sequences at some steps of each.
+
+        Args:
+            sequences (`torch.Tensor` of shape `(sequences,)`, int64): Which.
+            times (`torch.Tensor` of shape `(sequences, K)`, int64): Their steps, ascending.
+
+        Returns:
+            `torch.Tensor` of shape `(sequences, K, ..., N)`, complex128: The systems of channels before the states.
+        """
+        return sampled_diagonal_states(self.u[sequences], self.system.lam, self._input_matrix(), times)
+
+    def _input_matrix(self) -> Tensor:
+        return self.system.B.squeeze(-1) if self.system.batch_shape else self.system.B
 
     def adjoint_gramian(self, grad_output: Tensor, times: Tensor) -> Tensor:
         """The sum of the adjoint states' outer products; see [`~ops.diagonal_adjoint_gramian`]."""

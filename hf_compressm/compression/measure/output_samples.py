@@ -54,7 +54,7 @@ def sample_outputs(
     batch, length = inputs.u.shape[:2]
     most = min(_most_steps(inputs.B[0, 0].numel() * count), max(_FEWEST, batch * length // _SHARE))
     times = sample_times(batch, length, max(1, min(length, most // batch)), generator)
-    held_out = _held_out(*times.shape, generator)
+    held_out = held_out_steps(*times.shape, generator)
     # Sequences are many where one step of each is more than enough.
     chosen = torch.randperm(batch, generator=generator)[: max(1, most // times.shape[1])]
     blocks = []
@@ -74,7 +74,18 @@ def _most_steps(numbers: int) -> int:
     return max(1, min(_STEPS, _NUMBERS // numbers))
 
 
-def _held_out(batch: int, count: int, generator: torch.Generator) -> Tensor:
+def held_out_steps(batch: int, count: int, generator: torch.Generator) -> Tensor:
+    """
+    The sampled steps that judge a fit: those of one sequence in four, or the last quarter where there are few.
+
+    Args:
+        batch (`int`): Sequences.
+        count (`int`): Steps of each.
+        generator (`torch.Generator`): Draws the sequences.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, count)`: On the CPU.
+    """
     if batch >= _HELD_OUT:
         return (torch.randperm(batch, generator=generator) < batch // _HELD_OUT)[:, None].expand(-1, count)
     return (torch.arange(count) >= count - count // _HELD_OUT).expand(batch, -1)

@@ -22,6 +22,7 @@ from .selection import (
     greedy_selection_truncation,
     selection_truncation,
 )
+from .system_readout import fit_system_readout
 from .weighted import weighted_hankel_decomposition, weighted_truncation
 
 # A file added to this folder is a reductor added to the library.
@@ -43,6 +44,7 @@ __all__ = [
     "diagonal_hankel_scores",
     "fit_readout",
     "fit_readouts",
+    "fit_system_readout",
     "greedy_selection_truncation",
     "interpolation_residual",
     "erased_shares",
