@@ -65,6 +65,11 @@ class DiagonalLTI:
     D: torch.Tensor | None = None
     time_domain: TimeDomain = "discrete"
 
+    def to(self, device: torch.device | str) -> DiagonalLTI:
+        """The same system with all of its tensors on a device."""
+        moved = (None if tensor is None else tensor.to(device) for tensor in (self.lam, self.B, self.C, self.D))
+        return DiagonalLTI(*moved, self.time_domain)
+
     def __post_init__(self) -> None:
         require_time_domain(self.time_domain)
         for name in ("lam", "B", "C", "D"):

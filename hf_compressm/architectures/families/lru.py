@@ -72,7 +72,7 @@ class LRULayer(TimeInvariantLayer):
 
     def _row_length(self, B: Tensor) -> Tensor:
         """What each row of B is divided by to have the root mean square length of the layer's rows."""
-        usual = self.module.B.detach().double().square().sum((1, 2)).mean().sqrt()
+        usual = float(self.module.B.detach().double().square().sum((1, 2)).mean().sqrt())
         length = torch.linalg.vector_norm(B, dim=-1)
         return torch.where((length > 0) & (usual > 0), length / usual, 1.0)
 
@@ -89,7 +89,7 @@ class LRULayer(TimeInvariantLayer):
             values (`Mapping[str, torch.Tensor]`): What [`~LRULayer.written`] gave.
         """
         # W^H B gamma = scale gamma_r B_r, row by row, shows the scale that was chosen.
-        B, gamma_log = (getattr(self.module, name).detach().double() for name in ("B", "gamma_log"))
+        B, gamma_log = (getattr(self.module, name).detach().to(values["B"]) for name in ("B", "gamma_log"))
         gamma, new_gamma = torch.exp(gamma_log), torch.exp(values["gamma_log"])
         effective = truncation.W.mH @ (gamma.unsqueeze(-1) * torch.view_as_complex(B))
         new = torch.linalg.vector_norm(torch.view_as_complex(values["B"].contiguous()), dim=-1)

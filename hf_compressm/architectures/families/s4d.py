@@ -63,12 +63,12 @@ class S4DLayer(TimeInvariantLayer):
 
     def readout_parameter(self, C: Tensor) -> Tensor:
         """The readouts without the factor 2 and the weights that the discretisation gives to the inputs."""
-        input_weight = self._continuous(self.system().lam.to(C.device))[1]
+        input_weight = self._continuous(self.system().lam)[1]
         return torch.view_as_real((C.squeeze(-2) / (2 * input_weight)).resolve_conj())
 
     def _continuous(self, lam: Tensor) -> tuple[Tensor, Tensor]:
         """The A of discrete poles, and the weight that the discretisation gives to an input of weight 1."""
-        dt = torch.exp(self.module.log_dt.detach().double()).unsqueeze(-1)
+        dt = torch.exp(self.module.log_dt.detach().to(lam.device, torch.float64)).unsqueeze(-1)
         if self.module.discretization == "bilinear":
             A = 2 / dt * (lam - 1) / (lam + 1)
             return A, 2 * dt / (2 - dt * A)
@@ -85,10 +85,10 @@ class S4DLayer(TimeInvariantLayer):
             truncation ([`~systems.Truncation`]): The cut, one for each channel.
             values (`Mapping[str, torch.Tensor]`): What [`~S4DLayer.written`] gave.
         """
-        system = self.system()
+        system = self.system().to(values["C"].device)
         old_weight = self._continuous(system.lam)[1]
         new_A = torch.complex(-torch.exp(values["A_real_log"]), values["A_imag"])
-        dt = torch.exp(self.module.log_dt.detach().double()).unsqueeze(-1)
+        dt = torch.exp(self.module.log_dt.detach().to(values["C"])).unsqueeze(-1)
         if self.module.discretization == "bilinear":
             new_weight = 2 * dt / (2 - dt * new_A)
         else:

@@ -165,7 +165,7 @@ class SelectiveLayer(StateSpaceLayer):
         """
         self.require_own_size(truncation)
         with torch.no_grad():
-            reduction = self._reduction(truncation)
+            reduction = self._reduction(truncation.to(self._device))
         for change in (*reduction.parameters, *reduction.added):
             if not torch.isfinite(change.new).all():
                 raise TruncationError(

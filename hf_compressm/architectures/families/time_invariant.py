@@ -120,7 +120,7 @@ class TimeInvariantLayer(StateSpaceLayer):
             [`~errors.TruncationError`]: it is not finite in the dtype of the parameter. Nothing was changed.
         """
         parameter = self.module.C
-        values = self.readout_parameter(C.to(torch.complex128)).to(parameter)
+        values = self.readout_parameter(C.to(parameter.device, torch.complex128)).to(parameter)
         if not torch.isfinite(values).all():
             raise TruncationError(f"the readout of {self.name} is not finite in {parameter.dtype}.")
         parameter.copy_(values)
@@ -139,7 +139,7 @@ class TimeInvariantLayer(StateSpaceLayer):
         """The values of the parameters that keep some of the states as they are, and how their gradients move."""
         rows = rows_of_identity(indices, self.state_size)
         parameters, axes = self.state_parameters(), self.layout.by_name
-        values = {name: axes[name].take(old.detach(), indices) for name, old in parameters.items()}
+        values = {name: axes[name].take(old.detach(), indices.to(old.device)) for name, old in parameters.items()}
         maps = {
             name: ModalMap(axis.axis, rows, indices, has_pairs=name in self.complex_parameters)
             for name, axis in axes.items()
@@ -181,7 +181,9 @@ class TimeInvariantLayer(StateSpaceLayer):
 
     def _reduction(self, truncation: Truncation, neglect_coupling: bool) -> LayerReduction:
         self.require_own_size(truncation)
-        reduced = project(self.system(), truncation, neglect_coupling)
+        # A GPU takes many small decompositions one after the other, each slower than a CPU.
+        truncation = truncation.to("cpu")
+        reduced = project(self.system().to("cpu"), truncation, neglect_coupling)
         if truncation.is_selection:
             values, maps = self.selected(truncation.indices)
         else:
@@ -205,7 +207,7 @@ class TimeInvariantLayer(StateSpaceLayer):
         """
         for name, parameter in self.state_parameters().items():
             if name != "C":
-                old = parameter.detach().to(values[name].dtype)
+                old = parameter.detach().to(values[name])
                 values[name][inert] = old.narrow(inert.ndim - 1, 0, inert.shape[-1])[inert]
 
     def _require_written(self, reduced: DiagonalLTI, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -215,7 +217,7 @@ class TimeInvariantLayer(StateSpaceLayer):
                     f"{self.name}.{name} is not finite in {parameter.dtype} after the cut; choose another rank, or "
                     "leave this layer as it is."
                 )
-        found = self.system_of(with_parameters(self.module, parameters))
+        found = self.system_of(with_parameters(self.module, parameters)).to("cpu")
         if not found.is_stable():
             raise TruncationError(
                 f"{self.name} is not stable after the cut, in the dtype of its parameters: max|lam| = "

@@ -60,8 +60,8 @@ def find_truncations(
             a layer has it.
 
     Returns:
-        `tuple[dict[str, Found], dict[str, str]]`: The truncations by layer name, each on the device of the layer's
-        Gramians, and why those of the other layers failed their checks.
+        `tuple[dict[str, Found], dict[str, str]]`: The truncations by layer name, on the CPU as the
+        Gramians are, and why those of the other layers failed their checks.
 
     Raises:
         [`~errors.OtherProcessError`]: another process has failed.
@@ -83,9 +83,7 @@ def find_truncations(
         else:
             failed[name] = " Then: ".join(problems)
     found = _with_fitted_readouts(found, gramians, require_writable)
-    found, failed = processes.first((found, failed))
-    moved = {name: item._replace(truncation=item.truncation.to(gramians[name].device)) for name, item in found.items()}
-    return moved, failed
+    return processes.first((found, failed))
 
 
 def _with_fitted_readouts(

@@ -106,7 +106,7 @@ def calibrate(
     missing = {**{name: observer.unreached() for name, observer in observers.items()}, **dict.fromkeys(idle, "run")}
     unreached = reached_everywhere([layer.name for layer in layers], missing if losses else {}, total)
     results = {
-        name: observers[name].result(name, total) if name in observers else ClosedFormGramians(system)
+        name: (observers[name].result(name, total) if name in observers else ClosedFormGramians(system)).on_cpu()
         for name, system in systems.items()
         if name not in unreached
     }

@@ -36,10 +36,13 @@ from ...systems import (
 class LayerGramians(ABC):
     """The Gramians of one layer, in whatever form they are known."""
 
-    @property
     @abstractmethod
-    def device(self) -> torch.device:
-        """Where the Gramians are."""
+    def on_cpu(self) -> LayerGramians:
+        """
+        The same on the CPU, which decomposes small matrices faster than a GPU can be asked to.
+
+        Samples stay where they are.
+        """
 
     @abstractmethod
     def hankel_singular_values(self) -> Tensor:
@@ -124,10 +127,11 @@ class EmpiricalGramians(LayerGramians):
     system: ClassVar[None] = None
     form: ClassVar[str] = "measured"
 
-    @property
-    def device(self) -> torch.device:
-        """Where the Gramians are."""
-        return self.P.device
+    def on_cpu(self) -> EmpiricalGramians:
+        """The same with all Gramians on the CPU."""
+        names = ("P", "Q", "readout_energy", "R", "squares")
+        known = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: None if value is None else value.cpu() for name, value in known.items()})
 
     @cached_property
     def decomposition(self) -> HankelDecomposition:
@@ -181,10 +185,9 @@ class ClosedFormGramians(LayerGramians):
 
     system: DiagonalLTI
 
-    @property
-    def device(self) -> torch.device:
-        """Where the system is."""
-        return self.system.lam.device
+    def on_cpu(self) -> ClosedFormGramians:
+        """The same with the system on the CPU."""
+        return ClosedFormGramians(self.system.to("cpu"))
 
     R = readout_energy = None
 
@@ -242,10 +245,10 @@ class WeightedGramians(LayerGramians):
         """`"loss_gradient"` with a measured Q, else `"input_weighted"`."""
         return "input_weighted" if self.measured_Q is None else "loss_gradient"
 
-    @property
-    def device(self) -> torch.device:
-        """Where the system is."""
-        return self.system.lam.device
+    def on_cpu(self) -> WeightedGramians:
+        """The same with system and Gramians on the CPU."""
+        Q = None if self.measured_Q is None else self.measured_Q.cpu()
+        return WeightedGramians(self.system.to("cpu"), self.P.cpu(), Q)
 
     @cached_property
     def Q(self) -> Tensor:
