@@ -18,6 +18,7 @@ BENCHMARKS = (
     "lti_reduction.py",
     "selective_speed.py",
     "selective_accuracy.py",
+    "tolerance.py",
 )
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The small models of the benchmarks of Mamba-2 and its relatives."""
+"""The small causal models of the accuracy benchmarks: Mamba, its relatives, and time-invariant layers beside them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from transformers import (
     MambaForCausalLM,
     PreTrainedModel,
 )
+
+from hf_compressm.models import LRUConfig, LRUForCausalLM, S4DConfig, S4DForCausalLM
 
 STATE_SIZE = 64
 _NO_SPECIAL_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -73,6 +75,19 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
 }
 
 
+def _lru(state_size: int, **settings: Any) -> PreTrainedModel:
+    return LRUForCausalLM(LRUConfig(num_hidden_layers=2, state_size=state_size, dropout=0.0, **settings))
+
+
+def _s4d(state_size: int, **settings: Any) -> PreTrainedModel:
+    return S4DForCausalLM(S4DConfig(num_hidden_layers=2, state_size=state_size, dropout=0.0, **settings))
+
+
+TIME_INVARIANT: dict[str, Callable[..., PreTrainedModel]] = {"lru": _lru, "s4d": _s4d}
+
+
 def make_model(family: str, vocabulary: int, state_size: int = STATE_SIZE, width: int = 32) -> PreTrainedModel:
-    """A stock causal model of one of the `FAMILIES`, with the weights that torch's present seed gives."""
-    return FAMILIES[family](state_size, vocab_size=vocabulary, hidden_size=width, **_NO_SPECIAL_TOKENS)
+    """A causal model of `FAMILIES` or `TIME_INVARIANT`, with the weights that torch's present seed gives."""
+    return {**FAMILIES, **TIME_INVARIANT}[family](
+        state_size, vocab_size=vocabulary, hidden_size=width, **_NO_SPECIAL_TOKENS
+    )
