@@ -52,9 +52,9 @@ def run(session: Session) -> None:
         rows,
         figures,
         "One `compress` with the optimizer: a calibration batch of the training batch's size, Gramians from states and "
-        f"adjoint states, spectra, the cut to {KEPT:g} of the states, the readouts' fit, moments carried over, loss "
-        "before and after, under bf16 autocast. Medians of synchronised calls after a first one, which also compiles "
-        "kernels. Training step: bf16 autocast, fused AdamW.",
+        f"adjoint states, spectra, the cut to {KEPT:g} of the states without a fit of readouts, moments carried over, "
+        "loss before and after, under bf16 autocast. Medians of synchronised calls after a first one, which also "
+        "compiles kernels. Training step: bf16 autocast, fused AdamW.",
     )
 
 
