@@ -19,6 +19,7 @@ BENCHMARKS = (
     "selective_speed.py",
     "selective_accuracy.py",
     "tolerance.py",
+    "mamba_128_to_12.py",
 )
 
 if __name__ == "__main__":
