@@ -143,10 +143,10 @@ class CompreSSMConfig:
         fit_readout (`bool`, *optional*):
             Fit what reads the kept states to the layer's outputs on the calibration batches; else it stands for what
             the Gramians make of the dropped states. Time-invariant layers are fitted one behind the other in the cut
-            model, on the batches of all processes, and selective ones each in the model before the cut, on those of the
-            first process. When unset, it is fitted where no training goes on, in which a fit gains nothing, and a
-            time-invariant layer that is cut in closed form keeps its readout and with it its error bound. Without
-            effect on `"selection"` and the delta rule.
+            model, on the batches of all processes (a forward pass a layer and batch), and selective ones each in the
+            model before the cut, on those of the first process. When unset, it is fitted where no training goes on, in
+            which a fit gains nothing, and a time-invariant layer that is cut in closed form keeps its readout and with
+            it its error bound. Without effect on `"selection"` and the delta rule.
         compare_truncations (`bool`, *optional*, defaults to `False`):
             Make several truncations of the size that was found, measure the loss of each on batches that it was not
             made with, and keep the best.

@@ -146,7 +146,7 @@ CASES = [
     ),
     *(
         Case(family, family, functools.partial(tiny_gated_delta_net, family), token_batch, reductors=SELECTION,
-             is_trained_everywhere=False)
+             is_trained_everywhere=family == "qwen3_5")
         for family in GATED_CONFIGS
     ),
 ]  # fmt: skip
