@@ -12,7 +12,7 @@ from .processes import launch
 # Doctests are looked for in every file.
 collect_ignore = [] if importlib.util.find_spec("deepspeed") else ["deepspeed_worker.py"]
 
-ALONE = ("mamba", "mamba2", "lru", "rolled_back", "twice", "own_loss")
+ALONE = ("mamba", "mamba2", "lru", "rolled_back", "twice", "own_loss", "gated")
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMError, train_in_segments  # noqa: E402
 from hf_compressm.training.segments import checkpoint as segment_checkpoint  # noqa: E402
 from tests.cases import tiny_lru, tiny_mamba  # noqa: E402
+from tests.delta_rule_models import tiny_gated_delta_net  # noqa: E402
 from tests.distributed.worker import (  # noqa: E402
     JOINT_BATCH,
     RANK,
@@ -160,6 +161,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "full": segments(tiny_mamba, "MambaBlock"),
     "twice_in_shards": segments(tiny_mamba, "MambaBlock", "SHARDED_STATE_DICT", TWICE),
     "mixed": segments(tiny_mamba2, "Mamba2Block"),
+    "gated": segments(partial(tiny_gated_delta_net, "qwen3_5"), "Qwen3_5DecoderLayer"),
     "own_loss": segments(tiny_mamba2, "Mamba2Block", trainer_class=OwnLoss),
     "lru": segments(partial(tiny_lru, norm="layer"), "SequenceBlock"),
     "without_moments": without_moments,

@@ -10,7 +10,9 @@ from .conftest import ALONE
 from .processes import largest_difference, launch, result
 
 TOGETHER = ("mamba", "mamba2", "lru", "no_unused", "accumulation", "static_graph", "watched", "compiled", "rolled_back")
-TOGETHER += ("own_loss",)
+TOGETHER += ("own_loss", "gated")
+# One process would hold other steps out, and see the first ones judge its fit.
+FITTED = ("lru_fitted",)
 TROUBLED = ("without_rebuild", "different_settings", "different_versions", "broken_process", "nan_process", "saving")
 TROUBLED += ("other_rounding", "loss_in_one_process", "judged_apart", "trained_again", "power_sgd")
 
@@ -18,12 +20,12 @@ TROUBLED += ("other_rounding", "loss_in_one_process", "judged_apart", "trained_a
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("distributed")
-    run = launch(path, TOGETHER + TROUBLED, 2)
+    run = launch(path, TOGETHER + FITTED + TROUBLED, 2)
     assert run.returncode == 0, run.stderr[-4000:]
     return path
 
 
-@pytest.mark.parametrize("case", TOGETHER)
+@pytest.mark.parametrize("case", TOGETHER + FITTED)
 def test_all_processes_end_with_the_same_parameters(folder: Path, case: str) -> None:
     first, second = (result(folder, case, 2, rank) for rank in (0, 1))
     assert first["sizes"] == second["sizes"] == ([8, 8] if case == "rolled_back" else [4, 4])
@@ -40,6 +42,11 @@ def test_they_end_as_one_process_on_the_joint_batch(folder: Path, alone: Path, c
         assert largest_difference(expected, together) < 5e-5
     for record, other in zip(together["records"], expected["records"]):
         assert record[0] == other[0] and record[1:] == pytest.approx(other[1:], abs=1e-5)
+
+
+def test_readouts_are_fitted_to_what_all_processes_see(folder: Path) -> None:
+    fitted, plain = (result(folder, case, 2, 0)["records"][-1] for case in ("lru_fitted", "lru"))
+    assert fitted[:2] == pytest.approx(plain[:2]) and fitted[2] != plain[2]
 
 
 def test_without_a_new_reducer_the_processes_drift_apart(folder: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from .processes import largest_difference, launch, result
 
-SHARDED = {"full": "mamba", "mixed": "mamba2", "twice_in_shards": "twice", "own_loss": "own_loss"}
+SHARDED = {"full": "mamba", "mixed": "mamba2", "twice_in_shards": "twice", "own_loss": "own_loss", "gated": "gated"}
 
 LOAD_WITHOUT_THE_LIBRARY = """
 import sys
@@ -46,12 +46,14 @@ def test_segments_end_as_one_process_that_is_cut_in_place(folder: Path, alone: P
     found, expected = result(folder, case, 2, 0), result(alone, SHARDED[case], 1, 0)
     assert found["sharded"] == len(found["parameters"])
     assert found["sizes"] == expected["sizes"]
-    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+    # Rounding grows from step to step where keys are normed.
+    slack = 1e-4 if case == "gated" else 1e-5
+    assert found["losses"] == pytest.approx(expected["losses"], abs=slack)
     assert largest_difference(found, expected) < 5e-5
     assert largest_difference(found, result(folder, case, 2, 1)) == 0
     assert [record[0] for record in found["records"]] == [record[0] for record in expected["records"]]
     for record, other in zip(found["records"], expected["records"]):
-        assert record[1:] == pytest.approx(other[1:], abs=1e-5)
+        assert record[1:] == pytest.approx(other[1:], abs=slack)
 
 
 def test_a_cut_that_forgets_the_moments_ends_elsewhere(folder: Path, alone: Path) -> None:

@@ -25,6 +25,7 @@ from hf_compressm import CompreSSMCallback, CompreSSMConfig, CompreSSMError  # n
 from hf_compressm.architectures import find_layers  # noqa: E402
 from hf_compressm.training import data_parallel  # noqa: E402
 from tests.cases import VOCABULARY, tiny_lru, tiny_mamba  # noqa: E402
+from tests.delta_rule_models import tiny_gated_delta_net  # noqa: E402
 from tests.selective_models import tiny_mamba2  # noqa: E402
 
 DEVICE = os.environ.get("DEVICE", "cpu")
@@ -330,6 +331,8 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "twice": plain(tiny_mamba, config=TWICE),
     "own_loss": plain(tiny_mamba2, trainer_class=OwnLoss),
     "lru": plain(partial(tiny_lru, norm="layer")),
+    "lru_fitted": plain(partial(tiny_lru, norm="layer"), config={"fit_readout": True}),
+    "gated": plain(partial(tiny_gated_delta_net, "qwen3_5")),
     "no_unused": plain(tiny_mamba, ddp_find_unused_parameters=False),
     "accumulation": plain(tiny_mamba, gradient_accumulation_steps=2),
     "compiled": plain(tiny_mamba, torch_compile=True, torch_compile_backend="eager"),

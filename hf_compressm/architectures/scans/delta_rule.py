@@ -17,6 +17,8 @@ from .switch import current_observer, fast_cpu_scan_enabled, is_packed, plain_ea
 
 # What the norms of transformers and of fla (flash-linear-attention) add to a squared length.
 _NORM_EPS = 1e-6
+# Of each sequence: a short one has too few steps to be represented by a share of them.
+_FEWEST_SAMPLES = 16
 
 
 def register_delta_rule(module_name: str) -> None:
@@ -164,9 +166,10 @@ class DeltaRuleInputs(ScanInputs):
         return self.steps * (self.u[0, 0].numel() // self.B.shape[2])
 
     def sample_times(self, generator: torch.Generator) -> Tensor:
-        """Random steps, one in N / 4, so that the Gramians cost about what the rule and its gradient cost."""
+        """Random steps, one in N / 4 or sixteen: the Gramians then cost about what the rule and its gradient cost."""
         batch, length = self.u.shape[:2]
-        return sample_times(batch, length, max(1, -(-length // max(8, self.state_size // 4))), generator)
+        count = max(_FEWEST_SAMPLES, -(-length // max(8, self.state_size // 4)))
+        return sample_times(batch, length, min(length, count), generator)
 
     def squares(self) -> Tensor:
         """Mean squares over the steps that are not padding, where all is zero; `(key_heads, 2, N)`."""
