@@ -209,15 +209,15 @@ def test_a_loss_gradient_observer_measures_both_gramians(name: str, fast: bool) 
         namespace.update(stock)
     states = states[:21]
 
-    # The observer's samples, by the same generator; 21 steps in windows of 8 are three a sequence.
+    # The observer's samples, by the same generator; sixteen of 21 steps.
     probe = DeltaRuleInputs(torch.zeros(2, 21, 4, 1), *[torch.zeros(0)] * 2, *[torch.zeros(1, 1, 1, KEY_DIM)] * 2)
     times = probe.sample_times(torch.Generator().manual_seed(0))
-    assert times.shape == (2, 3)
+    assert times.shape == (2, 16)
     for matrices, measured in ((states, found.P), ([s.grad for s in states], found.Q)):
         picked = [torch.stack([matrices[t][b] for t in times[b].tolist()]).double() for b in range(2)]
         rows = torch.stack(picked).unflatten(2, (KEY_HEADS, -1))
         expected = (
-            torch.einsum("bthsnv,bthsmv->hnm", rows, rows) * (21 / 3) / (2 * 21 * rows[0, 0, 0].numel() / KEY_DIM)
+            torch.einsum("bthsnv,bthsmv->hnm", rows, rows) * (21 / 16) / (2 * 21 * rows[0, 0, 0].numel() / KEY_DIM)
         )
         torch.testing.assert_close(measured, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 

