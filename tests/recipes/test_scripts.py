@@ -114,3 +114,17 @@ def test_the_difference_of_two_systems(recipes_folder) -> None:
     u = torch.randn(20, 2, dtype=torch.float64)
     expected = systems[0].simulate(u) - systems[1].simulate(u)
     torch.testing.assert_close(weyl.difference(*systems).simulate(u), expected)
+
+
+def test_the_figures_of_the_method_show_what_the_text_says(tmp_path) -> None:
+    import figures
+
+    figures.main(["--states", "12", "--output", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"spectra.png", "output_errors.png"}
+    generator = torch.Generator().manual_seed(3)
+    system = figures.random_system(24, generator)
+    seen, unseen = figures.slow_input(generator), figures.slow_input(generator)
+    errors = {
+        name: figures.relative_error(system, reduced, unseen) for name, reduced in figures.cuts(system, 6, seen).items()
+    }
+    assert errors["P from data, readout fitted"] < errors["P from data"] < 0.5 * errors["closed form"]
