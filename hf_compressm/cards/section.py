@@ -226,7 +226,16 @@ def _settings(provenance: Provenance) -> str:
     }
     amounts = [(name, getattr(config, name)) for name in names.get(config.strategy, ["keep_ratio"])]
     stated = [f"{name.replace('_', ' ')} {value:g}" for name, value in amounts if value is not None]
-    return ", ".join([*stated, f"reductor `{config.reductor}`", f"Gramians `{config.gramians}`", f"seed {config.seed}"])
+    stated += [f"reductor `{config.reductor}`", f"Gramians `{config.gramians}`", f"seed {config.seed}"]
+    return ", ".join([*stated, *_fitted(provenance)])
+
+
+def _fitted(provenance: Provenance) -> list[str]:
+    """Whose readouts the last cut fitted to outputs, where it did."""
+    layers = provenance.cuts[-1].layers if provenance.cuts else []
+    fitted = [layer for layer in layers if layer.readout_fitted]
+    number = "all" if len(fitted) == len(layers) else f"{len(fitted)} of {len(layers)}"
+    return [f"readouts of {number} layers fitted to their outputs"] if fitted else []
 
 
 def _taken_back(provenance: Provenance) -> str:
@@ -249,9 +258,7 @@ def _has_error_bound(provenance: Provenance) -> bool:
     names, known = _reductors(provenance), registered_reductors()
     cut = [layer for record in provenance.cuts for layer in record.layers]
     # What was recorded by an earlier version had no other form.
-    if any(layer.gramians not in ("closed_form", None) for layer in cut):
-        return False
-    if provenance.config is not None and provenance.config.fit_readout:
+    if any(layer.gramians not in ("closed_form", None) or layer.readout_fitted for layer in cut):
         return False
     bounded = bool(names) and all(name in known and known[name].error_bound is not None for name in names)
     return bool(provenance.cuts) and _is_time_invariant(provenance) and bounded

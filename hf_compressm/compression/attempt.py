@@ -130,7 +130,7 @@ class CutMaker:
 
         return self.state.with_cut(made.reductions, fitted)
 
-    def fit_readouts(self, made: MadeCut) -> None:
+    def fit_readouts(self, made: MadeCut) -> set[str]:
         """
         Fit the readouts of the layers of a cut that is written.
 
@@ -138,11 +138,14 @@ class CutMaker:
 
         Args:
             made ([`MadeCut`]): The cut.
+
+        Returns:
+            `set[str]`: The layers whose readout is another one now.
         """
         if self.readouts is None:
-            return
+            return set()
         reductors = registered_reductors()
-        self.readouts.fit(
+        return self.readouts.fit(
             [
                 name
                 for name, found in made.found.items()
@@ -188,8 +191,10 @@ def attempt_cut(
     copies = maker.state.copies()
     pending = _pending(maker.state, made.reductions, copies, maker.config, step)
 
+    fitted: set[str] = set()
+
     def fit_and_evaluate() -> float | None:
-        maker.fit_readouts(made)
+        fitted.update(maker.fit_readouts(made))
         return None if loss is None else evaluate()
 
     after = maker.state.commit(made.reductions, [copy.cut(truncations) for copy in copies], fit_and_evaluate)
@@ -197,7 +202,8 @@ def attempt_cut(
         return Attempt("skipped", f"the loss after the cut was {after}; the cut was taken back")
     allow = "the loss allows it" if maker.config.strategy == "loss" else "the spectra allow it"
     reason = allow if not made.failures else f"some layers stay as they are: {'; '.join(made.failures)}"
-    return Attempt("cut", reason, after, made.found, pending)
+    found = {name: item._replace(is_fitted=item.is_fitted or name in fitted) for name, item in made.found.items()}
+    return Attempt("cut", reason, after, found, pending)
 
 
 def _pending(

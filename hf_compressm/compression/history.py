@@ -45,6 +45,8 @@ class LayerRecord:
             `CompreSSMConfig.gramians`; `"measured"` for a selective layer.
         output_error (`float`, *optional*): For a time-invariant layer, the relative error of its output that the cut
             made, on inputs of the layer that the truncation was not made with.
+        readout_fitted (`bool`, *optional*): Whether what reads the kept states was fitted to the layer's outputs, see
+            `CompreSSMConfig.fit_readout`. Unset where nothing was cut.
     """
 
     name: str
@@ -61,6 +63,7 @@ class LayerRecord:
     reductor: str | None = None
     gramians: str | None = None
     output_error: float | None = None
+    readout_fitted: bool | None = None
 
 
 @dataclass(frozen=True)

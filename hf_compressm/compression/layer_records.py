@@ -82,6 +82,7 @@ def layer_records(
                 output_error=seen.output_errors.get(layer.name) if layer.name in cut else None,
                 reductor=cut[layer.name].reductor if layer.name in cut else None,
                 gramians=cut[layer.name].gramians if layer.name in cut else None,
+                readout_fitted=cut[layer.name].is_fitted if layer.name in cut else None,
             )
         )
     return records

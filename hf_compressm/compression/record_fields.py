@@ -11,7 +11,7 @@ from ..errors import InconsistentModelError
 from ..validation import is_integer, is_number
 
 _LONGEST = 60
-_PLAIN = (str, type(None))
+_PLAIN = (str, bool, type(None))
 
 
 def known_fields(record: type, values: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,9 @@ def test_an_error_bound_is_told_for_balanced_truncation_only() -> None:
     assert "error bound" not in render_card(facts())
     record = CheckRecord("cut", "", [layer(family="lru")], None, None, None, 0.1, 100, 60)
     assert "error bound" in render_card(facts(record))
+    # A readout that was fitted to data is another one than the bound is for.
+    fitted = CheckRecord("cut", "", [replace(layer(family="lru"), readout_fitted=True)], None, None, None, 0.1, 100, 60)
+    assert "error bound" not in render_card(facts(fitted))
     # Measured Gramians promise nothing for other data.
     assert "error bound" not in render_card(facts(config=CompreSSMConfig(reductor="balanced")))
 

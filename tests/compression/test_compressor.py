@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from hf_compressm import CompreSSMConfig, analyze, compress
-from hf_compressm.compression import Compressor, EmpiricalGramians, commit_together
+from hf_compressm.cards import Provenance, render_card
+from hf_compressm.compression import CheckRecord, Compressor, EmpiricalGramians, commit_together
 from hf_compressm.compression import compressor as compressor_module
 from hf_compressm.compression.decide import truncations
 from hf_compressm.errors import CalibrationError, TruncationError, UnsupportedModelError
@@ -22,6 +23,7 @@ from tests.cases import (
     case_id,
     logits_of,
     size_in_config,
+    tiny_lru,
     tiny_mamba,
     token_batch,
 )
@@ -326,3 +328,18 @@ def test_readouts_are_fitted_where_the_training_is_over(setting, trained_on: boo
     optimizer = torch.optim.AdamW(model.parameters()) if trained_on else None
     compress(model, [token_batch()], CompreSSMConfig(strategy="fixed", fit_readout=setting), optimizer)
     assert bool(fitted) == fits
+
+
+FITS = [({}, True), ({"fit_readout": False}, False), ({"reductor": "selection"}, False)]
+
+
+@pytest.mark.parametrize("build", [tiny_mamba, tiny_lru])
+@pytest.mark.parametrize(("settings", "fitted"), FITS)
+def test_the_record_and_the_card_say_whose_readouts_were_fitted(build, settings: dict, fitted: bool) -> None:
+    record = compress(build(), [token_batch(16, 30)], CompreSSMConfig(state_size=3, **settings))
+    assert any(layer.readout_fitted for layer in record.layers) == fitted
+    assert CheckRecord.from_dict(record.to_dict()) == record
+    text = render_card(Provenance([record], CompreSSMConfig(state_size=3, **settings)))
+    number = sum(layer.readout_fitted for layer in record.layers)
+    told = f"readouts of {'all' if number == 2 else f'{number} of 2'} layers fitted to their outputs"
+    assert (told in text) == fitted

@@ -25,11 +25,13 @@ class Found(NamedTuple):
         truncation ([`~systems.Truncation`]): The truncation.
         reductor (`str`): The reductor that gave it; not the one that was asked for where that one failed its checks.
         gramians (`str`): The form of the Gramians behind it; see [`LayerGramians`].
+        is_fitted (`bool`): Whether what reads its states was fitted to the layer's outputs.
     """
 
     truncation: Truncation
     reductor: str
     gramians: str
+    is_fitted: bool = False
 
 
 def find_truncations(
@@ -102,7 +104,8 @@ def _with_fitted_readouts(
         except TruncationError as error:
             logger.info("the readout of %s stays as its Gramians make it: %s", name, error)
             continue
-        results[name] = found[name]._replace(truncation=truncation)
+        if truncation.fingerprint() != found[name].truncation.fingerprint():
+            results[name] = found[name]._replace(truncation=truncation, is_fitted=True)
     return results
 
 

@@ -77,7 +77,7 @@ class ReadoutFit:
             self._wanted = {layer.name: [] for layer in self._layers}
             self._run_with({layer: partial(self._remember, layer) for layer in self._layers})
 
-    def fit(self, names: Collection[str]) -> None:
+    def fit(self, names: Collection[str]) -> set[str]:
         """
         Give layers of the cut model the readouts whose outputs are nearest to the remembered ones.
 
@@ -87,14 +87,15 @@ class ReadoutFit:
         Args:
             names (`Collection[str]`): The layers that were cut and may be fitted, the same in every process.
 
+        Returns:
+            `set[str]`: The layers whose readout is another one now.
+
         Raises:
             [`~errors.OtherProcessError`]: another process has failed.
         """
-        for layer in self._layers:
-            if layer.name in names:
-                self._fit(layer)
+        return {layer.name for layer in self._layers if layer.name in names and self._fit(layer)}
 
-    def _fit(self, layer: TimeInvariantLayer) -> None:
+    def _fit(self, layer: TimeInvariantLayer) -> bool:
         system = layer.system()
         C = system.C.to(double_device(system.C.device))
         nothing = OutputMoments.zeros(system.batch_shape, system.order, C.shape[-2], C.device)
@@ -103,8 +104,12 @@ class ReadoutFit:
         seen, held_out = (nothing.like(part) for part in moments.chunk(2))
         if not torch.isfinite(moments).all() or not seen.features.any():
             logger.info("the readout of %s stays as its Gramians make it: there is nothing to fit it to", layer.name)
-            return
-        layer.write_readout(self._processes.first(fit_system_readout(C, seen, held_out)))
+            return False
+        fitted = self._processes.first(fit_system_readout(C, seen, held_out)).to(C)
+        if not torch.equal(fitted, C):
+            layer.write_readout(fitted)
+            return True
+        return False
 
     def _moments(self, layer: TimeInvariantLayer, nothing: OutputMoments) -> list[OutputMoments]:
         """Of the steps that are fitted, and of those held out; not finite where the passes are others than before."""
