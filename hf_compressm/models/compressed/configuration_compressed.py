@@ -38,6 +38,7 @@ class LayerSizes:
         validate_sizes(self)
         if _mixes(self):
             setattr(self, self.state_size_name, max(self.projected_state_sizes))
+            _write_nested(self, vars(self), max(self.projected_state_sizes))
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -49,7 +50,15 @@ class LayerSizes:
         values = super().to_dict()
         if _mixes(self) and self.state_size_name in values:
             values[self.state_size_name] = min(self.state_sizes)
+            _write_nested(self, values, min(self.state_sizes))
         return values
+
+
+def _write_nested(config: PreTrainedConfig, values: dict[str, Any], size: int) -> None:
+    """Put a size where the family's configuration finds it first, where that is in its fields."""
+    outer, inner = config.nested_size or (None, None)
+    if isinstance(found := values.get(outer), dict) and inner in found:
+        values[outer] = {**found, inner: size}
 
 
 def _mixes(config: PreTrainedConfig) -> bool:
@@ -109,6 +118,7 @@ def compressed_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedCon
         "projected_state_sizes": None,
         "model_type": f"compressed_{stock.model_type}",
         "state_size_name": row.config_size_name,
+        "nested_size": row.nested_size,
     }
     made = strict(type(PREFIX + stock.__name__, (LayerSizes, stock), namespace))
     made.register_for_auto_class()

@@ -47,7 +47,8 @@ def register_stock_family(name: str, row: StockFamily) -> StockFamily:
 def register_configurations() -> None:
     """Let `AutoConfig` read the configurations of compressed models; calling this again changes nothing."""
     for row in STOCK_FAMILIES.values():
-        _register_configuration(row)
+        if row.is_installed:
+            _register_configuration(row)
     if register_models not in when_first_built:
         when_first_built.append(register_models)
 

@@ -8,6 +8,8 @@ a mixed layer combines its states, and what the layers of `hf_compressm.architec
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from typing import Any, NamedTuple
 
 
@@ -20,11 +22,14 @@ class ScanCall(NamedTuple):
         write (`str`): The argument that writes to the state: B, or the keys of linear attention. Its last axis has one
             entry a state; the axis before it, one a group, where the family has groups.
         read (`str`): The argument that reads the state: C, or the queries. Its shape is that of `write`.
+        decay (`str`, *optional*): The argument with the logarithm of each state's decay, where every state of a group
+            has its own. Its shape is that of `write`.
     """
 
     name: str
     write: str
     read: str
+    decay: str | None = None
 
 
 class StockFamily(NamedTuple):
@@ -39,15 +44,17 @@ class StockFamily(NamedTuple):
         kind (`str`): How a layer gets a smaller state. `"folded"`: B and C are linear in the input, the weights hold
             it. `"normed"`: the norms of B and C combine states. `"multi_head"`: the forward pass of Mamba-2 does.
             `"scan"`: the arguments of the calls in `scans` are combined, whatever the forward pass is. `"delta_rule"`:
-            so are those of gated DeltaNet, behind the norm of keys and queries.
+            so are those of gated DeltaNet, behind the norm of keys and queries. `"kimi_delta"`: and so are those of
+            Kimi delta attention, whose decays are combined too.
         norm (`str`, *optional*): Name of the class of the norms of B and C.
         has_fused_training (`bool`, *optional*, defaults to `False`): Whether the mixer trains through one kernel for
             all of its steps, which knows no mixing.
         size_name (`str`, *optional*, defaults to `"ssm_state_size"`): The mixer's name for the state size.
         groups_name (`str`, *optional*): The mixer's name for the number of groups of heads, each with its own B and C;
             without one there is one B and one C.
-        scans (`tuple[ScanCall, ...]`, *optional*): How a mixer of the kind `"scan"` or `"delta_rule"` calls its
-            recurrence.
+        scans (`tuple[ScanCall, ...]`, *optional*): How a mixer that keeps its own forward pass calls its recurrence.
+        nested_size (`tuple[str, str]`, *optional*): A dict in the configuration, and the key in it that overrides
+            `config_size_name` when the configuration is read, as original checkpoints of Kimi Linear have it.
     """
 
     mixer: str
@@ -60,6 +67,17 @@ class StockFamily(NamedTuple):
     size_name: str = "ssm_state_size"
     groups_name: str | None = None
     scans: tuple[ScanCall, ...] = ()
+    nested_size: tuple[str, str] | None = None
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the installed version has the family; transformers 5.17 has not all of them."""
+        if self.modeling in sys.modules:
+            return True
+        try:
+            return importlib.util.find_spec(self.modeling) is not None
+        except ModuleNotFoundError:  # nor the package around it
+            return False
 
     @property
     def modeling(self) -> str:
@@ -88,7 +106,7 @@ class StockFamily(NamedTuple):
             found = getattr(importlib.import_module("transformers"), name, None)
             if found is not None:
                 return found
-        return getattr(importlib.import_module(self.modeling), name, None)
+        return getattr(importlib.import_module(self.modeling), name, None) if self.is_installed else None
 
 
 def _multi_head(mixer: str, module: str, config: str, config_size_name: str) -> StockFamily:
@@ -109,8 +127,24 @@ def _gated_delta_net(mixer: str, module: str, config: str) -> StockFamily:
     )
 
 
+def _kimi_delta(mixer: str, module: str, config: str, nested_size: tuple[str, str] | None = None) -> StockFamily:
+    calls = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")
+    return StockFamily(
+        mixer,
+        module,
+        config,
+        "linear_head_dim",
+        "kimi_delta",
+        size_name="head_dim",
+        groups_name="num_heads",
+        scans=tuple(ScanCall(name, write="key", read="query", decay="g") for name in calls),
+        nested_size=nested_size,
+    )
+
+
 # By the names that `hf_compressm.architectures.families` gives them.
 STOCK_FAMILIES = {
+    "bailing_hybrid": _kimi_delta("BailingHybridDeltaAttention", "bailing_hybrid", "BailingHybridConfig"),
     "bamba": _multi_head("BambaMixer", "bamba", "BambaConfig", "mamba_d_state"),
     "falcon_h1": _multi_head("FalconH1Mixer", "falcon_h1", "FalconH1Config", "mamba_d_state"),
     "falcon_mamba": StockFamily(
@@ -122,10 +156,16 @@ STOCK_FAMILIES = {
         norm="FalconMambaWeightlessRMSNorm",
         has_fused_training=True,
     ),
+    "glm5_next": _kimi_delta(
+        "Glm5NextTextLinearAttention", "glm5_next", "Glm5NextTextConfig", ("linear_attn_config", "head_dim")
+    ),
     "granite_moe_hybrid": _multi_head(
         "GraniteMoeHybridMambaLayer", "granitemoehybrid", "GraniteMoeHybridConfig", "mamba_d_state"
     ),
     "jamba": StockFamily("JambaMambaMixer", "jamba", "JambaConfig", "mamba_d_state", "normed", norm="JambaRMSNorm"),
+    "kimi_linear": _kimi_delta(
+        "KimiLinearDeltaAttention", "kimi_linear", "KimiLinearConfig", ("linear_attn_config", "head_dim")
+    ),
     "mamba2": _multi_head("Mamba2Mixer", "mamba2", "Mamba2Config", "state_size"),
     "mamba": StockFamily("MambaMixer", "mamba", "MambaConfig", "state_size", "folded"),
     "nemotron_h": _multi_head("NemotronHMamba2Mixer", "nemotron_h", "NemotronHConfig", "ssm_state_size"),
