@@ -77,7 +77,7 @@ def mixed_class(stock: type[nn.Module]) -> type[nn.Module]:
 
 def _mixin(name: str) -> type | None:
     row = family_of(name)
-    if row is None or name == row.config:
+    if row is None or name in row.configs:
         return None
     if name == row.norm:
         return MixedNorm

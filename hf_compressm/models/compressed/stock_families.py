@@ -55,6 +55,8 @@ class StockFamily(NamedTuple):
         scans (`tuple[ScanCall, ...]`, *optional*): How a mixer that keeps its own forward pass calls its recurrence.
         nested_size (`tuple[str, str]`, *optional*): A dict in the configuration, and the key in it that overrides
             `config_size_name` when the configuration is read, as original checkpoints of Kimi Linear have it.
+        seeing_config (`str`, *optional*): Name of the configuration's class of models that also see, which holds the
+            family's own in its `text_config`.
     """
 
     mixer: str
@@ -68,6 +70,7 @@ class StockFamily(NamedTuple):
     groups_name: str | None = None
     scans: tuple[ScanCall, ...] = ()
     nested_size: tuple[str, str] | None = None
+    seeing_config: str | None = None
 
     @property
     def is_installed(self) -> bool:
@@ -89,16 +92,22 @@ class StockFamily(NamedTuple):
         """What the names of the family's models begin with; a text model's configuration may say so after it."""
         return self.config.removesuffix("Config").removesuffix("Text")
 
-    def model_class(self, end: str) -> Any:
+    @property
+    def configs(self) -> tuple[str, ...]:
+        """The names of the classes of configurations that build models of the family."""
+        return tuple(name for name in (self.config, self.seeing_config) if name is not None)
+
+    def model_class(self, end: str, config: str) -> Any:
         """
         The family's model class for a purpose; None where it has none.
 
         Args:
-            end (`str`): What the class's name ends with, such as `"ForCausalLM"`. A class of the name that is built
-                with another configuration, as a model that also sees is, does not count.
+            end (`str`): What the class's name ends with, such as `"ForCausalLM"`.
+            config (`str`): The one of `configs` that it is built with; one of the name that is built with another, as a
+                model that also sees is, does not count.
         """
         found = (self.class_named(stem + end) for stem in (self.stem, self.config.removesuffix("Config")))
-        return next((cls for cls in found if cls is not None and cls.config_class.__name__ == self.config), None)
+        return next((cls for cls in found if cls is not None and cls.config_class.__name__ == config), None)
 
     def class_named(self, name: str) -> Any:
         """One of the family's classes by its name; None where it has none of that name."""
@@ -113,7 +122,7 @@ def _multi_head(mixer: str, module: str, config: str, config_size_name: str) -> 
     return StockFamily(mixer, module, config, config_size_name, "multi_head", groups_name="n_groups")
 
 
-def _gated_delta_net(mixer: str, module: str, config: str) -> StockFamily:
+def _gated_delta_net(mixer: str, module: str, config: str, seeing_config: str | None = None) -> StockFamily:
     calls = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
     return StockFamily(
         mixer,
@@ -124,10 +133,11 @@ def _gated_delta_net(mixer: str, module: str, config: str) -> StockFamily:
         size_name="head_k_dim",
         groups_name="num_k_heads",
         scans=tuple(ScanCall(name, write="key", read="query") for name in calls),
+        seeing_config=seeing_config,
     )
 
 
-def _kimi_delta(mixer: str, module: str, config: str, nested_size: tuple[str, str] | None = None) -> StockFamily:
+def _kimi_delta(mixer: str, module: str, config: str, **more: Any) -> StockFamily:
     calls = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")
     return StockFamily(
         mixer,
@@ -138,9 +148,12 @@ def _kimi_delta(mixer: str, module: str, config: str, nested_size: tuple[str, st
         size_name="head_dim",
         groups_name="num_heads",
         scans=tuple(ScanCall(name, write="key", read="query", decay="g") for name in calls),
-        nested_size=nested_size,
+        **more,
     )
 
+
+# Original checkpoints have the size of a head there.
+_NESTED_SIZE = ("linear_attn_config", "head_dim")
 
 # By the names that `hf_compressm.architectures.families` gives them.
 STOCK_FAMILIES = {
@@ -157,23 +170,27 @@ STOCK_FAMILIES = {
         has_fused_training=True,
     ),
     "glm5_next": _kimi_delta(
-        "Glm5NextTextLinearAttention", "glm5_next", "Glm5NextTextConfig", ("linear_attn_config", "head_dim")
+        "Glm5NextTextLinearAttention",
+        "glm5_next",
+        "Glm5NextTextConfig",
+        nested_size=_NESTED_SIZE,
+        seeing_config="Glm5NextConfig",
     ),
     "granite_moe_hybrid": _multi_head(
         "GraniteMoeHybridMambaLayer", "granitemoehybrid", "GraniteMoeHybridConfig", "mamba_d_state"
     ),
     "jamba": StockFamily("JambaMambaMixer", "jamba", "JambaConfig", "mamba_d_state", "normed", norm="JambaRMSNorm"),
     "kimi_linear": _kimi_delta(
-        "KimiLinearDeltaAttention", "kimi_linear", "KimiLinearConfig", ("linear_attn_config", "head_dim")
+        "KimiLinearDeltaAttention", "kimi_linear", "KimiLinearConfig", nested_size=_NESTED_SIZE
     ),
     "mamba2": _multi_head("Mamba2Mixer", "mamba2", "Mamba2Config", "state_size"),
     "mamba": StockFamily("MambaMixer", "mamba", "MambaConfig", "state_size", "folded"),
     "nemotron_h": _multi_head("NemotronHMamba2Mixer", "nemotron_h", "NemotronHConfig", "ssm_state_size"),
     "olmo_hybrid": _gated_delta_net("OlmoHybridGatedDeltaNet", "olmo_hybrid", "OlmoHybridConfig"),
-    "qwen3_5": _gated_delta_net("Qwen3_5GatedDeltaNet", "qwen3_5", "Qwen3_5TextConfig"),
-    "qwen3_5_moe": _gated_delta_net("Qwen3_5MoeGatedDeltaNet", "qwen3_5_moe", "Qwen3_5MoeTextConfig"),
+    "qwen3_5": _gated_delta_net("Qwen3_5GatedDeltaNet", "qwen3_5", "Qwen3_5TextConfig", "Qwen3_5Config"),
+    "qwen3_5_moe": _gated_delta_net("Qwen3_5MoeGatedDeltaNet", "qwen3_5_moe", "Qwen3_5MoeTextConfig", "Qwen3_5MoeConfig"),
     "qwen3_next": _gated_delta_net("Qwen3NextGatedDeltaNet", "qwen3_next", "Qwen3NextConfig"),
-    "qwen4_exp": _gated_delta_net("Qwen4ExpTextGatedDeltaNet", "qwen4_exp", "Qwen4ExpTextConfig"),
+    "qwen4_exp": _gated_delta_net("Qwen4ExpTextGatedDeltaNet", "qwen4_exp", "Qwen4ExpTextConfig", "Qwen4ExpConfig"),
     "zamba2": _multi_head("Zamba2MambaMixer", "zamba2", "Zamba2Config", "mamba_d_state"),
     "zamba": StockFamily("ZambaMambaMixer", "zamba", "ZambaConfig", "mamba_d_state", "folded"),
 }
@@ -181,7 +198,7 @@ STOCK_FAMILIES = {
 
 def family_of(name: str) -> StockFamily | None:
     """The row of a mixer, norm or configuration, by the name of its class; None where there is none."""
-    return next((row for row in STOCK_FAMILIES.values() if name in (row.mixer, row.norm, row.config)), None)
+    return next((row for row in STOCK_FAMILIES.values() if name in (row.mixer, row.norm, *row.configs)), None)
 
 
 def family_of_mixer(mixer: type) -> StockFamily | None:
