@@ -20,6 +20,9 @@ from torch import Tensor
 from .mixed_delta_rule import MixedDeltaRule
 from .stock_families import ScanCall
 
+# Of the squared length of a column that is divided by; with much less, the gradient of a zero column is no number.
+_SHORTEST = 1e-12
+
 
 class MixedKimiDelta(MixedDeltaRule):
     r"""
@@ -54,5 +57,5 @@ def mean_decay(log_decay: Tensor, mixing: Tensor) -> Tensor:
     """
     log_decay = log_decay.to(torch.promote_types(log_decay.dtype, torch.float32))
     weights = mixing.to(log_decay.dtype).square()
-    shares = weights / weights.sum(-2, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    shares = weights / weights.sum(-2, keepdim=True).clamp_min(_SHORTEST)
     return torch.einsum("blhn,hnr->blhr", log_decay, shares)
