@@ -165,7 +165,7 @@ def test_what_mixes_channels_is_refused(family: str) -> None:
         layer.reduce(Truncation(T=basis, W=basis.clone()))
     with pytest.raises(DimensionError, match=f"is for 5 states; {layer.name} has 8"):
         layer.reduce(Truncation.from_indices(torch.tensor([1]), 5))
-    with pytest.raises(UnsupportedModelError, match="'balanced'; choose one of interpolative, selection"):
+    with pytest.raises(UnsupportedModelError, match="'balanced' gives; choose one of interpolative, selection"):
         halved(model, reductor="balanced")
 
 
