@@ -20,7 +20,6 @@ from tests.delta_rule_models import (
     tiny_seeing_model,
 )
 
-
 MODELS = [
     *((tiny_gated_delta_net, family, stock) for family in GATED_CONFIGS for stock in (False, True)),
     *((tiny_kimi_delta, family, False) for family in KIMI_CONFIGS),

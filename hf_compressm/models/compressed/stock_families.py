@@ -180,15 +180,15 @@ STOCK_FAMILIES = {
         "GraniteMoeHybridMambaLayer", "granitemoehybrid", "GraniteMoeHybridConfig", "mamba_d_state"
     ),
     "jamba": StockFamily("JambaMambaMixer", "jamba", "JambaConfig", "mamba_d_state", "normed", norm="JambaRMSNorm"),
-    "kimi_linear": _kimi_delta(
-        "KimiLinearDeltaAttention", "kimi_linear", "KimiLinearConfig", nested_size=_NESTED_SIZE
-    ),
+    "kimi_linear": _kimi_delta("KimiLinearDeltaAttention", "kimi_linear", "KimiLinearConfig", nested_size=_NESTED_SIZE),
     "mamba2": _multi_head("Mamba2Mixer", "mamba2", "Mamba2Config", "state_size"),
     "mamba": StockFamily("MambaMixer", "mamba", "MambaConfig", "state_size", "folded"),
     "nemotron_h": _multi_head("NemotronHMamba2Mixer", "nemotron_h", "NemotronHConfig", "ssm_state_size"),
     "olmo_hybrid": _gated_delta_net("OlmoHybridGatedDeltaNet", "olmo_hybrid", "OlmoHybridConfig"),
     "qwen3_5": _gated_delta_net("Qwen3_5GatedDeltaNet", "qwen3_5", "Qwen3_5TextConfig", "Qwen3_5Config"),
-    "qwen3_5_moe": _gated_delta_net("Qwen3_5MoeGatedDeltaNet", "qwen3_5_moe", "Qwen3_5MoeTextConfig", "Qwen3_5MoeConfig"),
+    "qwen3_5_moe": _gated_delta_net(
+        "Qwen3_5MoeGatedDeltaNet", "qwen3_5_moe", "Qwen3_5MoeTextConfig", "Qwen3_5MoeConfig"
+    ),
     "qwen3_next": _gated_delta_net("Qwen3NextGatedDeltaNet", "qwen3_next", "Qwen3NextConfig"),
     "qwen4_exp": _gated_delta_net("Qwen4ExpTextGatedDeltaNet", "qwen4_exp", "Qwen4ExpTextConfig", "Qwen4ExpConfig"),
     "zamba2": _multi_head("Zamba2MambaMixer", "zamba2", "Zamba2Config", "mamba_d_state"),
