@@ -1,5 +1,5 @@
 r"""
-Kimi delta attention: Kimi Linear, GLM-5-Next and Ling (`bailing_hybrid`); the key dimension of a head is its state size.
+Kimi delta attention: Kimi Linear, GLM-5.3 (`glm5_next`) and Ling 3 (`bailing_hybrid`). The key dimension is the state.
 
 A head keeps a matrix of N x d_v numbers, \\( S_t = (I - \beta_t k_t k_t^\top) \mathrm{diag}(a_t) S_{t-1} + \beta_t k_t
 v_t^\top \\), and gives \\( S_t^\top q_t \\). As every entry of a key has a decay of its own, no truncation but a choice
@@ -104,7 +104,7 @@ class KimiDeltaLayer(MixableLayer):
 
 @register
 class BailingHybridLayer(KimiDeltaLayer):
-    """A layer of Ling, transformers' `BailingHybridDeltaAttention`; source: inclusionAI, `inclusionAI/Ling-3.0-Flash`."""
+    """A layer of Ling 3, transformers' `BailingHybridDeltaAttention`; source: `inclusionAI/Ling-3.0-Flash`."""
 
     family = "bailing_hybrid"
     stock = STOCK_FAMILIES[family]
@@ -112,7 +112,7 @@ class BailingHybridLayer(KimiDeltaLayer):
 
 @register
 class Glm5NextLayer(KimiDeltaLayer):
-    """A layer of GLM-5-Next, transformers' `Glm5NextTextLinearAttention`; source: Z.ai, `zai-org/GLM-5.3-Flash`."""
+    """A layer of GLM-5.3, transformers' `Glm5NextTextLinearAttention`; source: `zai-org/GLM-5.3-Flash`."""
 
     family = "glm5_next"
     stock = STOCK_FAMILIES[family]
@@ -120,7 +120,9 @@ class Glm5NextLayer(KimiDeltaLayer):
 
 @register
 class KimiLinearLayer(KimiDeltaLayer):
-    """A layer of Kimi Linear, transformers' `KimiLinearDeltaAttention`."""
+    """
+    A layer of Kimi Linear, transformers' `KimiLinearDeltaAttention`; source: `moonshotai/Kimi-Linear-48B-A3B-Instruct`.
+    """
 
     family = "kimi_linear"
     stock = STOCK_FAMILIES[family]
