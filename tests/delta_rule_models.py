@@ -90,9 +90,15 @@ _LING = {
     **{name: value for name, value in _KIMI.items() if not name.startswith("linear_")}, "head_dim": KEY_DIM,
     "num_mtp_layers": 0,
 }  # fmt: skip
+_SPARSE = {
+    "mlp_layer_types": ["dense", "sparse", "dense"], "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "n_group": 1, "topk_group": 1,
+}  # fmt: skip
 KIMI_CONFIGS = {
-    "kimi_linear": lambda **settings: KimiLinearConfig(**{**_KIMI, **settings}),
-    "bailing_hybrid": lambda **settings: transformers.BailingHybridConfig(**{**_LING, **settings}),
+    "kimi_linear": lambda **settings: KimiLinearConfig(**{**_KIMI, **_SPARSE, "num_local_experts": 4, **settings}),
+    "bailing_hybrid": lambda **settings: transformers.BailingHybridConfig(
+        **{**_LING, **_SPARSE, "num_local_experts": 4, **settings}
+    ),
 }
 # Version 5.17 of transformers has not all of them.
 KIMI_CONFIGS = {name: build for name, build in KIMI_CONFIGS.items() if STOCK_FAMILIES[name].is_installed}
@@ -109,7 +115,7 @@ _VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 
 _GLM_TEXT = {
     **{name: value for name, value in _KIMI.items() if name not in ("q_lora_rank", "qk_rope_head_dim")},
     "q_lora_rank": 8, "qk_rope_head_dim": 0, "index_topk": 8, "index_kpool": 2, "index_head_dim": 8, "index_n_heads": 2,
-    "indexer_types": ["full"] * 3, "hc_mult": 2, "initializer_range": 0.2,
+    "indexer_types": ["full"] * 3, "hc_mult": 2, "initializer_range": 0.2, **_SPARSE, "n_routed_experts": 4,
 }  # fmt: skip
 SEEING_CONFIGS = {
     **{
