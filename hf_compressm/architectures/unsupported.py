@@ -18,8 +18,7 @@ _BY_CHILD = {"igate_preact": None}
 _BY_CLASS = {
     "Mamba3": "its B and C turn in pairs by angles that follow the data, behind a norm over all states, so that states "
     "can neither be left out one by one nor mixed, and no family cuts pairs yet",
-    "DeltaAttention": "its classes have one size for keys and values, so a stock class cannot hold smaller keys "
-    "(stock=True), and no family combines them yet",
+    "DeltaAttention": "of Kimi delta attention, only the layers that come with transformers are cut",
     "ShortConv": "it keeps the last inputs of a convolution and has no state to cut",
 }
 

@@ -25,6 +25,7 @@ SOURCE_NAME = "hf_compressm"
 # By the ending of a model class's name: the task that the Hub files the model under, and the class that loads it.
 _TASKS = {
     "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
+    "ForConditionalGeneration": ("image-text-to-text", "AutoModelForImageTextToText"),
     "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
     "ForImageClassification": ("image-classification", "AutoModelForImageClassification"),
     "Model": (None, "AutoModel"),

@@ -28,6 +28,7 @@ _AUTO_CLASSES = (
     "AutoModelForSequenceClassification",
     "AutoModelForImageClassification",
     "AutoModelForTokenClassification",
+    "AutoModelForImageTextToText",
     "AutoModel",
 )
 

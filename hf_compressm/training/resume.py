@@ -14,7 +14,7 @@ from ..architectures import StateSpaceLayer, find_layers, take_forms
 from ..compression import CheckRecord
 from ..compression.record_fields import known_fields
 from ..errors import ConfigurationError, InconsistentModelError
-from .saved_names import take_names_of_model
+from .saved_names import by_name_in_memory, take_names_of_model
 from .shards import shapes_of_whole_checkpoint
 
 if TYPE_CHECKING:
@@ -54,8 +54,9 @@ def _read_saved_names(
     # Inside another model this one's tensors have the other's names.
     if prefix:
         return
+    shown = by_name_in_memory(model, shapes_of_whole_checkpoint() or state_dict)
     for layer in layers:
-        _take_saved_form(model, layer, layers, layer.module, state_dict, f"{layer.name}." if layer.name else "")
+        _take_form_shown(model, layer, layers, shown, f"{layer.name}." if layer.name else "")
     take_names_of_model(model, state_dict)
 
 
@@ -69,7 +70,12 @@ def _take_saved_form(
     *_: Any,
 ) -> None:
     # One file of several does not show the form.
-    state_dict = shapes_of_whole_checkpoint() or state_dict
+    _take_form_shown(model, layer, layers, shapes_of_whole_checkpoint() or state_dict, prefix)
+
+
+def _take_form_shown(
+    model: nn.Module, layer: StateSpaceLayer, layers: list[StateSpaceLayer], state_dict: dict[str, Any], prefix: str
+) -> None:
     # Tensors of another kind of model are left to the load, which refuses them and changes nothing.
     if not _fits_some_size(layer, state_dict, prefix):
         return

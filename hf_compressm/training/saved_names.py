@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, conversion_mapping, core_model_loading
 
 from .shards import files_of_checkpoint
 
@@ -39,6 +40,31 @@ def take_names_of_model(model: nn.Module, state_dict: dict[str, Any]) -> None:
     if loaded is not None:
         state_dict.clear()
         state_dict.update(loaded)
+
+
+def by_name_in_memory(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """
+    Tensors of a checkpoint by the names that a model has for them, as far as these are other names and no other shapes.
+
+    Ling's layers are called `attention` on disk and `self_attn` in memory, so that no layer would find its own tensors.
+
+    Args:
+        model (`torch.nn.Module`): The model; one that is not of transformers saves its own names.
+        tensors (`Mapping[str, torch.Tensor]`): Tensors by the names that they have on disk.
+    """
+    known = model.state_dict()
+    if not isinstance(model, PreTrainedModel) or known.keys() >= tensors.keys():
+        return dict(tensors)
+    # Private API of transformers.
+    transforms = conversion_mapping.get_model_conversion_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, core_model_loading.WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, core_model_loading.WeightConverter)]
+    found = {}
+    for name, tensor in tensors.items():
+        renamed, converter = core_model_loading.rename_source_key(name, renamings, converters)
+        # A converter takes several tensors for one.
+        found[name if name in known or converter is not None else renamed] = tensor
+    return found
 
 
 def _read(model: PreTrainedModel, state_dict: dict[str, Any] | None, folder: str | None) -> dict[str, Tensor] | None:

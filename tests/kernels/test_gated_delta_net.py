@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_compressm import CompreSSMConfig, compress
 from tests.kernel_paths import close, homes, torch_path
 
-from ..delta_rule_models import VOCABULARY, delta_layers, tiny_delta_rule_model, tiny_gated_delta_net
+from ..delta_rule_models import VOCABULARY, delta_layers, tiny_gated_delta_net
 
 # Entries of keys before and after the cut; of values; and steps, which do not fill a chunk of 64.
 STATES, KEPT, VALUES, LENGTH = 20, 12, 10, 40
@@ -53,7 +53,7 @@ def config(stock: bool) -> CompreSSMConfig:
     return CompreSSMConfig(strategy="fixed", keep_ratio=KEPT / STATES, stock=stock, fast_cpu_scan=False)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "kimi_linear"])
+@pytest.mark.parametrize("name", [*NAMES, "kimi_linear", "glm5_next"])
 def test_transformers_runs_the_kernels(name: str) -> None:
     """Otherwise every other test here would pass on its torch path."""
     found = homes(modeling(name))
@@ -96,10 +96,3 @@ def test_single_steps_continue_a_sequence(stock: bool, launched: Counter[str]) -
             steps.append(model(tokens[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
     assert launched[STEP] == 3 * len(delta_layers(model))
     close(torch.cat(steps, 1), whole[:, -3:], 1e-4)
-
-
-def test_kimi_linear_runs_on_the_kernels(launched: Counter[str]) -> None:
-    """Its layers are not cut; what `delta_rule` speeds up on a CPU is what they compute."""
-    model = tiny_delta_rule_model("kimi_linear")
-    agrees_with_the_torch_path(model, "kimi_linear")
-    assert any("kda" in name for name in launched), launched

@@ -15,7 +15,15 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, MambaConfig, PreTrainedModel, Trainer
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    MambaConfig,
+    PreTrainedModel,
+    Trainer,
+    conversion_mapping,
+    core_model_loading,
+)
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.trainer_utils import load_sharded_checkpoint
 
@@ -50,6 +58,8 @@ USED = [
     (CONFIG_MAPPING, "_extra_content"),
     (MambaConfig(), "_name_or_path"),
     (Trainer, "_prepare_inputs"),
+    (conversion_mapping, "get_model_conversion_mapping"),
+    *((core_model_loading, name) for name in ("rename_source_key", "WeightRenaming", "WeightConverter")),
     *((modeling_mamba2, name) for name in (
         "apply_mask_to_padding_states", "causal_conv1d_fn", "causal_conv1d_update", "mamba2_chunk_scan",
         "mamba2_selective_state_update",

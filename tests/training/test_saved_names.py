@@ -11,14 +11,27 @@ from hf_compressm import CompreSSMConfig, compress
 from hf_compressm.architectures import find_layers
 from hf_compressm.training.resume import follow_checkpoints
 from tests.cases import tiny_mamba, token_batch
-from tests.delta_rule_models import GATED_CONFIGS, tiny_gated_delta_net
+from tests.delta_rule_models import (
+    GATED_CONFIGS,
+    KIMI_CONFIGS,
+    SEEING_CONFIGS,
+    tiny_gated_delta_net,
+    tiny_kimi_delta,
+    tiny_seeing_model,
+)
+
+MODELS = [
+    *((tiny_gated_delta_net, family, stock) for family in GATED_CONFIGS for stock in (False, True)),
+    *((tiny_kimi_delta, family, False) for family in KIMI_CONFIGS),
+    *((tiny_seeing_model, family, False) for family in SEEING_CONFIGS),
+    (tiny_seeing_model, "qwen3_5", True),
+]
 
 
 @pytest.mark.parametrize("in_files", [False, True], ids=["one file", "several files"])
-@pytest.mark.parametrize("stock", [False, True], ids=["mixed", "stock"])
-@pytest.mark.parametrize("family", GATED_CONFIGS)
-def test_every_tensor_is_read(family: str, stock: bool, in_files: bool, tmp_path) -> None:
-    saved, other = tiny_gated_delta_net(family, seed=1), tiny_gated_delta_net(family, seed=2)
+@pytest.mark.parametrize("build, family, stock", MODELS)
+def test_every_tensor_is_read(build, family: str, stock: bool, in_files: bool, tmp_path) -> None:
+    saved, other = build(family, seed=1), build(family, seed=2)
     compress(saved, [token_batch()], CompreSSMConfig(state_size=4, stock=stock))
     saved.save_pretrained(tmp_path, max_shard_size="20KB" if in_files else "1GB")
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == in_files

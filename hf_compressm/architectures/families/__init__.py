@@ -6,6 +6,7 @@ from . import (  # noqa: F401
     falcon_mamba,
     granite_moe_hybrid,
     jamba,
+    kimi_delta,
     lru,
     mamba,
     mamba2,

@@ -204,13 +204,14 @@ def reductor_of(layer: StateSpaceLayer, name: str, stock: bool) -> str:
         [`~errors.UnsupportedModelError`]: the layer cannot hold what that reductor gives.
     """
     name = layer.default_reductor(stock) if name == "auto" else name
+    # What no reductor would change is said first.
+    layer.require_form(stock, name)
     if name not in layer.reductors(stock):
         raise UnsupportedModelError(
             f"{layer.name} ({layer.family}) cannot hold what the reductor {name!r} gives"
             f"{' in a stock model class' if name in layer.reductors(False) else ''}; "
             f"choose one of {', '.join(sorted(layer.reductors(stock)))}."
         )
-    layer.require_form(stock, name)
     return name
 
 

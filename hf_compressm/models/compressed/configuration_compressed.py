@@ -37,7 +37,9 @@ class LayerSizes:
         super().__post_init__(**kwargs)
         validate_sizes(self)
         if _mixes(self):
-            setattr(self, self.state_size_name, max(self.projected_state_sizes))
+            holder, size = sized_config(self), max(self.projected_state_sizes)
+            setattr(holder, self.state_size_name, size)
+            _write_nested(self, vars(holder), size)
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -47,9 +49,29 @@ class LayerSizes:
         class would otherwise load all weights but the mixing matrices, and compute something else.
         """
         values = super().to_dict()
-        if _mixes(self) and self.state_size_name in values:
-            values[self.state_size_name] = min(self.state_sizes)
+        if _mixes(self):
+            fields, size = values["text_config"] if self.sees else values, min(self.state_sizes)
+            if self.state_size_name in fields:
+                fields[self.state_size_name] = size
+            _write_nested(self, fields, size)
         return values
+
+
+def sized_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """
+    What holds the stock field for the state size: a compressed configuration, or its `text_config`.
+
+    Args:
+        config (`transformers.PreTrainedConfig`): A compressed configuration, maybe of a model that also sees.
+    """
+    return config.text_config if config.sees else config
+
+
+def _write_nested(config: PreTrainedConfig, fields: dict[str, Any], size: int) -> None:
+    """Put a size where the class of a stock configuration finds it first, if these fields have it there."""
+    outer, inner = config.nested_size or (None, None)
+    if isinstance(found := fields.get(outer), dict) and inner in found:
+        fields[outer] = {**found, inner: size}
 
 
 def _mixes(config: PreTrainedConfig) -> bool:
@@ -109,6 +131,8 @@ def compressed_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedCon
         "projected_state_sizes": None,
         "model_type": f"compressed_{stock.model_type}",
         "state_size_name": row.config_size_name,
+        "nested_size": row.nested_size,
+        "sees": stock.__name__ == row.seeing_config,
     }
     made = strict(type(PREFIX + stock.__name__, (LayerSizes, stock), namespace))
     made.register_for_auto_class()
@@ -118,6 +142,6 @@ def compressed_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedCon
 def __getattr__(name: str) -> Any:
     stock = name.removeprefix(PREFIX)
     row = family_of(stock)
-    if stock == name or row is None or stock != row.config:
+    if stock == name or row is None or stock not in row.configs:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return compressed_config_class(row.class_named(stock))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .mixed_delta_rule import MixedDeltaRule
+from .mixed_kimi_delta import MixedKimiDelta
 from .mixed_multi_head import MixedMultiHead
 from .mixed_scan import MixedScan
 from .stock_families import family_of, family_of_mixer
@@ -76,13 +77,18 @@ def mixed_class(stock: type[nn.Module]) -> type[nn.Module]:
 
 def _mixin(name: str) -> type | None:
     row = family_of(name)
-    if row is None or name == row.config:
+    if row is None or name in row.configs:
         return None
     if name == row.norm:
         return MixedNorm
     if row.has_fused_training:
         return UnfusedTraining
-    kinds = {"delta_rule": MixedDeltaRule, "multi_head": MixedMultiHead, "scan": MixedScan}
+    kinds = {
+        "delta_rule": MixedDeltaRule,
+        "kimi_delta": MixedKimiDelta,
+        "multi_head": MixedMultiHead,
+        "scan": MixedScan,
+    }
     return kinds.get(row.kind)
 
 

@@ -15,12 +15,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .configuration_compressed import PREFIX, compressed_config_class
+from .configuration_compressed import PREFIX, compressed_config_class, sized_config
 from .mixing import mix
 from .stock_families import STOCK_FAMILIES, family_of, family_of_mixer
 
 AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForImageTextToText",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "Model": "AutoModel",
 }
@@ -80,8 +81,8 @@ def give_forms(model: PreTrainedModel) -> None:
 
 def _of_size(model: PreTrainedModel, name: str, mixer: nn.Module, size: int) -> nn.Module:
     """Put a mixer of another state size in the place of one; returns it."""
-    config = copy.deepcopy(model.config)
-    setattr(config, config.state_size_name, size)
+    config = copy.deepcopy(sized_config(model.config))
+    setattr(config, model.config.state_size_name, size)
     new = type(mixer)(config, layer_idx=mixer.layer_idx)
     # Private API of transformers.
     for module in new.modules():

@@ -33,7 +33,7 @@ def register_stock_family(name: str, row: StockFamily) -> StockFamily:
         [`~errors.ConfigurationError`]: another row has the family's name or the name of one of its classes, or its
             module has no such configuration.
     """
-    rows = (STOCK_FAMILIES.get(name), *(family_of(cls) for cls in (row.mixer, row.norm, row.config) if cls))
+    rows = (STOCK_FAMILIES.get(name), *(family_of(cls) for cls in (row.mixer, row.norm, *row.configs) if cls))
     known = next((found for found in rows if found not in (None, row)), None)
     if known is not None:
         raise ConfigurationError(f"the family {name!r} is known, or a class of it: {known}. Register another name.")
@@ -47,14 +47,16 @@ def register_stock_family(name: str, row: StockFamily) -> StockFamily:
 def register_configurations() -> None:
     """Let `AutoConfig` read the configurations of compressed models; calling this again changes nothing."""
     for row in STOCK_FAMILIES.values():
-        _register_configuration(row)
+        if row.is_installed:
+            _register_configuration(row)
     if register_models not in when_first_built:
         when_first_built.append(register_models)
 
 
 def _register_configuration(row: StockFamily) -> None:
-    config_class = compressed_config_class(row.class_named(row.config))
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for name in row.configs:
+        config_class = compressed_config_class(row.class_named(name))
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 
 def register_models(config_class: type[PreTrainedConfig]) -> None:
@@ -64,8 +66,9 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
     Args:
         config_class (`type`): A class from `compressed_config_class`.
     """
-    row = family_of(config_class.__name__.removeprefix(PREFIX))
+    name = config_class.__name__.removeprefix(PREFIX)
+    row = family_of(name)
     for end, auto_class in AUTO_CLASSES.items():
-        stock = row.model_class(end)
+        stock = row.model_class(end, name)
         if stock is not None:
             getattr(transformers, auto_class).register(config_class, compressed_model_class(stock), exist_ok=True)

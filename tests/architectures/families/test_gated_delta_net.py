@@ -5,11 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForImageTextToText,
-    Qwen3_5Config,
-    Qwen3_5ForConditionalGeneration,
-)
+from transformers import AutoModelForImageTextToText, Qwen3_5ForConditionalGeneration
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, analyze, compress
 from hf_compressm.architectures import find_layers
@@ -17,7 +13,14 @@ from hf_compressm.compression import calibrate
 from hf_compressm.errors import CalibrationError, TruncationError, UnsupportedModelError
 from hf_compressm.systems import Truncation
 from tests.cases import logits_of, token_batch
-from tests.delta_rule_models import GATED_CONFIGS, HEADS, KEY_HEADS, VALUE_DIM, tiny_gated_delta_net
+from tests.delta_rule_models import (
+    GATED_CONFIGS,
+    HEADS,
+    KEY_HEADS,
+    VALUE_DIM,
+    tiny_gated_delta_net,
+    tiny_seeing_model,
+)
 from tests.training.test_callback import Rows, make_trainer
 from tests.training.test_resume import SAVES, StopAt
 
@@ -29,16 +32,6 @@ def halved(model, **settings):
     record = compress(model, [token_batch()], CompreSSMConfig(strategy="fixed", **settings), progress=False)
     assert record.outcome == "cut", record.reason
     return record
-
-
-def seeing_model() -> Qwen3_5ForConditionalGeneration:
-    torch.manual_seed(0)
-    text = GATED_CONFIGS["qwen3_5"](initializer_range=0.2).to_dict()
-    vision = {
-        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
-        "num_position_embeddings": 16,
-    }  # fmt: skip
-    return Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision)).eval()
 
 
 @every_family
@@ -77,10 +70,9 @@ def test_a_model_whose_value_size_is_its_default_keeps_it(tmp_path) -> None:
         torch.testing.assert_close(logits_of(again, token_batch()), logits_of(model, token_batch()))
 
 
-def test_a_model_that_also_sees_keeps_its_class_and_its_text_config_follows(tmp_path) -> None:
-    model = seeing_model()
-    assert [layer.family for layer in find_layers(model)] == ["qwen3_5", "qwen3_5"]
-    halved(model)
+def test_with_stock_a_model_that_also_sees_keeps_its_class_and_its_text_config_follows(tmp_path) -> None:
+    model = tiny_seeing_model("qwen3_5")
+    halved(model, stock=True)
     assert type(model) is Qwen3_5ForConditionalGeneration
     assert model.config.text_config.linear_key_head_dim == model.model.language_model.config.linear_key_head_dim == HALF
     model.save_pretrained(tmp_path)

@@ -18,11 +18,11 @@ from hf_compressm.compression import Compressor, Snapshot
 from hf_compressm.errors import UnsupportedModelError
 from tests import selective_models
 from tests.cases import logits_of, token_batch
-from tests.delta_rule_models import GATED_CONFIGS, tiny_gated_delta_net
+from tests.delta_rule_models import GATED_CONFIGS, KIMI_CONFIGS, tiny_gated_delta_net, tiny_kimi_delta
 
 FAMILIES = [
     "mamba2", "zamba2", "bamba", "falcon_h1", "granite_moe_hybrid", "nemotron_h", "falcon_mamba", "jamba",
-    *GATED_CONFIGS,
+    *GATED_CONFIGS, *KIMI_CONFIGS,
 ]  # fmt: skip
 HALF = CompreSSMConfig(strategy="fixed", keep_ratio=0.5)
 TAKEN_BACK = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, rollback_tolerance=0.0)
@@ -31,7 +31,8 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 def trained(family: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A model after a step of AdamW, in the Trainer's two groups."""
-    model = tiny_gated_delta_net(family) if family in GATED_CONFIGS else getattr(selective_models, f"tiny_{family}")()
+    linear = {**dict.fromkeys(GATED_CONFIGS, tiny_gated_delta_net), **dict.fromkeys(KIMI_CONFIGS, tiny_kimi_delta)}
+    model = linear[family](family) if family in linear else getattr(selective_models, f"tiny_{family}")()
     optimizer = torch.optim.AdamW(trainer_groups(model), lr=1e-2)
     train(model, optimizer)
     return model, optimizer
@@ -154,7 +155,7 @@ def test_a_failure_in_the_middle_leaves_everything_as_it_was(family: str) -> Non
     assert [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups] == identities
 
 
-@every_family
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in KIMI_CONFIGS])
 def test_stock_keeps_the_stock_class(family: str) -> None:
     model, optimizer = trained(family)
     classes = [type(module) for module in model.modules()]

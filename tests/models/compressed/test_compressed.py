@@ -24,18 +24,20 @@ from hf_compressm.models.compressed.mixing import mix
 from tests import selective_models
 from tests.architectures.families.test_all_families import recurrent_states
 from tests.cases import logits_of, tiny_mamba
-from tests.delta_rule_models import GATED_CONFIGS, tiny_gated_delta_net
+from tests.delta_rule_models import GATED_CONFIGS, KIMI_CONFIGS, tiny_gated_delta_net, tiny_kimi_delta
 from tests.models.test_remote_code import WITHOUT_THE_LIBRARY
 
 N, HALF, LENGTH = 8, 4, 11
 MULTI_HEAD = ("mamba2", "zamba2", "bamba", "falcon_h1", "granite_moe_hybrid", "nemotron_h")
-MIXED = (*MULTI_HEAD, "falcon_mamba", "jamba", *GATED_CONFIGS)
+MIXED = (*MULTI_HEAD, "falcon_mamba", "jamba", *GATED_CONFIGS, *KIMI_CONFIGS)
 every_mixed = pytest.mark.parametrize("family", MIXED)
 
 
 def build(family: str, **overrides) -> PreTrainedModel:
     if family in GATED_CONFIGS:
         return tiny_gated_delta_net(family, N, **overrides)
+    if family in KIMI_CONFIGS:
+        return tiny_kimi_delta(family, **overrides)
     maker = tiny_mamba if family == "mamba" else getattr(selective_models, f"tiny_{family}")
     return maker(N, **overrides).eval()
 
@@ -239,7 +241,11 @@ def test_nothing_is_lost_where_the_dropped_states_are_redundant(family: str) -> 
 
 
 def duplicate_states(mixer: nn.Module) -> None:
-    """Let every second state of a mixer do what the one before it does."""
+    """Let every second state of a mixer do what the one before it does; of Kimi delta attention, hold nothing."""
+    if hasattr(mixer, "forget_gate"):
+        # A second channel of the same key would erase, too.
+        mixer.k_proj.weight[1::2] = 0
+        return
     if hasattr(mixer, "head_k_dim"):
         [layer] = find_layers(mixer)
         kept = torch.arange(0, N, 2).expand(mixer.num_k_heads, -1)
