@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..errors import ConfigurationError
-from ._causal_convolution_numba import convolution_backward, convolution_forward
+from ._causal_convolution_numba import convolution_kernels
 from ._derivatives import is_transformed, needs_graph, plain_gradients
 from ._strided import rows
 from ._threads import run_units
@@ -89,7 +89,7 @@ class _CausalConvolution(Function):
         taps = _taps(weight, bias)
         arrays = (rows(u), taps.numpy(), silu, out.numpy())
         sequence_ranges, block_ranges = divide_work(u.shape[0], taps.shape[0])
-        run_units(convolution_forward, [(*arrays, s, k) for s in sequence_ranges for k in block_ranges])
+        run_units(convolution_kernels(weight.shape[1]).forward, [(*arrays, s, k) for s in sequence_ranges for k in block_ranges])
         return out
 
     @staticmethod
@@ -109,7 +109,7 @@ class _CausalConvolution(Function):
             for i, sequences in enumerate(sequence_ranges)
             for blocks in block_ranges
         ]
-        run_units(convolution_backward, units)
+        run_units(convolution_kernels(weight.shape[1]).backward, units)
         gradient = blocks_to_channels(grad_taps.sum(0), weight.shape[0]).to(weight.dtype)
         return grad_u, gradient[:, :-1], gradient[:, -1], None
 
