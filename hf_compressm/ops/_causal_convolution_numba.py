@@ -35,7 +35,7 @@ class ConvolutionKernels(NamedTuple):
     backward: Callable[..., None]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def convolution_kernels(n_taps: int) -> ConvolutionKernels:
     """The kernels for filters of K taps: with K a constant the loop over taps becomes part of the one over lanes."""
     return ConvolutionKernels(_forward(n_taps), _backward(n_taps))

@@ -89,7 +89,10 @@ class _CausalConvolution(Function):
         taps = _taps(weight, bias)
         arrays = (rows(u), taps.numpy(), silu, out.numpy())
         sequence_ranges, block_ranges = divide_work(u.shape[0], taps.shape[0])
-        run_units(convolution_kernels(weight.shape[1]).forward, [(*arrays, s, k) for s in sequence_ranges for k in block_ranges])
+        run_units(
+            convolution_kernels(weight.shape[1]).forward,
+            [(*arrays, s, k) for s in sequence_ranges for k in block_ranges],
+        )
         return out
 
     @staticmethod
