@@ -53,12 +53,19 @@ def selective_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         observer = current_observer()
-        fast = _fused_scan_applies(hidden_states, dt, A, B, C, **kwargs)
+        fast = _fused_scan_applies(hidden_states, dt, A, B, C, D, z, delta_bias, **kwargs)
         if observer is None and not fast:
             return stock(
                 hidden_states, dt, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus,
                 return_last_state=return_last_state, **kwargs,
             )  # fmt: skip
+        if observer is None:
+            output, state = selective_scan(
+                hidden_states.mT, dt.mT, A, B.mT, C.mT, D=D, z=z if z is None else z.mT, delta_bias=delta_bias,
+                delta_softplus=delta_softplus,
+            )  # fmt: skip
+            return (output.mT, state) if return_last_state else output.mT
+        # An observer sees what the recurrence itself gets and gives.
         delta = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[..., None]
         delta = F.softplus(delta) if delta_softplus else delta
         inputs = SelectiveScanInputs(hidden_states.mT, delta.mT, A, B.mT, C.mT)
@@ -71,11 +78,9 @@ def selective_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
                 return_last_state=True, **kwargs,
             )  # fmt: skip
             output = output.mT
-        if observer is not None:
-            if is_packed(**kwargs):
-                warn_of_packing()
-            output = observer.observe(inputs, output)
-        output = output.mT
+        if is_packed(**kwargs):
+            warn_of_packing()
+        output = observer.observe(inputs, output).mT
         if D is not None:
             output = output + hidden_states * D[None, :, None]
         if z is not None:
@@ -85,8 +90,11 @@ def selective_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
     return scan
 
 
-def _fused_scan_applies(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kwargs: Any) -> bool:
-    if not fast_cpu_scan_enabled() or not plain_eager_call(hidden_states, dt, A, B, C):
+def _fused_scan_applies(
+    hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *others: Tensor | None, **kwargs: Any
+) -> bool:
+    given = [tensor for tensor in others if tensor is not None]
+    if not fast_cpu_scan_enabled() or not plain_eager_call(hidden_states, dt, A, B, C, *given):
         return False
     if hidden_states.device.type != "cpu" or A.is_complex() or B.ndim != 3 or C.ndim != 3:
         return False

@@ -36,6 +36,7 @@ Replacement = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _lock = threading.RLock()
 _replacements: dict[str, dict[str, Replacement]] = {}
+_companions: dict[str, dict[str, Replacement]] = {}
 _installed: dict[tuple[int, str], tuple[dict[str, Any], Callable[..., Any], int]] = {}
 _enabled_for_good = False
 _enabled_by_contexts = 0
@@ -63,6 +64,20 @@ def register_scan(module_name: str, replacements: dict[str, Replacement]) -> Non
                 f"{replacement.__module__}.{replacement.__qualname__} can't be; register one of them."
             )
     known.update(replacements)
+
+
+def register_companions(module_name: str, replacements: dict[str, Replacement]) -> None:
+    """
+    Make known which functions beside its scan a family calls that are faster through this library.
+
+    They are replaced with the scan while the switch is on. They say nothing of what a layer is, and no calibration
+    pass watches them.
+
+    Args:
+        module_name (`str`): The module whose global names the family's forward pass uses.
+        replacements (`dict[str, Replacement]`): For each global name, what makes the function that replaces it.
+    """
+    _companions.setdefault(module_name, {}).update(replacements)
 
 
 def _replacements_in(namespace: dict[str, Any]) -> dict[str, Replacement]:
@@ -207,7 +222,7 @@ def watching(module: nn.Module, observer: ScanObserver) -> Iterator[None]:
 
     with _lock:
         for name in names:
-            _install(namespace, name)
+            _install(namespace, name, _replacements_in(namespace)[name])
     handles = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
     try:
         yield
@@ -250,26 +265,30 @@ def _forward_globals(module: nn.Module) -> dict[str, Any]:
     return forwards[0].__globals__
 
 
-def _default_sites() -> list[tuple[dict[str, Any], str]]:
-    namespaces = [vars(importlib.import_module(name)) for name in _replacements]
-    return [(namespace, name) for namespace in namespaces for name in _replacements_in(namespace)]
+def _default_sites() -> list[tuple[dict[str, Any], str, Replacement]]:
+    sites = []
+    for module_name in _replacements:
+        namespace = vars(importlib.import_module(module_name))
+        known = {**_companions.get(module_name, {}), **_replacements_in(namespace)}
+        sites += [(namespace, name, replacement) for name, replacement in known.items() if name in namespace]
+    return sites
 
 
 def _install_defaults() -> None:
-    for namespace, name in _default_sites():
-        _install(namespace, name)
+    for site in _default_sites():
+        _install(*site)
 
 
 def _remove_defaults() -> None:
-    for namespace, name in _default_sites():
+    for namespace, name, _ in _default_sites():
         _remove(namespace, name)
 
 
-def _install(namespace: dict[str, Any], name: str) -> None:
+def _install(namespace: dict[str, Any], name: str, replacement: Replacement) -> None:
     key = (id(namespace), name)
     _, stock, users = _installed.get(key, (namespace, namespace[name], 0))
     if users == 0:
-        namespace[name] = _replacements_in(namespace)[name](stock)
+        namespace[name] = replacement(stock)
     _installed[key] = (namespace, stock, users + 1)
 
 
