@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from ...ops import causal_convolution
-from .switch import fast_cpu_scan_enabled, plain_eager_call, register_companions
+from .switch import fast_cpu_scan_enabled, is_packed, plain_eager_call, register_companions
 
 # What the fused convolution knows to do after the filter, by transformers' names, and whether it is a SiLU.
-_ACTIVATIONS = {None: False, "silu": True, "swish": True}
+ACTIVATIONS = {None: False, "silu": True, "swish": True}
 
 
 def register_convolution(module_name: str) -> None:
@@ -41,7 +41,7 @@ def convolution_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Tensor:
         if not _fused_convolution_applies(hidden_states, weight, bias, activation, **kwargs):
             return stock(hidden_states, weight, bias, activation=activation, **kwargs)
-        return causal_convolution(hidden_states.mT, weight, bias, silu=_ACTIVATIONS[activation]).mT
+        return causal_convolution(hidden_states.mT, weight, bias, silu=ACTIVATIONS[activation]).mT
 
     return convolution
 
@@ -53,7 +53,6 @@ def _fused_convolution_applies(
     if not fast_cpu_scan_enabled() or not plain_eager_call(*given) or hidden_states.device.type != "cpu":
         return False
     # What comes from a cache lies the other way round, and a copy costs what the stock function does.
-    if hidden_states.ndim != 3 or hidden_states.stride(1) != 1 or activation not in _ACTIVATIONS:
+    if hidden_states.ndim != 3 or hidden_states.stride(1) != 1 or activation not in ACTIVATIONS:
         return False
-    # Borders of packed sequences are arguments that this function does not know.
-    return all(value is None for value in kwargs.values())
+    return not is_packed(**kwargs)

@@ -34,10 +34,13 @@ logger = logging.getLogger(__name__)
 Replacement = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Takes the stock function and returns the one that stands in its place."""
 
+Owner = dict[str, Any] | type
+"""What holds a function that can be replaced: the globals of a module, or a class."""
+
 _lock = threading.RLock()
 _replacements: dict[str, dict[str, Replacement]] = {}
 _companions: dict[str, dict[str, Replacement]] = {}
-_installed: dict[tuple[int, str], tuple[dict[str, Any], Callable[..., Any], int]] = {}
+_installed: dict[tuple[int, str], tuple[Owner, Callable[..., Any], int]] = {}
 _enabled_for_good = False
 _enabled_by_contexts = 0
 _observer: ContextVar[ScanObserver | None] = ContextVar("hf_compressm_scan_observer", default=None)
@@ -75,7 +78,8 @@ def register_companions(module_name: str, replacements: dict[str, Replacement]) 
 
     Args:
         module_name (`str`): The module whose global names the family's forward pass uses.
-        replacements (`dict[str, Replacement]`): For each global name, what makes the function that replaces it.
+        replacements (`dict[str, Replacement]`): For each global name, or name of a method as in `"MambaMixer.forward"`,
+            what makes the function that replaces it.
     """
     _companions.setdefault(module_name, {}).update(replacements)
 
@@ -265,12 +269,15 @@ def _forward_globals(module: nn.Module) -> dict[str, Any]:
     return forwards[0].__globals__
 
 
-def _default_sites() -> list[tuple[dict[str, Any], str, Replacement]]:
-    sites = []
+def _default_sites() -> list[tuple[Owner, str, Replacement]]:
+    sites: list[tuple[Owner, str, Replacement]] = []
     for module_name in _replacements:
         namespace = vars(importlib.import_module(module_name))
-        known = {**_companions.get(module_name, {}), **_replacements_in(namespace)}
-        sites += [(namespace, name, replacement) for name, replacement in known.items() if name in namespace]
+        for name, replacement in {**_companions.get(module_name, {}), **_replacements_in(namespace)}.items():
+            class_name, _, attribute = name.rpartition(".")
+            owner = namespace.get(class_name) if class_name else namespace
+            if owner is not None and attribute in _names_of(owner):
+                sites.append((owner, attribute, replacement))
     return sites
 
 
@@ -280,23 +287,34 @@ def _install_defaults() -> None:
 
 
 def _remove_defaults() -> None:
-    for namespace, name, _ in _default_sites():
-        _remove(namespace, name)
+    for owner, name, _ in _default_sites():
+        _remove(owner, name)
 
 
-def _install(namespace: dict[str, Any], name: str, replacement: Replacement) -> None:
-    key = (id(namespace), name)
-    _, stock, users = _installed.get(key, (namespace, namespace[name], 0))
+def _names_of(owner: Owner) -> Any:
+    return owner if isinstance(owner, dict) else vars(owner)
+
+
+def _rebind(owner: Owner, name: str, function: Callable[..., Any]) -> None:
+    if isinstance(owner, dict):
+        owner[name] = function
+    else:
+        setattr(owner, name, function)
+
+
+def _install(owner: Owner, name: str, replacement: Replacement) -> None:
+    key = (id(owner), name)
+    _, stock, users = _installed.get(key, (owner, _names_of(owner)[name], 0))
     if users == 0:
-        namespace[name] = replacement(stock)
-    _installed[key] = (namespace, stock, users + 1)
+        _rebind(owner, name, replacement(stock))
+    _installed[key] = (owner, stock, users + 1)
 
 
-def _remove(namespace: dict[str, Any], name: str) -> None:
-    key = (id(namespace), name)
+def _remove(owner: Owner, name: str) -> None:
+    key = (id(owner), name)
     _, stock, users = _installed[key]
     if users == 1:
-        namespace[name] = stock
+        _rebind(owner, name, stock)
         del _installed[key]
     else:
-        _installed[key] = (namespace, stock, users - 1)
+        _installed[key] = (owner, stock, users - 1)
