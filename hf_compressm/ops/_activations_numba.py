@@ -21,7 +21,7 @@ _TYPES = {numba.float32: np.float32, numba.float64: np.float64}
 
 
 def logistic(x):
-    r"""\\( 1 / (1 + e^{-x}) \\) inside a kernel, the derivative of the softplus."""
+    r"""\\( 1 / (1 + e^{-x}) \\) inside a kernel."""
     raise NotImplementedError("logistic is only for compiled kernels.")
 
 
@@ -63,5 +63,21 @@ def _softplus(x):
         for k in range(last - 1, -1, -1):
             series = coefficients[k] + square * series
         return x if x > threshold else (x if x > zero else zero) + s * series
+
+    return compute
+
+
+def softplus_slope(x):
+    """The derivative of [`softplus`] inside a kernel: the logistic function, and 1 above 20, as in torch."""
+    raise NotImplementedError("softplus_slope is only for compiled kernels.")
+
+
+@overload(softplus_slope, **_OPTIONS)
+def _softplus_slope(x):
+    number = _TYPES[x]
+    one, threshold = number(1), number(_SOFTPLUS_THRESHOLD)
+
+    def compute(x):
+        return one if x > threshold else logistic(x)
 
     return compute

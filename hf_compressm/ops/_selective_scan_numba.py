@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._activations_numba import logistic, softplus
+from ._activations_numba import logistic, softplus, softplus_slope
 from ._lanes import flush_subnormals, load_row, load_state, store_lanes, store_state
 from ._numba import CHANNEL_BLOCK, LN_2, TIME_CHUNK, exp2, kernel, part
 
@@ -179,8 +179,7 @@ def _store_chunk(
         if soft:
             _load_time_step(delta, b, start + t, first_channel, width, False, beside, block, read, _READ)
             for lane in range(CHANNEL_BLOCK):
-                x = read[_READ, lane]
-                step[t, _GRAD_DELTA, lane] *= logistic(x)
+                step[t, _GRAD_DELTA, lane] *= softplus_slope(read[_READ, lane])
         for lane in range(CHANNEL_BLOCK):
             sums[_BIAS, lane] += step[t, _GRAD_DELTA, lane]
         if gated:
