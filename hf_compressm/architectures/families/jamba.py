@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from ...models.compressed.stock_families import STOCK_FAMILIES
 from ..registry import register
-from ..scans.convolution import register_convolution
 from ..scans.mixer import register_mixer
 from ..scans.selective import register_selective_scan
 from .normed_mamba import NormedMambaLayer
@@ -22,5 +21,4 @@ class JambaLayer(NormedMambaLayer):
 
 
 register_selective_scan(JambaLayer.stock.modeling)
-register_convolution(JambaLayer.stock.modeling)
 register_mixer(JambaLayer.stock.modeling, JambaLayer.stock.mixer)

@@ -18,7 +18,6 @@ from ...models.compressed.stock_families import STOCK_FAMILIES
 from ...systems import Truncation, reductor_names
 from ..changes import LayerReduction
 from ..registry import register
-from ..scans.convolution import register_convolution
 from ..scans.mixer import register_mixer
 from ..scans.selective import register_selective_scan
 from ..state_layout import SizeAttribute, StateAxis, StateLayout, runs
@@ -83,5 +82,4 @@ class MambaLayer(SelectiveLayer):
 
 
 register_selective_scan(MambaLayer.stock.modeling)
-register_convolution(MambaLayer.stock.modeling)
 register_mixer(MambaLayer.stock.modeling, MambaLayer.stock.mixer)

@@ -13,6 +13,8 @@ from .switch import fast_cpu_scan_enabled, is_packed, plain_eager_call, register
 
 # What the fused convolution knows to do after the filter, by transformers' names, and whether it is a SiLU.
 ACTIVATIONS = {None: False, "silu": True, "swish": True}
+# What causal_conv1d's function of this name knows to do besides.
+_STATES = ("initial_states", "return_final_states", "final_states_out")
 
 
 def register_convolution(module_name: str) -> None:
@@ -55,4 +57,4 @@ def _fused_convolution_applies(
     # What comes from a cache lies the other way round, and a copy costs what the stock function does.
     if hidden_states.ndim != 3 or hidden_states.stride(1) != 1 or activation not in ACTIVATIONS:
         return False
-    return not is_packed(**kwargs)
+    return not is_packed(**kwargs) and not any(kwargs.get(name) is not None for name in _STATES)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops import causal_convolution, selective_scan
+from ..parameters import has_hook_of_accelerate
 from .convolution import ACTIVATIONS
 from .switch import current_observer, fast_cpu_scan_enabled, is_packed, plain_eager_call, register_companions
 
@@ -25,7 +26,6 @@ _PARTS = ("A_log", "D", "activation", "in_proj", "out_proj", "ssm_state_size", "
 _NORMS = ("dt_layernorm", "b_layernorm", "c_layernorm")
 # Modules whose weights the forward pass reads, instead of calling them.
 _READ = {"conv1d": nn.Conv1d, "dt_proj": nn.Linear}
-_MASK = "apply_mask_to_padding_states"
 
 
 def register_mixer(module_name: str, mixer: str) -> None:
@@ -41,7 +41,7 @@ def register_mixer(module_name: str, mixer: str) -> None:
 
 def mixer_replacement(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """What replaces the mixer's `forward`. A call with a cache, and all else that it doesn't know, is for the stock."""
-    masked = inspect.unwrap(stock).__globals__.get(_MASK)
+    masked = _masking_of(stock)
 
     @functools.wraps(stock)
     def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -52,6 +52,12 @@ def mixer_replacement(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
         )
 
     return forward
+
+
+def _masking_of(forward: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
+    """What sets padding to zero in a mixer's forward pass."""
+    # Private API of transformers.
+    return inspect.unwrap(forward).__globals__.get("apply_mask_to_padding_states")
 
 
 def _fused_mixer_applies(
@@ -70,14 +76,19 @@ def _fused_mixer_applies(
 
 def _is_known(mixer: nn.Module) -> bool:
     """Whether the mixer has the parts of a Mamba mixer, and those whose weights are read are no wrappers of others."""
-    if not all(hasattr(mixer, name) for name in _PARTS) or hasattr(mixer.config, "_is_quantized"):
+    if not all(hasattr(mixer, name) for name in _PARTS) or _is_quantised(mixer):
         return False
     has_norms = [hasattr(mixer, name) for name in _NORMS]
     if any(has_norms) != all(has_norms) or mixer.activation not in ACTIVATIONS:
         return False
     read = [getattr(mixer, name, None) for name in _READ]
     # A hook of accelerate brings weights to the device before they are read, which the stock forward pass sees to.
-    return all(type(part) is cls and not hasattr(part, "_hf_hook") for part, cls in zip(read, _READ.values()))
+    return all(type(part) is cls and not has_hook_of_accelerate(part) for part, cls in zip(read, _READ.values()))
+
+
+def _is_quantised(mixer: nn.Module) -> bool:
+    # Private API of transformers.
+    return hasattr(mixer.config, "_is_quantized")
 
 
 def _fused_forward(mixer: nn.Module, hidden_states: Tensor, masked: Callable[[Tensor], Tensor]) -> Tensor:

@@ -14,13 +14,15 @@ from torch import Tensor
 from ...ops import selective_scan
 from ...ops.selective_gramians import adjoint_gramian, state_gramian
 from ...systems.lti import DiagonalLTI
+from .convolution import register_convolution
 from .inputs import ChannelScans, ScanInputs, TimeAverages, _sums
 from .switch import current_observer, fast_cpu_scan_enabled, is_packed, plain_eager_call, register_scan, warn_of_packing
 
 
 def register_selective_scan(module_name: str) -> None:
     """
-    Make known that a module's global names hold the scan of Mamba, by transformers' names or by mamba-ssm's.
+    Make known that a module's global names hold the scan of Mamba, by transformers' names or by mamba-ssm's, and the
+    convolution in front of it.
 
     Args:
         module_name (`str`): The module that the family's forward pass is written in.
@@ -33,6 +35,7 @@ def register_selective_scan(module_name: str) -> None:
             "mamba_inner_fn": inner_function_replacement,
         },
     )
+    register_convolution(module_name)
 
 
 def selective_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
