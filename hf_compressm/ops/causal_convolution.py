@@ -22,7 +22,7 @@ from ._causal_convolution_numba import convolution_kernels
 from ._derivatives import is_transformed, needs_graph, plain_gradients
 from ._strided import rows
 from ._threads import run_units
-from ._validation import compute_dtype, require_shapes
+from ._validation import compute_dtype, require_cpu, require_shapes
 from .selective_scan import blocks_to_channels, channels_to_blocks, divide_work
 
 
@@ -65,11 +65,7 @@ def causal_convolution(u: Tensor, weight: Tensor, bias: Tensor | None = None, si
         [`~errors.ConfigurationError`]: an argument is not on the CPU, or not floating-point; or there is no tap.
     """
     _require_valid(u, weight, bias)
-    if u.device.type != "cpu":
-        raise ConfigurationError(
-            f"`causal_convolution` runs on the CPU and its arguments are on {u.device}. Use causal_conv1d's kernels "
-            "there, or `causal_convolution_reference`."
-        )
+    require_cpu("causal_convolution", u, "causal_conv1d")
     if is_transformed():
         return causal_convolution_reference(u, weight, bias, silu)
     dtype = compute_dtype(u, weight)

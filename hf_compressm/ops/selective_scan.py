@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ..errors import ConfigurationError
 from ._derivatives import is_transformed, needs_graph, plain_gradients
 from ._numba import CHANNEL_BLOCK, LOG2_E, TIME_CHUNK
 from ._selective_scan_numba import scan_backward, scan_forward
 from ._strided import rows
 from ._threads import run_units, split_range
-from ._validation import compute_dtype, require_shapes
+from ._validation import compute_dtype, require_cpu, require_shapes
 
 
 def selective_scan_reference(
@@ -109,20 +108,14 @@ def selective_scan(
         [`~errors.ConfigurationError`]: an argument is not on the CPU, or not floating-point.
     """
     _require_valid(u, delta, A, B, C, initial_state, D, z, delta_bias)
-    if u.device.type != "cpu":
-        raise ConfigurationError(
-            f"`selective_scan` runs on the CPU and its arguments are on {u.device}. Use mamba_ssm's kernels there, or "
-            "`selective_scan_reference`."
-        )
+    require_cpu("selective_scan", u, "mamba_ssm")
     if is_transformed():
         return selective_scan_reference(u, delta, A, B, C, initial_state, D, z, delta_bias, delta_softplus)
     dtype = compute_dtype(u, delta, A, B, C)
     initial_state = zero_state(u, A) if initial_state is None else initial_state
     # Conversions happen outside of the function below, so that autograd undoes them.
-    arguments = [
-        tensor if tensor is None else tensor.to(dtype)
-        for tensor in (u, delta, A, B.contiguous(), C.contiguous(), initial_state.contiguous(), D, z, delta_bias)
-    ]
+    arguments = (u, delta, A, B.contiguous(), C.contiguous(), initial_state.contiguous(), D, z, delta_bias)
+    arguments = (tensor if tensor is None else tensor.to(dtype) for tensor in arguments)
     y, final_state = _SelectiveScan.apply(torch.is_grad_enabled(), delta_softplus, *arguments)
     return y.to(_output_dtype(u, D, z)), final_state
 
