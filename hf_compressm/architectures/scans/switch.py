@@ -1,4 +1,4 @@
-"""The switch that puts this library's scan in the place of transformers', and takes it out again.
+"""The switch that puts this library's scan in the place of transformers', with what stands around it, and takes it out.
 
 transformers calls its scan through a module-level name. Its own replacement mechanism (the `kernels` package) takes
 packaged repositories, changes a model for good and is not installed by default, so the switch rebinds that name
@@ -139,11 +139,13 @@ def warn_of_packing() -> None:
 
 def enable_fast_cpu_scan() -> None:
     """
-    Let supported layers on a CPU run through the fused scan of this library, until [`disable_fast_cpu_scan`].
+    Let supported layers on a CPU run through the kernels of this library, until [`disable_fast_cpu_scan`].
 
-    Layers on other devices, calls under `torch.compile`, `torch.export` or a transform of `torch.func`, forward-mode
-    differentiation, and calls with arguments that the fused scan does not know keep running through transformers' own
-    code. A second derivative, as of a gradient penalty, is computed through the plain recurrence.
+    These are the scan and the convolution in front of it; Mamba, FalconMamba and Jamba without a cache run through one
+    for all that stands between two projections. Layers on other devices, calls under `torch.compile`, `torch.export` or
+    a transform of `torch.func`, forward-mode differentiation, and calls with arguments that the kernels do not know
+    keep running through transformers' own code. A second derivative, as of a gradient penalty, is computed through the
+    plain recurrence.
     """
     global _enabled_for_good
     with _lock:
@@ -164,7 +166,8 @@ def disable_fast_cpu_scan() -> None:
 @contextmanager
 def fast_cpu_scan(enabled: bool = True) -> Iterator[None]:
     """
-    Let supported layers on a CPU run through the fused scan while the context is open.
+    Let supported layers on a CPU run through the kernels of this library while the context is open, as
+    [`enable_fast_cpu_scan`] does for good.
 
     Args:
         enabled (`bool`, *optional*, defaults to `True`): With `False` the context changes nothing.
@@ -195,7 +198,7 @@ def fast_cpu_scan(enabled: bool = True) -> Iterator[None]:
 
 
 def fast_cpu_scan_enabled() -> bool:
-    """Whether supported layers on a CPU run through the fused scan now."""
+    """Whether supported layers on a CPU run through the kernels of this library now."""
     return _enabled_for_good or _enabled_by_contexts > 0
 
 
