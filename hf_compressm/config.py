@@ -158,7 +158,7 @@ class CompreSSMConfig:
             Seed of the calibration samples, the probes and random selection. It is combined with the training step and
             leaves the global random state alone.
         fast_cpu_scan (`bool`, *optional*, defaults to `True`):
-            Let supported layers on a CPU run through the fused scan of this library.
+            Let supported layers on a CPU run through the kernels of this library: the scan and what stands around it.
 
     Raises:
         [`~errors.ConfigurationError`]: a setting has a value that is not allowed, or `window` is empty.

@@ -89,3 +89,9 @@ def why_not_reducible(parameter: Any) -> str | None:
 def _has_gradient_hooks(parameter: nn.Parameter) -> bool:
     # Private API of torch.
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def has_hook_of_accelerate(module: nn.Module) -> bool:
+    """Whether a module runs through a hook of accelerate, as where a model is spread over several devices."""
+    # Private API of accelerate.
+    return hasattr(module, "_hf_hook")

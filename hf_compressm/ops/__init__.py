@@ -2,6 +2,7 @@
 
 from ._derivatives import is_transformed
 from ._validation import double_device
+from .causal_convolution import causal_convolution, causal_convolution_reference
 from .delta_rule import delta_rule, delta_rule_reference
 from .delta_rule_gramians import delta_rule_adjoint_gramian, delta_rule_state_gramian
 from .diagonal_convolution import channel_systems, channel_systems_reference, convolution_kernel
@@ -16,6 +17,8 @@ from .warm_up import compile_kernels
 
 __all__ = [
     "adjoint_gramian",
+    "causal_convolution",
+    "causal_convolution_reference",
     "channel_systems",
     "channel_systems_reference",
     "compile_kernels",

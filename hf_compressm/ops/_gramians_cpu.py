@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._lanes import flush_subnormals, load_lanes, load_state
 from ._numba import CHANNEL_BLOCK, LOG2_E, TIME_CHUNK, exp2, kernel, part
-from ._selective_scan_numba import flush_subnormals, load_lanes, load_state
 from ._threads import run_units
 from .selective_scan import channels_to_blocks, divide_work, zero_state
 

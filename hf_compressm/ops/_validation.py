@@ -40,6 +40,25 @@ def require_shapes(allow_complex: bool = False, **arguments: tuple[Tensor, tuple
     return sizes
 
 
+def require_cpu(function: str, argument: Tensor, package: str) -> None:
+    """
+    Check that a function of the CPU gets tensors that are there.
+
+    Args:
+        function (`str`): Its name; the name of its reference is the same with `_reference` behind it.
+        argument (`torch.Tensor`): One of its arguments.
+        package (`str`): Whose kernels do the same on other devices.
+
+    Raises:
+        [`~errors.ConfigurationError`]: the argument is on another device.
+    """
+    if argument.device.type != "cpu":
+        raise ConfigurationError(
+            f"`{function}` runs on the CPU and its arguments are on {argument.device}. Use {package}'s kernels there, "
+            f"or `{function}_reference`."
+        )
+
+
 def validated_times(times: Tensor | None, batch: int, length: int) -> Tensor:
     """
     Check the sampled steps of each sequence; every step of every sequence where none are given.

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from .causal_convolution import causal_convolution
 from .delta_rule import delta_rule
 from .diagonal_scan import diagonal_recurrence
 from .sampled_states import sampled_states
 from .selective_gramians import adjoint_gramian, state_gramian
 from .selective_scan import selective_scan
+
+# Of the filters that all families have by default; each other number of taps has kernels of its own.
+_TAPS = 4
 
 
 def compile_kernels() -> None:
@@ -23,6 +27,7 @@ def compile_kernels() -> None:
     with torch.enable_grad():
         y, _ = selective_scan(u.clone().requires_grad_(), u, A, B, B)
         y.sum().backward()
+        causal_convolution(u.clone().requires_grad_(), torch.zeros(1, _TAPS), silu=True).sum().backward()
         lam, B_lti = torch.full((1,), 0.5, dtype=torch.complex64), torch.ones(1, 1, dtype=torch.complex64)
         y, _ = diagonal_recurrence(u.clone().requires_grad_(), lam, B_lti, B_lti)
         y.sum().backward()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 BENCHMARKS = (
     "cpu_scan.py",
+    "floor.py",
     "multi_head_scan.py",
     "step_time.py",
     "reduction_cost.py",

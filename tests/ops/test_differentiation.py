@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hf_compressm.ops import (
+    causal_convolution,
+    causal_convolution_reference,
     channel_systems,
     channel_systems_reference,
     delta_rule,
@@ -53,6 +56,17 @@ def cases() -> dict[str, tuple[Scan, Scan, list[Tensor]]]:
             selective_scan, selective_scan_reference,
             [normal(2, 5, 3), normal(2, 5, 3).exp(), -normal(3, 4).exp(), normal(2, 5, 4), normal(2, 5, 4),
              normal(2, 3, 4)],
+        ),
+        "selective_scan_in_a_mixer": (
+            functools.partial(selective_scan, delta_softplus=True),
+            functools.partial(selective_scan_reference, delta_softplus=True),
+            [normal(2, 5, 3), normal(2, 5, 3), -normal(3, 4).exp(), normal(2, 5, 4), normal(2, 5, 4), normal(2, 3, 4),
+             normal(3), normal(2, 5, 3), normal(3)],
+        ),
+        "causal_convolution": (
+            functools.partial(causal_convolution, silu=True),
+            functools.partial(causal_convolution_reference, silu=True),
+            [normal(2, 5, 3), normal(3, 4), normal(3)],
         ),
         "multi_head_scan": (
             multi_head_scan, multi_head_scan_reference,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 
 import pytest
@@ -125,6 +127,95 @@ def test_strided_arguments_give_the_same_as_contiguous_ones(scan_arguments) -> N
     gradients = torch.autograd.grad((y, final_state), list(leaves.values()), weights)
     for name, gradient in zip(leaves, gradients):
         assert torch.equal(gradient, expected[f"grad_{name}"]), name
+
+
+AROUND = ("D", "z", "delta_bias")
+
+
+def mixer_arguments(scan_arguments, *shape: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The arguments of a scan and what stands around it in a mixer, with time steps before their softplus."""
+    batch, length, channels, _ = shape
+    generator = torch.Generator().manual_seed(2)
+    normal = lambda *axes: torch.randn(*axes, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    around = {"D": normal(channels), "z": 3 * normal(batch, length, channels), "delta_bias": normal(channels)}
+    return {**scan_arguments(*shape, dtype=dtype), **around, "delta": 6 * normal(batch, length, channels)}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_softplus_skip_and_gate_match_the_reference(scan_arguments, shape, dtype, threads) -> None:
+    arguments = mixer_arguments(scan_arguments, *shape, dtype=dtype)
+    actual = run(functools.partial(selective_scan, delta_softplus=True), arguments)
+    double = {name: tensor.double() for name, tensor in arguments.items()}
+    expected = run(functools.partial(selective_scan_reference, delta_softplus=True), double)
+    for name, value in actual.items():
+        is_state = name == "final_state"
+        wanted = (torch.float64 if dtype == torch.float64 else torch.float32) if is_state else dtype
+        assert value.dtype == wanted, name
+        # Time steps of 20 and decays e^(-100): the exponent of float32 has fewer digits behind the point.
+        assert largest_error(value, expected[name]) <= max(TOLERANCES[wanted], 5e-13), name
+
+
+@pytest.mark.parametrize("softplus", [False, True], ids=["steps", "softplus"])
+@pytest.mark.parametrize("given", [*itertools.combinations(AROUND, 1), *itertools.combinations(AROUND, 2)], ids=str)
+def test_each_of_them_can_be_left_out(scan_arguments, given, softplus) -> None:
+    arguments = mixer_arguments(scan_arguments, 2, 67, 5, 3)
+    arguments = {name: tensor for name, tensor in arguments.items() if name not in AROUND or name in given}
+    arguments["delta"] = arguments["delta"] if softplus else arguments["delta"].abs() + 3
+    actual, expected = (
+        run(functools.partial(function, delta_softplus=softplus), arguments)
+        for function in (selective_scan, selective_scan_reference)
+    )
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        assert largest_error(value, expected[name]) < 1e-5, name
+
+
+def test_gradcheck_of_a_mixer(scan_arguments) -> None:
+    arguments = mixer_arguments(scan_arguments, 2, 3, 3, 2, dtype=torch.float64)
+    names, leaves = list(arguments), [tensor.requires_grad_() for tensor in arguments.values()]
+    assert torch.autograd.gradcheck(
+        lambda *tensors: selective_scan(**dict(zip(names, tensors)), delta_softplus=True), leaves
+    )
+
+
+def test_the_output_has_the_dtype_that_input_skip_and_gate_have_together(scan_arguments) -> None:
+    arguments = mixer_arguments(scan_arguments, 2, 5, 3, 2, dtype=torch.bfloat16)
+    for function in (selective_scan, selective_scan_reference):
+        assert function(**arguments)[0].dtype == torch.bfloat16
+        assert function(**{**arguments, "D": arguments["D"].float()})[0].dtype == torch.float32
+
+
+def test_halves_of_one_projection_are_read_where_they_lie(scan_arguments, monkeypatch) -> None:
+    arguments = mixer_arguments(scan_arguments, 2, 70, 66, 5)
+    expected = run(functools.partial(selective_scan, delta_softplus=True), arguments)
+    halves = torch.cat([arguments["u"], arguments["z"]], dim=-1)
+    leaves = {**arguments, "u": halves[..., :66], "z": halves[..., 66:]}
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in leaves.items()}
+    copied = []
+    contiguous = Tensor.contiguous
+    monkeypatch.setattr(Tensor, "contiguous", lambda self: copied.append(self.shape) or contiguous(self))
+    y, final_state = selective_scan(**leaves, delta_softplus=True)
+    monkeypatch.undo()
+    assert arguments["u"].shape not in copied
+    gradients = torch.autograd.grad((y, final_state), list(leaves.values()), random_weights((y, final_state)))
+    assert torch.equal(y, expected["y"])
+    for name, gradient in zip(leaves, gradients):
+        assert torch.equal(gradient, expected[f"grad_{name}"]), name
+
+
+@pytest.mark.parametrize("value", [-1e30, -200.0, -20.0, 19.9, 20.1, 1e4])
+def test_time_steps_are_those_of_the_softplus_of_torch(value) -> None:
+    """With A = 0 and one step the output is the time step."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        delta = torch.full((1, 1, 3), value, dtype=dtype, requires_grad=True)
+        ones, A = torch.ones(1, 1, 3, dtype=dtype), torch.zeros(3, 1, dtype=dtype)
+        y, _ = selective_scan(ones, delta, A, ones[..., :1], ones[..., :1], delta_softplus=True)
+        for out in (y, F.softplus(delta)):
+            results.append(torch.stack([out.detach().sum(), *(g.sum() for g in torch.autograd.grad(out.sum(), delta))]))
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+        torch.testing.assert_close(results[-2], results[-1], rtol=tolerance, atol=1e-30)
 
 
 def test_expanded_A_receives_the_sum_of_its_gradients(scan_arguments) -> None:

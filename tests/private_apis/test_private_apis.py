@@ -18,12 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    FalconMambaConfig,
     MambaConfig,
     PreTrainedModel,
     Trainer,
     conversion_mapping,
     core_model_loading,
 )
+from transformers.models.falcon_mamba import modeling_falcon_mamba
+from transformers.models.jamba import modeling_jamba
+from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.trainer_utils import load_sharded_checkpoint
 
@@ -90,6 +94,22 @@ def test_attributes_that_wrappers_leave_on_a_module() -> None:
     assert torch.compile(module)._orig_mod is module
     add_hook_to_module(module, ModelHook())
     assert hasattr(module, "_hf_hook")
+
+
+def test_what_the_forward_passes_of_mamba_mixers_read() -> None:
+    for module, mixer in (
+        (modeling_mamba, "MambaMixer"),
+        (modeling_falcon_mamba, "FalconMambaMixer"),
+        (modeling_jamba, "JambaMambaMixer"),
+    ):
+        forward = inspect.unwrap(getattr(module, mixer).forward)
+        x, mask = torch.ones(1, 2, 3), torch.tensor([[0, 1]])
+        assert torch.equal(
+            forward.__globals__["apply_mask_to_padding_states"](x, attention_mask=mask)[0, :, 0], mask[0]
+        )
+    # A quantised model has the attribute, and the forward pass goes another way for it.
+    assert '"_is_quantized"' in inspect.getsource(modeling_falcon_mamba.FalconMambaMixer)
+    assert not hasattr(FalconMambaConfig(), "_is_quantized")
 
 
 def test_a_shallow_copy_of_a_module_has_other_parameters_alone() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ...models.compressed.stock_families import STOCK_FAMILIES
 from ..registry import register
+from ..scans.mixer import register_mixer
 from ..scans.selective import register_selective_scan
 from .normed_mamba import NormedMambaLayer
 
@@ -21,3 +22,4 @@ class FalconMambaLayer(NormedMambaLayer):
 
 
 register_selective_scan(FalconMambaLayer.stock.modeling)
+register_mixer(FalconMambaLayer.stock.modeling, FalconMambaLayer.stock.mixer)

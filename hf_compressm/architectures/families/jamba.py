@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ...models.compressed.stock_families import STOCK_FAMILIES
 from ..registry import register
+from ..scans.mixer import register_mixer
 from ..scans.selective import register_selective_scan
 from .normed_mamba import NormedMambaLayer
 
@@ -20,3 +21,4 @@ class JambaLayer(NormedMambaLayer):
 
 
 register_selective_scan(JambaLayer.stock.modeling)
+register_mixer(JambaLayer.stock.modeling, JambaLayer.stock.mixer)

@@ -18,6 +18,7 @@ from ...models.compressed.stock_families import STOCK_FAMILIES
 from ...systems import Truncation, reductor_names
 from ..changes import LayerReduction
 from ..registry import register
+from ..scans.mixer import register_mixer
 from ..scans.selective import register_selective_scan
 from ..state_layout import SizeAttribute, StateAxis, StateLayout, runs
 from .folding import folded
@@ -81,3 +82,4 @@ class MambaLayer(SelectiveLayer):
 
 
 register_selective_scan(MambaLayer.stock.modeling)
+register_mixer(MambaLayer.stock.modeling, MambaLayer.stock.mixer)

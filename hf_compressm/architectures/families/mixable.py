@@ -29,7 +29,7 @@ from ..changes import (
 )
 from ..measured_truncation import MeasuredTruncation
 from ..moment_maps.mixing import MixingMap
-from ..parameters import own_parameters, successor
+from ..parameters import has_hook_of_accelerate, own_parameters, successor
 from ..state_layout import StateAxis, StateLayout, runs
 from .selective import SelectiveLayer
 
@@ -211,7 +211,7 @@ class MixableLayer(SelectiveLayer):
     def _mixed_classes(self) -> list[AttributeChange]:
         changes = []
         for module, cls in mixed_classes(self.module):
-            if _has_hook_of_accelerate(module):
+            if has_hook_of_accelerate(module):
                 raise TruncationError(
                     f"{self.name} runs through a hook of accelerate (device_map over several devices), which would go "
                     "past the mixed states. Load the model on one device, or set stock=True."
@@ -269,8 +269,3 @@ class MixableLayer(SelectiveLayer):
     def _changes_of_dynamics(self, truncation: Truncation) -> list[ParameterChange]:
         """The changes of the parameters in `_dynamics`."""
         return []
-
-
-def _has_hook_of_accelerate(module: nn.Module) -> bool:
-    # Private API of accelerate.
-    return hasattr(module, "_hf_hook")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import DimensionError
 from ...ops import delta_rule, delta_rule_adjoint_gramian, delta_rule_state_gramian, sample_times
+from .convolution import register_convolution
 from .inputs import ScanInputs
 from .switch import current_observer, fast_cpu_scan_enabled, is_packed, plain_eager_call, register_scan, warn_of_packing
 
@@ -23,7 +24,8 @@ _FEWEST_SAMPLES = 16
 
 def register_delta_rule(module_name: str) -> None:
     """
-    Make known that a module's global names hold the chunked delta rule, by the names of transformers.
+    Make known that a module's global names hold the chunked delta rule, by the names of transformers, and the
+    convolution in front of it.
 
     A single step from a cached state has names of its own, and stays theirs.
 
@@ -37,6 +39,7 @@ def register_delta_rule(module_name: str) -> None:
             "chunk_kimi_delta_attention": delta_rule_replacement,
         },
     )
+    register_convolution(module_name)
 
 
 def delta_rule_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,13 +14,15 @@ from torch import Tensor
 from ...ops import multi_head_scan
 from ...ops.multi_head_gramians import multi_head_adjoint_gramian, multi_head_state_gramian
 from ...systems.lti import DiagonalLTI
+from .convolution import register_convolution
 from .inputs import ChannelScans, ScanInputs, TimeAverages, _sums
 from .switch import current_observer, fast_cpu_scan_enabled, is_packed, plain_eager_call, register_scan, warn_of_packing
 
 
 def register_chunk_scan(module_name: str) -> None:
     """
-    Make known that a module's global names hold the scan of Mamba-2, by transformers' names or by mamba-ssm's.
+    Make known that a module's global names hold the scan of Mamba-2, by transformers' names or by mamba-ssm's, and the
+    convolution in front of it.
 
     Args:
         module_name (`str`): The module that the family's forward pass is written in.
@@ -33,6 +35,7 @@ def register_chunk_scan(module_name: str) -> None:
             "mamba2_split_conv1d_scan_combined": fused_function_replacement,
         },
     )
+    register_convolution(module_name)
 
 
 def chunk_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:

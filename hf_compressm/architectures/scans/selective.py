@@ -14,13 +14,15 @@ from torch import Tensor
 from ...ops import selective_scan
 from ...ops.selective_gramians import adjoint_gramian, state_gramian
 from ...systems.lti import DiagonalLTI
+from .convolution import register_convolution
 from .inputs import ChannelScans, ScanInputs, TimeAverages, _sums
 from .switch import current_observer, fast_cpu_scan_enabled, is_packed, plain_eager_call, register_scan, warn_of_packing
 
 
 def register_selective_scan(module_name: str) -> None:
     """
-    Make known that a module's global names hold the scan of Mamba, by transformers' names or by mamba-ssm's.
+    Make known that a module's global names hold the scan of Mamba, by transformers' names or by mamba-ssm's, and the
+    convolution in front of it.
 
     Args:
         module_name (`str`): The module that the family's forward pass is written in.
@@ -33,6 +35,7 @@ def register_selective_scan(module_name: str) -> None:
             "mamba_inner_fn": inner_function_replacement,
         },
     )
+    register_convolution(module_name)
 
 
 def selective_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,12 +56,19 @@ def selective_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         observer = current_observer()
-        fast = _fused_scan_applies(hidden_states, dt, A, B, C, **kwargs)
+        fast = _fused_scan_applies(hidden_states, dt, A, B, C, D, z, delta_bias, **kwargs)
         if observer is None and not fast:
             return stock(
                 hidden_states, dt, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus,
                 return_last_state=return_last_state, **kwargs,
             )  # fmt: skip
+        if observer is None:
+            output, state = selective_scan(
+                hidden_states.mT, dt.mT, A, B.mT, C.mT, D=D, z=z if z is None else z.mT, delta_bias=delta_bias,
+                delta_softplus=delta_softplus,
+            )  # fmt: skip
+            return (output.mT, state) if return_last_state else output.mT
+        # An observer sees what the recurrence itself gets and gives.
         delta = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[..., None]
         delta = F.softplus(delta) if delta_softplus else delta
         inputs = SelectiveScanInputs(hidden_states.mT, delta.mT, A, B.mT, C.mT)
@@ -71,11 +81,9 @@ def selective_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
                 return_last_state=True, **kwargs,
             )  # fmt: skip
             output = output.mT
-        if observer is not None:
-            if is_packed(**kwargs):
-                warn_of_packing()
-            output = observer.observe(inputs, output)
-        output = output.mT
+        if is_packed(**kwargs):
+            warn_of_packing()
+        output = observer.observe(inputs, output).mT
         if D is not None:
             output = output + hidden_states * D[None, :, None]
         if z is not None:
@@ -85,8 +93,11 @@ def selective_scan_replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
     return scan
 
 
-def _fused_scan_applies(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kwargs: Any) -> bool:
-    if not fast_cpu_scan_enabled() or not plain_eager_call(hidden_states, dt, A, B, C):
+def _fused_scan_applies(
+    hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *others: Tensor | None, **kwargs: Any
+) -> bool:
+    given = [tensor for tensor in others if tensor is not None]
+    if not fast_cpu_scan_enabled() or not plain_eager_call(hidden_states, dt, A, B, C, *given):
         return False
     if hidden_states.device.type != "cpu" or A.is_complex() or B.ndim != 3 or C.ndim != 3:
         return False

@@ -1,4 +1,4 @@
-"""The switch that puts this library's scan in the place of transformers', and takes it out again.
+"""The switch that puts this library's scan in the place of transformers', with what stands around it, and takes it out.
 
 transformers calls its scan through a module-level name. Its own replacement mechanism (the `kernels` package) takes
 packaged repositories, changes a model for good and is not installed by default, so the switch rebinds that name
@@ -34,9 +34,13 @@ logger = logging.getLogger(__name__)
 Replacement = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Takes the stock function and returns the one that stands in its place."""
 
+Owner = dict[str, Any] | type
+"""What holds a function that can be replaced: the globals of a module, or a class."""
+
 _lock = threading.RLock()
 _replacements: dict[str, dict[str, Replacement]] = {}
-_installed: dict[tuple[int, str], tuple[dict[str, Any], Callable[..., Any], int]] = {}
+_companions: dict[str, dict[str, Replacement]] = {}
+_installed: dict[tuple[int, str], tuple[Owner, Callable[..., Any], int]] = {}
 _enabled_for_good = False
 _enabled_by_contexts = 0
 _observer: ContextVar[ScanObserver | None] = ContextVar("hf_compressm_scan_observer", default=None)
@@ -63,6 +67,21 @@ def register_scan(module_name: str, replacements: dict[str, Replacement]) -> Non
                 f"{replacement.__module__}.{replacement.__qualname__} can't be; register one of them."
             )
     known.update(replacements)
+
+
+def register_companions(module_name: str, replacements: dict[str, Replacement]) -> None:
+    """
+    Make known which functions beside its scan a family calls that are faster through this library.
+
+    They are replaced with the scan while the switch is on. They say nothing of what a layer is, and no calibration
+    pass watches them.
+
+    Args:
+        module_name (`str`): The module whose global names the family's forward pass uses.
+        replacements (`dict[str, Replacement]`): For each global name, or name of a method as in `"MambaMixer.forward"`,
+            what makes the function that replaces it.
+    """
+    _companions.setdefault(module_name, {}).update(replacements)
 
 
 def _replacements_in(namespace: dict[str, Any]) -> dict[str, Replacement]:
@@ -120,11 +139,13 @@ def warn_of_packing() -> None:
 
 def enable_fast_cpu_scan() -> None:
     """
-    Let supported layers on a CPU run through the fused scan of this library, until [`disable_fast_cpu_scan`].
+    Let supported layers on a CPU run through the kernels of this library, until [`disable_fast_cpu_scan`].
 
-    Layers on other devices, calls under `torch.compile`, `torch.export` or a transform of `torch.func`, forward-mode
-    differentiation, and calls with arguments that the fused scan does not know keep running through transformers' own
-    code. A second derivative, as of a gradient penalty, is computed through the plain recurrence.
+    These are the scan and the convolution in front of it; Mamba, FalconMamba and Jamba without a cache run through one
+    for all that stands between two projections. Layers on other devices, calls under `torch.compile`, `torch.export` or
+    a transform of `torch.func`, forward-mode differentiation, and calls with arguments that the kernels do not know
+    keep running through transformers' own code. A second derivative, as of a gradient penalty, is computed through the
+    plain recurrence.
     """
     global _enabled_for_good
     with _lock:
@@ -145,7 +166,8 @@ def disable_fast_cpu_scan() -> None:
 @contextmanager
 def fast_cpu_scan(enabled: bool = True) -> Iterator[None]:
     """
-    Let supported layers on a CPU run through the fused scan while the context is open.
+    Let supported layers on a CPU run through the kernels of this library while the context is open, as
+    [`enable_fast_cpu_scan`] does for good.
 
     Args:
         enabled (`bool`, *optional*, defaults to `True`): With `False` the context changes nothing.
@@ -176,7 +198,7 @@ def fast_cpu_scan(enabled: bool = True) -> Iterator[None]:
 
 
 def fast_cpu_scan_enabled() -> bool:
-    """Whether supported layers on a CPU run through the fused scan now."""
+    """Whether supported layers on a CPU run through the kernels of this library now."""
     return _enabled_for_good or _enabled_by_contexts > 0
 
 
@@ -207,7 +229,7 @@ def watching(module: nn.Module, observer: ScanObserver) -> Iterator[None]:
 
     with _lock:
         for name in names:
-            _install(namespace, name)
+            _install(namespace, name, _replacements_in(namespace)[name])
     handles = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
     try:
         yield
@@ -250,34 +272,52 @@ def _forward_globals(module: nn.Module) -> dict[str, Any]:
     return forwards[0].__globals__
 
 
-def _default_sites() -> list[tuple[dict[str, Any], str]]:
-    namespaces = [vars(importlib.import_module(name)) for name in _replacements]
-    return [(namespace, name) for namespace in namespaces for name in _replacements_in(namespace)]
+def _default_sites() -> list[tuple[Owner, str, Replacement]]:
+    sites: list[tuple[Owner, str, Replacement]] = []
+    for module_name in _replacements:
+        namespace = vars(importlib.import_module(module_name))
+        for name, replacement in {**_companions.get(module_name, {}), **_replacements_in(namespace)}.items():
+            class_name, _, attribute = name.rpartition(".")
+            owner = namespace.get(class_name) if class_name else namespace
+            if owner is not None and attribute in _names_of(owner):
+                sites.append((owner, attribute, replacement))
+    return sites
 
 
 def _install_defaults() -> None:
-    for namespace, name in _default_sites():
-        _install(namespace, name)
+    for site in _default_sites():
+        _install(*site)
 
 
 def _remove_defaults() -> None:
-    for namespace, name in _default_sites():
-        _remove(namespace, name)
+    for owner, name, _ in _default_sites():
+        _remove(owner, name)
 
 
-def _install(namespace: dict[str, Any], name: str) -> None:
-    key = (id(namespace), name)
-    _, stock, users = _installed.get(key, (namespace, namespace[name], 0))
+def _names_of(owner: Owner) -> Any:
+    return owner if isinstance(owner, dict) else vars(owner)
+
+
+def _rebind(owner: Owner, name: str, function: Callable[..., Any]) -> None:
+    if isinstance(owner, dict):
+        owner[name] = function
+    else:
+        setattr(owner, name, function)
+
+
+def _install(owner: Owner, name: str, replacement: Replacement) -> None:
+    key = (id(owner), name)
+    _, stock, users = _installed.get(key, (owner, _names_of(owner)[name], 0))
     if users == 0:
-        namespace[name] = _replacements_in(namespace)[name](stock)
-    _installed[key] = (namespace, stock, users + 1)
+        _rebind(owner, name, replacement(stock))
+    _installed[key] = (owner, stock, users + 1)
 
 
-def _remove(namespace: dict[str, Any], name: str) -> None:
-    key = (id(namespace), name)
+def _remove(owner: Owner, name: str) -> None:
+    key = (id(owner), name)
     _, stock, users = _installed[key]
     if users == 1:
-        namespace[name] = stock
+        _rebind(owner, name, stock)
         del _installed[key]
     else:
-        _installed[key] = (namespace, stock, users - 1)
+        _installed[key] = (owner, stock, users - 1)

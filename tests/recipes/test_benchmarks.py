@@ -1,0 +1,48 @@
+"""The benchmarks of the CPU, at sizes of no meaning."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "benchmarks"))
+
+import floor  # noqa: E402
+from common import make_mamba, token_batch  # noqa: E402
+
+
+def test_the_floor_is_measured_beside_all_peers(tmp_path, capsys) -> None:
+    pytest.importorskip("mambapy")
+    floor.main(["--tiny", "--repeats", "1", "--output-dir", str(tmp_path)])
+    (found,) = json.loads((tmp_path / "floor.json").read_text()).values()
+    assert list(found) == ["4", "2"]
+    assert all(set(times) == {"floor", "hf_compressm", "transformers", "mambapy"} for times in found.values())
+    assert "ours / floor" in (tmp_path / "floor.md").read_text() and "1 layers of width 8" in capsys.readouterr().out
+
+
+def test_peers_that_need_more_memory_than_there_is_are_left_out(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(floor, "fits_in_memory", lambda *_: False)
+    floor.main(["--tiny", "--repeats", "1", "--output-dir", str(tmp_path)])
+    (found,) = json.loads((tmp_path / "floor.json").read_text()).values()
+    assert all(set(times) == {"floor", "hf_compressm"} for times in found.values())
+    assert (tmp_path / "floor.md").read_text().count("| - ") == 4
+
+
+def test_the_floor_computes_every_product_of_the_projections() -> None:
+    """Its products are those of the stock model, forward and backward, and it leaves out all else of a mixer."""
+    sizes = {"hidden_size": 8, "layers": 2}
+
+    def operations(model: torch.nn.Module) -> dict[str, list]:
+        with torch.profiler.profile(record_shapes=True) as profile:
+            model.train()(**token_batch(2, 6)).loss.backward()
+        products = [event.input_shapes for event in profile.events() if event.name == "aten::mm"]
+        return {"products": sorted(map(str, products)), "names": {event.name for event in profile.events()}}
+
+    stock, alone = operations(make_mamba(4, **sizes)), operations(floor.floor_model(4, **sizes))
+    assert len(alone["products"]) == len(stock["products"]) == 3 * (2 * 4 + 1)
+    assert {"aten::silu", "aten::softplus", "aten::convolution"} <= stock["names"]
+    assert not {"aten::silu", "aten::softplus", "aten::convolution", "aten::cat"} & alone["names"]
