@@ -14,6 +14,7 @@ from ..compression.cut.snapshot import LAYERS_NAME
 from ..compression.history import CheckRecord, size_range
 from ..systems import registered_reductors
 from .escaping import code, escaped, one_line, python_string
+from .notes import evaluation_note, fit_note, form_note
 from .provenance import Evaluation, Provenance
 
 PICTURE_NAME = "compressm_spectrum.png"
@@ -85,6 +86,9 @@ def render_card(provenance: Provenance, has_picture: bool = True) -> str:
         "layers_table": layers_table(provenance),
         "bound_note": _bound_note(provenance),
         "evaluation_table": evaluation_table(provenance.evaluations),
+        "evaluation_note": evaluation_note(provenance),
+        "form_note": form_note(provenance),
+        "fit_note": fit_note(provenance),
         "speed": _speed(provenance),
         "loading": _loading(provenance),
         "loading_note": _loading_note(provenance),
@@ -104,14 +108,13 @@ def card_metadata(provenance: Provenance) -> ModelCardData:
             dataset_type=one_line(evaluation.dataset) if evaluation.dataset else "custom",
             dataset_name=one_line(evaluation.data),
             metric_type=evaluation.metric,
-            metric_name=f"{evaluation.metric} {moment} compression",
-            metric_value=value,
+            metric_name=evaluation.metric,
+            metric_value=evaluation.after,
             source_name=SOURCE_NAME,
             source_url=PAPER,
         )
         for evaluation in provenance.evaluations
-        for moment, value in (("before", evaluation.before), ("after", evaluation.after))
-        if value is not None
+        if evaluation.after is not None
     ]
     families = sorted({layer.family for _, layer in provenance.layers()})
     return ModelCardData(
@@ -195,7 +198,11 @@ def evaluation_table(evaluations: list[Evaluation] | tuple[Evaluation, ...]) -> 
         [escaped(e.metric), _figure(e.before, e.metric), _figure(e.after, e.metric), escaped(e.data)]
         for e in evaluations
     ]
-    header = ["metric", "before the compression", "after it", "measured on"]
+    before = next(
+        (f"step {e.before_step:,}" for e in evaluations if e.before_step is not None), "before the compression"
+    )
+    after = next((f"step {e.after_step:,}" for e in evaluations if e.after_step is not None), "after it")
+    header = ["metric", before, after, "measured on"]
     return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
 
 
@@ -328,7 +335,8 @@ def _loading_note(provenance: Provenance) -> str:
 
 def _limits(provenance: Provenance) -> str:
     data = escaped(provenance.calibration_data) if provenance.calibration_data else None
-    if _is_time_invariant(provenance):
+    forms = {layer.gramians for cut in provenance.cuts for layer in cut.layers}
+    if _is_time_invariant(provenance) and forms <= {"closed_form", None}:
         return (
             "The spectra were computed from the weights alone. They bound what a layer's linear recurrence loses, not "
             "what the whole model does on a task; evaluate it on your own data."

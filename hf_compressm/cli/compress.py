@@ -269,7 +269,7 @@ def _cut(
         calibration_data=source.describe() or None,
         evaluations=[Evaluation(m, before.get(m), after[m], on, source.dataset_name) for m in after],
     )
-    lines = [record.summary(), f"{record.parameters_before:,} -> {record.parameters_after:,} parameters"]
+    lines = [record.summary()]
     if provenance.evaluations:
         lines += ["", evaluation_table(provenance.evaluations), ""]
     return provenance, "\n".join(lines)

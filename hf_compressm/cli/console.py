@@ -23,6 +23,7 @@ NOTHING_TO_CUT = 3
 
 # What a person typed, for the setting of `CompreSSMConfig` that a message names.
 _FLAGS = {
+    "Leave uniform=True": "Leave it out",
     "uniform=False": "--per-layer",
     "stock=True": "--stock",
     "target_state_size": "--state-size",
@@ -127,8 +128,7 @@ def in_flags(text: str) -> str:
     """
     for name, flag in _FLAGS.items():
         # A setting is followed by its value, or stands beside another one; words of a sentence stay.
-        text = re.sub(rf"(?<![\w'-]){re.escape(name)}(?=( is | has |=|$|[,.;] ))", flag, text)
-        text = re.sub(rf"{flag}=", f"{flag} ", text)
+        text = re.sub(rf"(?<![\w'-]){re.escape(name)}(?=( is | has | would |$|[,.;]))", flag, text)
     if "--ratio is" in text or "--ratio " in text[:8]:
         text = text.replace("for example 0.01", "for example 0.5")
     return text
@@ -154,6 +154,7 @@ def _hush(quiet: bool, debug: bool) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("hf_compressm").setLevel(logging.ERROR if quiet else logging.NOTSET)
 
 
 def quiet_libraries() -> None:

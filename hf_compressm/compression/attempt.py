@@ -47,6 +47,10 @@ class Attempt:
         """The truncations alone."""
         return {name: item.truncation for name, item in self.found.items()}
 
+    def may_be_fitted(self, config: CompreSSMConfig) -> bool:
+        """Whether a readout was fitted where fits are made; those with an error bound are, where it is asked for."""
+        return any(config.fit_readout or item.gramians != "closed_form" for item in self.found.values())
+
 
 @dataclass(frozen=True)
 class MadeCut:

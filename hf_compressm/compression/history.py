@@ -97,6 +97,7 @@ class CheckRecord:
         parameters_before (`int`): Parameters of the model before the check.
         parameters_after (`int`): Parameters after it.
         trials (`list[TrialRecord]`): What was tried before the cut was chosen; the first is the model as it was.
+        fitted_readouts (`bool`): Whether what reads the kept states was fitted to the layers' outputs.
     """
 
     outcome: str
@@ -109,6 +110,7 @@ class CheckRecord:
     parameters_before: int = 0
     parameters_after: int = 0
     trials: list[TrialRecord] = field(default_factory=list)
+    fitted_readouts: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The record as a dictionary that JSON can hold."""
@@ -146,7 +148,8 @@ class CheckRecord:
         measured = f", at most {max(lost):.2%} of the observable energy lost" if lost else ""
         return (
             f"{where}state size {size_range(before)} -> {size_range(after)} in {len(self.layers)} layers, "
-            f"at most {share:.2%} of the Hankel energy beyond them{measured}{loss}, {self.seconds:.2f} s"
+            f"at most {share:.2%} of the Hankel energy beyond them{measured}, parameters {self.parameters_before:,} -> "
+            f"{self.parameters_after:,}{loss}, {self.seconds:.2f} s"
         )
 
     def scalars(self) -> dict[str, float]:

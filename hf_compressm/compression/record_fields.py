@@ -52,6 +52,8 @@ def _hints(record: type) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    if hint is bool:
+        return isinstance(value, bool)
     if hint is int:
         return is_integer(value) and value >= 0
     if hint is float:
