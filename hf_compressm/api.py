@@ -86,9 +86,8 @@ def analyze(
             seed=config.seed,
             progress=progress,
         )
-    sigma = {name: gramians.hankel_singular_values() for name, gramians in calibration.gramians.items()}
-    _tell_of_chance(model, calibration.loss, loss_function)
-    return Spectrum(sigma, calibration.loss)
+    sigma = {name: known.hankel_singular_values() for name, known in calibration.gramians.items()}
+    return Spectrum(sigma, _told_of_chance(model, calibration.loss, loss_function))
 
 
 def compress(
@@ -148,22 +147,23 @@ def compress(
     if (note := unsupported_note(model, compressor.layers)) is not None:
         logger.warning(note)
     record = compressor.check(list(batches))
-    _tell_of_chance(model, record.loss_before, loss_function)
+    _told_of_chance(model, record.loss_before, loss_function)
     _let_saves_tell(model, compressor)
     return record
 
 
-def _tell_of_chance(model: nn.Module, loss: float | None, loss_function: Any) -> None:
-    """Warn where a language model predicts the data worse than chance, mostly for a tokenizer that is not its own."""
+def _told_of_chance(model: nn.Module, loss: float | None, loss_function: Any) -> float | None:
+    """The loss, with a warning where a language model predicts worse than chance, mostly for a wrong tokenizer."""
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if loss is None or loss_function is not None or not vocabulary or not type(model).__name__.endswith("ForCausalLM"):
-        return
+        return loss
     if loss > math.log(vocabulary):
         logger.warning(
             "the loss on the calibration data is %.4f, above log(%d) = %.4f: the model predicts it worse than chance. "
             "Is it trained, and is the tokenizer its own?",
             loss, vocabulary, math.log(vocabulary),
         )  # fmt: skip
+    return loss
 
 
 def _checked(config: Any, batches: Any, loss_function: Any) -> tuple[CompreSSMConfig, Iterable[Any]]:
