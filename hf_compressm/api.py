@@ -157,7 +157,8 @@ def _told_of_chance(model: nn.Module, loss: float | None, loss_function: Any) ->
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if loss is None or loss_function is not None or not vocabulary or not type(model).__name__.endswith("ForCausalLM"):
         return loss
-    if loss > math.log(vocabulary):
+    # Rounding alone is no reason.
+    if loss > 1.001 * math.log(vocabulary):
         logger.warning(
             "the loss on the calibration data is %.4f, above log(%d) = %.4f: the model predicts it worse than chance. "
             "Is it trained, and is the tokenizer its own?",
