@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -85,8 +86,8 @@ def analyze(
             seed=config.seed,
             progress=progress,
         )
-    sigma = {name: gramians.hankel_singular_values() for name, gramians in calibration.gramians.items()}
-    return Spectrum(sigma, calibration.loss)
+    sigma = {name: known.hankel_singular_values() for name, known in calibration.gramians.items()}
+    return Spectrum(sigma, _told_of_chance(model, calibration.loss, loss_function))
 
 
 def compress(
@@ -143,12 +144,27 @@ def compress(
     compressor = Compressor(model, config, loss_function=loss_function, optimizer=optimizer, progress=progress)
     if optimizer is not None:
         require_trained_layers(optimizer, compressor.layers)
-    note = unsupported_note(model, compressor.layers)
-    if note is not None:
+    if (note := unsupported_note(model, compressor.layers)) is not None:
         logger.warning(note)
     record = compressor.check(list(batches))
+    _told_of_chance(model, record.loss_before, loss_function)
     _let_saves_tell(model, compressor)
     return record
+
+
+def _told_of_chance(model: nn.Module, loss: float | None, loss_function: Any) -> float | None:
+    """The loss, with a warning where a language model predicts worse than chance, mostly for a wrong tokenizer."""
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if loss is None or loss_function is not None or not vocabulary or not type(model).__name__.endswith("ForCausalLM"):
+        return loss
+    # Rounding alone is no reason.
+    if loss > 1.001 * math.log(vocabulary):
+        logger.warning(
+            "the loss on the calibration data is %.4f, above log(%d) = %.4f: the model predicts it worse than chance. "
+            "Is it trained, and is the tokenizer its own?",
+            loss, vocabulary, math.log(vocabulary),
+        )  # fmt: skip
+    return loss
 
 
 def _checked(config: Any, batches: Any, loss_function: Any) -> tuple[CompreSSMConfig, Iterable[Any]]:

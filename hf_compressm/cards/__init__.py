@@ -11,6 +11,7 @@ from .section import (
     render_card,
     template_text,
 )
+from .verdict import verdict
 
 __all__ = [
     "PICTURE_NAME",
@@ -28,4 +29,5 @@ __all__ = [
     "render_card",
     "renamed",
     "template_text",
+    "verdict",
 ]

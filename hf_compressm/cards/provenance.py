@@ -24,6 +24,9 @@ class Evaluation:
         after (`float`, *optional*): Its value after the last one.
         data (`str`): What it was measured on, in words.
         dataset (`str`, *optional*): The Hub name of that data.
+        before_step (`int`, *optional*): The training step after which `before` was measured; the training between the
+            two values changed them too.
+        after_step (`int`, *optional*): The same of `after`.
     """
 
     metric: str
@@ -31,6 +34,8 @@ class Evaluation:
     after: float | None
     data: str
     dataset: str | None = None
+    before_step: int | None = None
+    after_step: int | None = None
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,9 @@ def _draw_spectra(axes: Axes, run: RunReport) -> None:
             sigma = layer.hankel_singular_values
             largest = max(sigma, default=1.0) or 1.0
             values = [max(value / largest, 1e-9) for value in sigma]
-            axes.plot(range(1, len(values) + 1), values, style, color=colour, marker=".", linewidth=1)
+            named = shown is record and len(record.layers) <= MOST_LEGEND_ENTRIES
+            label = (layer.name or "(model)") if named else None
+            axes.plot(range(1, len(values) + 1), values, style, color=colour, marker=".", linewidth=1, label=label)
     kept = max(layer.size_after for layer in record.layers)
     axes.axvline(kept + 0.5, color="black", linestyle="--", linewidth=1, label=f"{kept} states kept")
     axes.set(

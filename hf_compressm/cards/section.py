@@ -14,6 +14,7 @@ from ..compression.cut.snapshot import LAYERS_NAME
 from ..compression.history import CheckRecord, size_range
 from ..systems import registered_reductors
 from .escaping import code, escaped, one_line, python_string
+from .notes import evaluation_note, fit_note, form_note
 from .provenance import Evaluation, Provenance
 
 PICTURE_NAME = "compressm_spectrum.png"
@@ -86,6 +87,9 @@ def render_card(provenance: Provenance, has_picture: bool = True) -> str:
         "layers_table": layers_table(provenance),
         "bound_note": _bound_note(provenance),
         "evaluation_table": evaluation_table(provenance.evaluations),
+        "evaluation_note": evaluation_note(provenance),
+        "form_note": form_note(provenance),
+        "fit_note": fit_note(provenance),
         "speed": _speed(provenance),
         "loading": _loading(provenance),
         "loading_note": _loading_note(provenance),
@@ -105,14 +109,13 @@ def card_metadata(provenance: Provenance) -> ModelCardData:
             dataset_type=one_line(evaluation.dataset) if evaluation.dataset else "custom",
             dataset_name=one_line(evaluation.data),
             metric_type=evaluation.metric,
-            metric_name=f"{evaluation.metric} {moment} compression",
-            metric_value=value,
+            metric_name=evaluation.metric,
+            metric_value=evaluation.after,
             source_name=SOURCE_NAME,
             source_url=PAPER,
         )
         for evaluation in provenance.evaluations
-        for moment, value in (("before", evaluation.before), ("after", evaluation.after))
-        if value is not None
+        if evaluation.after is not None
     ]
     families = sorted({layer.family for _, layer in provenance.layers()})
     return ModelCardData(
@@ -196,7 +199,11 @@ def evaluation_table(evaluations: list[Evaluation] | tuple[Evaluation, ...]) -> 
         [escaped(e.metric), _figure(e.before, e.metric), _figure(e.after, e.metric), escaped(e.data)]
         for e in evaluations
     ]
-    header = ["metric", "before the compression", "after it", "measured on"]
+    before = next(
+        (f"step {e.before_step:,}" for e in evaluations if e.before_step is not None), "before the compression"
+    )
+    after = next((f"step {e.after_step:,}" for e in evaluations if e.after_step is not None), "after it")
+    header = ["metric", before, after, "measured on"]
     return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
 
 
@@ -228,15 +235,7 @@ def _settings(provenance: Provenance) -> str:
     amounts = [(name, getattr(config, name)) for name in names.get(config.strategy, ["keep_ratio"])]
     stated = [f"{name.replace('_', ' ')} {value:g}" for name, value in amounts if value is not None]
     stated += [f"reductor `{config.reductor}`", f"Gramians `{config.gramians}`", f"seed {config.seed}"]
-    return ", ".join([*stated, *_fitted(provenance)])
-
-
-def _fitted(provenance: Provenance) -> list[str]:
-    """Whose readouts the last cut fitted to outputs, where it did."""
-    layers = provenance.cuts[-1].layers if provenance.cuts else []
-    fitted = [layer for layer in layers if layer.readout_fitted]
-    number = "all" if len(fitted) == len(layers) else f"{len(fitted)} of {len(layers)}"
-    return [f"readouts of {number} layers fitted to their outputs"] if fitted else []
+    return ", ".join(stated)
 
 
 def _taken_back(provenance: Provenance) -> str:
@@ -336,7 +335,8 @@ def _loading_note(provenance: Provenance) -> str:
 
 def _limits(provenance: Provenance) -> str:
     data = escaped(provenance.calibration_data) if provenance.calibration_data else None
-    if _is_time_invariant(provenance):
+    forms = {layer.gramians for cut in provenance.cuts for layer in cut.layers}
+    if _is_time_invariant(provenance) and forms <= {"closed_form", None}:
         return (
             "The spectra were computed from the weights alone. They bound what a layer's linear recurrence loses, not "
             "what the whole model does on a task; evaluate it on your own data."

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import Debug, Quiet, Revision, TrustRemoteCode, command, quiet_libraries, say
-from .data import DataSource, read_batches, told_how_to_give_data
+from .console import GRAMIANS_HELP, Debug, Quiet, Revision, TrustRemoteCode, command, quiet_libraries, say
+from .data import DataSource, read_batches, require_tokenizer, told_how_to_give_data
 
 if TYPE_CHECKING:
     from ..compression import Spectrum
@@ -26,13 +26,10 @@ def analyze(
     sizes: Annotated[
         str | None, typer.Option(help="Cut to each of these state sizes, measure, and put back: for example 8,16,32.")
     ] = None,
-    gramians: Annotated[
-        str, typer.Option(help="How selective layers are measured: loss_gradient, white_noise or averaged.")
-    ] = "loss_gradient",
-    picture: Annotated[
-        Path | None, typer.Option(help="Where the picture goes; by default MODEL_spectrum.png in this folder.")
+    gramians: Annotated[str, typer.Option(help=GRAMIANS_HELP)] = "loss_gradient",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the spectra into this file, for example spectrum.png.")
     ] = None,
-    no_picture: Annotated[bool, typer.Option("--no-picture", help="Draw nothing.")] = False,
     no_timing: Annotated[bool, typer.Option("--no-timing", help="Do not time training steps.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     revision: Revision = None,
@@ -43,13 +40,15 @@ def analyze(
     """
     Measure the Hankel singular values of every layer.
 
-    Prints one table and draws the spectra. Mamba needs a little data with the loss it was trained for; time-invariant
-    layers (LRU, S4D) need none.
+    Prints one row a layer: how many of its states carry 90 to 99.9% of the Hankel energy, and what a cut at --tolerance
+    would keep. Nothing is changed, and nothing written but the picture that --plot asks for. Mamba needs a little data
+    with the loss it was trained for; time-invariant layers (LRU, S4D) need none.
 
     **Examples**
 
     ```console
     hf-compressm analyze state-spaces/mamba-130m-hf --text-file book.txt
+    hf-compressm analyze my-model --text-file book.txt --plot spectrum.png
     hf-compressm analyze my-model --sizes 8,16,32 --text-file book.txt
     hf-compressm analyze runs/my-lru --tolerance 0.02 --json
     ```
@@ -58,12 +57,13 @@ def analyze(
     from ..config import CompreSSMConfig
     from ..hub import fetch, load_model
 
-    config = CompreSSMConfig(tolerance=tolerance, gramians=gramians)
+    config, tried = CompreSSMConfig(tolerance=tolerance, gramians=gramians), _sizes(sizes)
     folder = fetch(model, revision, trust_remote_code=trust_remote_code)
+    require_tokenizer(folder, source)
     loaded = load_model(folder, trust_remote_code)
     batches = read_batches(loaded, folder, source).calibration
     with told_how_to_give_data(source):
-        spectrum, layers = _measure(loaded, batches, config, quiet, _sizes(sizes))
+        spectrum, layers = _measure(loaded, batches, config, quiet, tried)
     result = {
         "model": model,
         "data": source.describe() if source.is_given else None,
@@ -74,10 +74,9 @@ def analyze(
         "training_step": None if no_timing or not batches else _time(loaded, batches[0], layers),
         **({"sizes": [asdict(row) for row in spectrum.sizes]} if spectrum.sizes else {}),
     }
-    if not no_picture:
-        path = picture or Path(f"{Path(model).name or 'model'}_spectrum.png")
-        spectrum.plot(path, tolerance=tolerance)
-        result["picture"] = str(path)
+    if plot is not None:
+        spectrum.plot(plot, tolerance=tolerance)
+        result["picture"] = str(plot)
     _tell(result, spectrum, as_json, quiet)
 
 

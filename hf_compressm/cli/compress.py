@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import NOTHING_TO_CUT, Debug, Quiet, Revision, TrustRemoteCode, command, quiet_libraries, say
-from .data import DataSource, read_batches, told_how_to_give_data
+from .console import (
+    GRAMIANS_HELP,
+    NOTHING_TO_CUT,
+    Debug,
+    Quiet,
+    Revision,
+    TrustRemoteCode,
+    command,
+    quiet_libraries,
+    say,
+)
+from .data import DataSource, load_tokenizer, read_batches, require_tokenizer, told_how_to_give_data
 
 if TYPE_CHECKING:
     from ..config import CompreSSMConfig
@@ -63,9 +73,7 @@ class CutOptions:
         False
     )
     multiple_of: Annotated[int, typer.Option(min=1, help="Round sizes up to a multiple of this.")] = 1
-    gramians: Annotated[
-        str, typer.Option(help="How selective layers are measured: loss_gradient, white_noise or averaged.")
-    ] = "loss_gradient"
+    gramians: Annotated[str, typer.Option(help=GRAMIANS_HELP)] = "loss_gradient"
     seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration.")] = 0
 
     def config(self) -> CompreSSMConfig:
@@ -97,6 +105,25 @@ class CutOptions:
         same = {name: getattr(self, name) for name in ("stock", "multiple_of", "gramians", "seed")}
         return CompreSSMConfig(**amount, uniform=not self.per_layer, **same)
 
+    def require_smaller(self, model: Any) -> None:
+        """
+        Check that the state size that was asked for is one that the model can be cut to.
+
+        Args:
+            model (`torch.nn.Module`): The model.
+
+        Raises:
+            [`~errors.ConfigurationError`]: no layer has as many states.
+        """
+        from ..architectures import find_layers
+        from ..errors import ConfigurationError
+
+        largest = max((layer.state_size for layer in find_layers(model)), default=0)
+        if self.state_size is not None and self.state_size > largest:
+            raise ConfigurationError(
+                f"--state-size is {self.state_size}, and the model has {largest} states; give 1 to {largest - 1}."
+            )
+
 
 def _share(text: str) -> float:
     from ..errors import ConfigurationError
@@ -113,11 +140,13 @@ def _share(text: str) -> float:
 @command
 def compress(
     model: Annotated[str, typer.Argument(help="A folder, or a model on the Hub (user/name).")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the smaller model.")],
     cut: CutOptions,
     source: DataSource,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the smaller model; --dry-run needs none.")
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Measure and say what would be cut; write nothing.")
+        bool, typer.Option("--dry-run", help="Say what sizes, parameters, bytes and loss would become; write nothing.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     push_to_hub: Annotated[str | None, typer.Option(help="Push the result to this repository.")] = None,
@@ -142,13 +171,15 @@ def compress(
     ```
     """
     config = cut.config()
-    _require_free(output, overwrite or dry_run)
+    output = _output(output, overwrite, dry_run)
     quiet_libraries()
     from ..hub import fetch, load_model
 
     say(_announcement(model, config, source, output, dry_run, push_to_hub), quiet)
     folder = fetch(model, revision, trust_remote_code=trust_remote_code)
+    require_tokenizer(folder, source)
     loaded = load_model(folder, trust_remote_code)
+    cut.require_smaller(loaded)
     batches = read_batches(loaded, folder, source)
     with told_how_to_give_data(source):
         if dry_run:
@@ -158,7 +189,7 @@ def compress(
     if not provenance.cuts:
         typer.echo(f"{provenance.records[-1].reason}; nothing was written.")
         raise typer.Exit(NOTHING_TO_CUT)
-    _save(loaded, folder, output, provenance, overwrite)
+    _save(loaded, folder, output, provenance, load_tokenizer(folder, source) if source.tokenizer else None)
     typer.echo(summary)
     typer.echo(f"Saved: {output}")
     if push_to_hub is not None:
@@ -190,14 +221,27 @@ def _show_plan(model: Any, batches: list, config: CompreSSMConfig, quiet: bool) 
     from ..api import compress as cut_layers
 
     # The model is not saved, so that the cut itself shows best what would become of it.
+    batch = batches[0] if batches else None
+    before = _state_bytes(model, batch)
     record = cut_layers(model, batches or None, config, progress=False if quiet else None)
     rows = [[layer.name, layer.size_before, layer.wanted_size, layer.size_after] for layer in record.layers]
     asks = "the loss allows" if config.strategy == "loss" else "its spectrum asks for"
     typer.echo(tabulate(rows, headers=["layer", "N", asks, "would become"]))
     typer.echo(f"{record.parameters_before:,} -> {record.parameters_after:,} parameters")
+    if before is not None:
+        typer.echo(f"{before:,} -> {_state_bytes(model, batch):,} bytes of recurrent state a sequence")
     if record.loss_before is not None and record.loss_after is not None:
         typer.echo(f"loss on the calibration data {record.loss_before:.4f} -> {record.loss_after:.4f}")
     typer.echo("Dry run: nothing was written.")
+
+
+def _state_bytes(model: Any, batch: Any) -> int | None:
+    """Bytes of the recurrent state of one sequence in all layers; unknown for layers that were never run."""
+    from ..architectures import find_layers
+    from ..compression.costs import state_costs
+
+    found = [cost.state_bytes for cost in state_costs(model, find_layers(model), batch).values()]
+    return None if None in found else sum(found)
 
 
 def _cut(
@@ -225,7 +269,7 @@ def _cut(
         calibration_data=source.describe() or None,
         evaluations=[Evaluation(m, before.get(m), after[m], on, source.dataset_name) for m in after],
     )
-    lines = [record.summary(), f"{record.parameters_before:,} -> {record.parameters_after:,} parameters"]
+    lines = [record.summary()]
     if provenance.evaluations:
         lines += ["", evaluation_table(provenance.evaluations), ""]
     return provenance, "\n".join(lines)
@@ -244,12 +288,20 @@ def _inherited(folder: Path) -> dict[str, str]:
     return {name: data[name] for name in ("license", "base_model") if isinstance(data.get(name), str)}
 
 
-def _require_free(output: Path, overwrite: bool) -> None:
+def _output(output: Path | None, overwrite: bool, dry_run: bool) -> Path:
+    """The folder to write to, which is free."""
+    from ..errors import ConfigurationError
+
+    if dry_run:
+        return Path()
+    if output is None:
+        raise ConfigurationError("name a folder for the smaller model with -o FOLDER, or look first with --dry-run.")
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} is there already; give another folder, or --overwrite.")
+    return output
 
 
-def _save(model: Any, source: Path, output: Path, provenance: Any, overwrite: bool) -> None:
+def _save(model: Any, source: Path, output: Path, provenance: Any, tokenizer: Any) -> None:
     """Write everything into a folder beside the output and put that in its place as a whole."""
     from ..saving import follow_saves
 
@@ -260,6 +312,8 @@ def _save(model: Any, source: Path, output: Path, provenance: Any, overwrite: bo
         for pattern in _COMPANIONS:
             for path in source.glob(pattern):
                 shutil.copyfile(path, staging / path.name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
         follow_saves(model, replace(provenance, name=output.name))
         model.save_pretrained(staging)
         os.chmod(staging, 0o755)

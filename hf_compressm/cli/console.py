@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,11 +16,33 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from ..errors import CompreSSMError
+from ..errors import CompreSSMError, ConfigurationError, UnsupportedModelError
 
+WRONG_USAGE = 2
 NOTHING_TO_CUT = 3
 
+# What a person typed, for the setting of `CompreSSMConfig` that a message names.
+_FLAGS = {
+    "Leave uniform=True": "Leave it out",
+    "uniform=False": "--per-layer",
+    "stock=True": "--stock",
+    "target_state_size": "--state-size",
+    "state_size": "--state-size",
+    "target_ratio": "--ratio",
+    "ratio": "--ratio",
+    "max_loss_increase": "--max-loss-increase",
+    "tolerance": "--tolerance",
+    "reductor": "--method",
+    "multiple_of": "--multiple-of",
+    "gramians": "--gramians",
+    "sizes": "--sizes",
+}
+
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks; results and errors only.")]
+GRAMIANS_HELP = (
+    "How states are measured: loss_gradient, white_noise or averaged; for LRU and S4D also input_weighted (no labels "
+    "needed) or closed_form (no data needed)."
+)
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model's folder brings along.")
@@ -71,7 +94,7 @@ def command(function: _Command) -> _Command:
             if debug:
                 raise
             typer.echo(f"hf-compressm: error: {explanation(error)}", err=True)
-            raise typer.Exit(1) from None
+            raise typer.Exit(WRONG_USAGE if isinstance(error, ConfigurationError) else 1) from None
 
     wrapped.__signature__ = inspect.Signature(parameters)
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -81,6 +104,8 @@ def command(function: _Command) -> _Command:
 def explanation(error: Exception) -> str:
     """One line that says what went wrong and what to do."""
     text = " ".join(str(error).split())
+    if isinstance(error, (ConfigurationError, UnsupportedModelError)):
+        return in_flags(text)
     if isinstance(error, CompreSSMError):
         return text
     if _is_full_disk(error):
@@ -92,6 +117,21 @@ def explanation(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f'{text}. Install it with `pip install "hf_compressm[recipes]"`.'
     return f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"
+
+
+def in_flags(text: str) -> str:
+    """
+    The message of a configuration with the flags that a person typed in place of its settings.
+
+    Args:
+        text (`str`): The message.
+    """
+    for name, flag in _FLAGS.items():
+        # A setting is followed by its value, or stands beside another one; words of a sentence stay.
+        text = re.sub(rf"(?<![\w'-]){re.escape(name)}(?=( is | has | would |$|[,.;]))", flag, text)
+    if "--ratio is" in text or "--ratio " in text[:8]:
+        text = text.replace("for example 0.01", "for example 0.5")
+    return text
 
 
 def _is_full_disk(error: BaseException | None) -> bool:
@@ -114,6 +154,7 @@ def _hush(quiet: bool, debug: bool) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("hf_compressm").setLevel(logging.ERROR if quiet else logging.NOTSET)
 
 
 def quiet_libraries() -> None:

@@ -23,6 +23,8 @@ _FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "c
 _INPUTS = ("input_ids", "input_values", "pixel_values", "inputs_embeds")
 _TEXTS = ("text", "content", "sentence", "document", "review")
 _LABELS = ("labels", "label")
+_TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+_VOCABULARIES = ("tokenizer*.json", "vocab.*", "*.model")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,15 @@ class DataSource:
         given = [bool(self.text_files), bool(self.dataset), bool(self.data_files)]
         if sum(given) > 1:
             raise ConfigurationError("give one of --text-file, --dataset and --data-file, not several.")
+        # Said before a model is loaded, which can take minutes.
+        formats = {_FORMATS.get(path.suffix.lower()) for path in self.data_files or ()}
+        if None in formats or len(formats) > 1:
+            raise CalibrationError(
+                f"{self.describe()}: give files of one format, with one of the endings {', '.join(_FORMATS)}."
+            )
+        for path in [*(self.text_files or ()), *(self.data_files or ())]:
+            if not path.is_file():
+                raise CalibrationError(f"there is no file {path}.")
 
     @property
     def is_given(self) -> bool:
@@ -136,7 +147,7 @@ def read_batches(model: PreTrainedModel, folder: Path, source: DataSource) -> Ba
 def _examples(model: PreTrainedModel, folder: Path, source: DataSource) -> Iterator[dict[str, Any]]:
     if source.text_files:
         texts = (path.read_text(encoding="utf-8", errors="replace") for path in source.text_files)
-        yield from _pieces(texts, _tokenizer(folder, source), source.length)
+        yield from _pieces(texts, load_tokenizer(folder, source), source.length)
         return
     rows = _rows(source)
     first = next(rows, None)
@@ -154,7 +165,7 @@ def _examples(model: PreTrainedModel, folder: Path, source: DataSource) -> Itera
             f"{source.describe()} has the columns {', '.join(first)}; {type(model).__name__} takes "
             f"{', '.join(name for name in _INPUTS if name in accepted)}. Name a column of text with --text-column."
         )
-    tokenizer = _tokenizer(folder, source)
+    tokenizer = load_tokenizer(folder, source)
     label = next((name for name in _LABELS if name in first), None)
     if _is_classifier(model) and label is not None:
         for row in rows:
@@ -177,28 +188,53 @@ def _rows(source: DataSource) -> Iterator[dict[str, Any]]:
                 f"the data set {source.dataset} (split {source.split!r}) cannot be read: "
                 f"{' '.join(str(error).split())[:200]}"
             ) from error
-    formats = {_FORMATS.get(path.suffix.lower()) for path in source.data_files or ()}
-    if None in formats or len(formats) != 1:
-        raise CalibrationError(
-            f"{source.describe()}: give files of one format, with one of the endings {', '.join(_FORMATS)}."
-        )
-    for path in source.data_files or ():
-        if not path.is_file():
-            raise CalibrationError(f"there is no file {path}.")
-    files = [str(path) for path in source.data_files or ()]
-    return iter(load_dataset(formats.pop(), data_files=files, split="train", streaming=True))
+    files = source.data_files or []
+    kind = _FORMATS[files[0].suffix.lower()]
+    return iter(load_dataset(kind, data_files=[str(path) for path in files], split="train", streaming=True))
 
 
-def _tokenizer(folder: Path, source: DataSource) -> Any:
+def require_tokenizer(folder: Path, source: DataSource) -> None:
+    """
+    Check that text can be read before the model is loaded.
+
+    Args:
+        folder (`Path`): The model's folder.
+        source ([`DataSource`]): Where the data comes from.
+
+    Raises:
+        [`~errors.CalibrationError`]: the data is text, and there is no tokenizer to read it with.
+    """
+    if source.text_files:
+        load_tokenizer(folder, source)
+
+
+def load_tokenizer(folder: Path, source: DataSource) -> Any:
+    """
+    The tokenizer that `--tokenizer` names, or that of the model's folder.
+
+    Args:
+        folder (`Path`): The model's folder.
+        source ([`DataSource`]): Where the data comes from.
+
+    Raises:
+        [`~errors.CalibrationError`]: there is none that transformers can read.
+        [`~errors.HubError`]: it is on the Hub, which refused or could not be reached.
+    """
     from transformers import AutoTokenizer
 
-    name = source.tokenizer or folder
-    try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=source.tokenizer is None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CalibrationError(
-            f"{name} has no tokenizer that transformers can read. Give one with --tokenizer, or data with input_ids."
-        ) from error
+    from ..hub import fetch
+
+    place = folder if source.tokenizer is None else fetch(source.tokenizer, patterns=_TOKENIZER_FILES)
+    # Of a folder without these files transformers makes a tokenizer that knows no word.
+    if any(next(place.glob(pattern), None) for pattern in _VOCABULARIES):
+        try:
+            return AutoTokenizer.from_pretrained(place, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+    raise CalibrationError(
+        f"{source.tokenizer or folder} has no tokenizer that transformers can read. Give the one that the model was "
+        "trained with: --tokenizer FOLDER_OR_NAME; or give data with input_ids."
+    )
 
 
 def _pieces(texts: Iterator[str], tokenizer: Any, length: int) -> Iterator[dict[str, Any]]:

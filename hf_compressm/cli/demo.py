@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from ..errors import ConfigurationError
 from .console import Debug, Quiet, command, say
 
 _NEEDED = {"datasets": "datasets", "rich": "rich", "sklearn": "scikit-learn"}
@@ -37,10 +36,8 @@ def demo(
     """
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise ConfigurationError(
-            f'the demo needs {", ".join(missing)}. Install them with `pip install "hf_compressm[recipes]"`.'
-        )
-    arguments = ["--output-dir", str(output_dir), "--steps", str(steps)]
+        raise ModuleNotFoundError(f"the demo needs {', '.join(missing)}")
+    arguments = ["--output-dir", str(output_dir), "--steps", str(steps), *(["--quiet"] if quiet else [])]
     finished = subprocess.run([sys.executable, str(recipe()), *arguments], check=False)
     if finished.returncode:
         raise typer.Exit(finished.returncode)

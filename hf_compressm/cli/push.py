@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import ConfigurationError
 from .console import Debug, Quiet, TrustRemoteCode, command, quiet_libraries, say
 
 
@@ -17,6 +18,9 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; it is made if needed.")] = None,
     message: Annotated[str, typer.Option(help="The commit's first line.")] = "Upload a model with a smaller state",
+    uncompressed: Annotated[
+        bool, typer.Option("--uncompressed", help="Push a folder that was never compressed all the same.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -24,8 +28,9 @@ def push(
     """
     Push a model with its card, history and pictures, in one commit.
 
-    The folder is checked first: nothing is pushed whose configuration disagrees with its weights. Needs a token with
-    write access (`hf auth login`, or HF_TOKEN). Pickles, hidden files and the Trainer's checkpoints stay behind.
+    The folder is checked first: nothing is pushed whose configuration disagrees with its weights, and nothing that was
+    never compressed, unless you ask for it. Needs a token with write access (`hf auth login`, or HF_TOKEN). Pickles,
+    hidden files and the Trainer's checkpoints stay behind.
 
     **Example**
 
@@ -34,8 +39,14 @@ def push(
     ```
     """
     quiet_libraries()
+    from ..compression import HISTORY_NAME
     from ..hub import push_folder
 
+    if folder.is_dir() and not uncompressed and not (folder / HISTORY_NAME).is_file():
+        raise ConfigurationError(
+            f"{folder} was never compressed: it has no {HISTORY_NAME}. Give the folder that compress or a training "
+            "with CompreSSMCallback wrote, or push it all the same with --uncompressed."
+        )
     say(f"Pushing {folder} to {repo_id}.", quiet)
     address = push_folder(
         folder,

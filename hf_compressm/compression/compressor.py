@@ -28,7 +28,7 @@ from .decide.chosen import Chosen, free_to_change, split_in_half
 from .decide.plan import LayerPlan, plan_reduction
 from .decide.progress import Stage, check_number, combined_seed, is_finished, score_correlation, stage_of
 from .history import CheckRecord
-from .layer_records import Seen, layer_records, records_of_return
+from .layer_records import Seen, layer_records, records_of_return, warn_of_added_parameters
 from .measure.calibration import Calibration, calibrate
 from .measure.model_pass import LossFunction, evaluate_loss
 from .measure.output_error import OutputsOf
@@ -155,9 +155,10 @@ class Compressor:
             seen.note_cut(result.found, outputs.errors(self._processes.sum) if result.outcome == "cut" else {})
         self._scores.update(seen.scores)
         layers = layer_records(self.layers, plan, seen, result.found)
-        losses = {"loss_before": calibration.loss, "loss_after": result.loss_after}
+        measured = {"loss_before": calibration.loss, "loss_after": result.loss_after}
         what = (result.outcome, result.reason, step, parameters, start)
-        record = self._record(*what, layers=layers, trials=trials.records, **losses)
+        record = self._record(*what, layers=layers, trials=trials.records, **measured)
+        warn_of_added_parameters(record)
         return self._judged(record)
 
     def measure_sizes(self, batches: Sequence[Any], sizes: Sequence[int]) -> Spectrum:
@@ -329,15 +330,8 @@ class Compressor:
     ) -> CheckRecord:
         """Append a record of what began at `start` with this many parameters."""
         seconds = 0.0 if start is None else time.perf_counter() - start
-        record = CheckRecord(
-            outcome,
-            reason,
-            step=step,
-            seconds=seconds,
-            parameters_before=parameters,
-            parameters_after=self._count_parameters(),
-            **seen,
-        )
+        counts = {"parameters_before": parameters, "parameters_after": self._count_parameters()}
+        record = CheckRecord(outcome, reason, step=step, seconds=seconds, **counts, **seen)
         self.records.append(record)
         return record
 

@@ -149,7 +149,8 @@ class CheckRecord:
         measured = f", at most {max(lost):.2%} of the observable energy lost" if lost else ""
         return (
             f"{where}state size {size_range(before)} -> {size_range(after)} in {len(self.layers)} layers, "
-            f"at most {share:.2%} of the Hankel energy beyond them{measured}{loss}, {self.seconds:.2f} s"
+            f"at most {share:.2%} of the Hankel energy beyond them{measured}, parameters {self.parameters_before:,} -> "
+            f"{self.parameters_after:,}{loss}, {self.seconds:.2f} s"
         )
 
     def scalars(self) -> dict[str, float]:

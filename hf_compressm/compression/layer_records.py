@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,8 +11,10 @@ from torch import Tensor
 from ..architectures import StateSpaceLayer
 from .decide.plan import LayerPlan
 from .decide.truncations import Found
-from .history import LayerRecord
+from .history import CheckRecord, LayerRecord
 from .measure.layer_gramians import LayerGramians
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -102,3 +105,20 @@ def records_of_return(layers: Sequence[StateSpaceLayer], sizes_before: Mapping[s
         )
         for layer in layers
     ]
+
+
+def warn_of_added_parameters(record: CheckRecord) -> None:
+    """
+    Warn where a cut made a model larger, as a mixed form can.
+
+    Args:
+        record ([`CheckRecord`]): The record of a check.
+    """
+    added = record.parameters_after - record.parameters_before
+    if record.outcome == "cut" and added > 0:
+        logger.warning(
+            "the cut adds %s parameters: the projections have to stay as wide as they were, and two small matrices a "
+            "layer bring what they give to fewer states. The recurrent state and the scan are smaller, the weights are "
+            "not; a smaller state size adds fewer.",
+            f"{added:,}",
+        )

@@ -11,7 +11,7 @@ from ..errors import InconsistentModelError
 from ..validation import is_integer, is_number
 
 _LONGEST = 60
-_PLAIN = (str, bool, type(None))
+_PLAIN = (str, type(None))
 
 
 def known_fields(record: type, values: Any) -> dict[str, Any]:
@@ -52,6 +52,8 @@ def _hints(record: type) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    if hint is bool:
+        return isinstance(value, bool)
     if hint is int:
         return is_integer(value) and value >= 0
     if hint is float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -56,9 +57,18 @@ def is_passing(error: BaseException) -> bool:
         return False
     status = status_of(error)
     if status is None:
-        return isinstance(error, HTTP_ERRORS)
+        return isinstance(error, HTTP_ERRORS) and not has_no_network(error)
     # 409 and 412: somebody else's commit came first.
     return status >= 500 or status in (408, 409, 412, 429)
+
+
+def has_no_network(error: BaseException | None) -> bool:
+    """Whether the Hub's name could not be resolved; the HTTP client wraps the error that says so."""
+    while error is not None:
+        if isinstance(error, socket.gaierror):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def reason(error: BaseException, repository: str) -> str:
@@ -91,6 +101,8 @@ def reason(error: BaseException, repository: str) -> str:
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full. Free some space, or point HF_HOME to another disk, and run it again."
+    if has_no_network(error):
+        return "the Hub could not be reached; there seems to be no network. Check it and run it again."
     if isinstance(error, HTTP_ERRORS):
         return f"the connection broke ({type(error).__name__}). Run it again; what was uploaded is not sent twice."
     return " ".join(str(error).split())

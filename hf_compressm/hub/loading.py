@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,13 @@ _AUTO_CLASSES = (
 )
 
 
-def fetch(name: str, revision: str | None = None, token: str | None = None, trust_remote_code: bool = False) -> Path:
+def fetch(
+    name: str,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    patterns: Sequence[str] = _PATTERNS,
+) -> Path:
     """
     The folder of a model, downloaded into the Hub's cache where it is no folder here.
 
@@ -42,6 +50,7 @@ def fetch(name: str, revision: str | None = None, token: str | None = None, trus
         revision (`str`, *optional*): Branch, tag or commit of the repository.
         token (`str`, *optional*): Token for a private repository; the stored one when unset.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Fetch the repository's Python files too.
+        patterns (`Sequence[str]`, *optional*): The names of the files to fetch; all of a model when unset.
 
     Raises:
         [`~errors.UnsupportedModelError`]: there is no such folder, and it is no name that a repository can have.
@@ -54,17 +63,27 @@ def fetch(name: str, revision: str | None = None, token: str | None = None, trus
     except HFValidationError as error:
         raise UnsupportedModelError(
             f"{name!r} is neither a folder nor a name on the Hub; give a folder with config.json, or user/name."
+            f"{_similar(name)}"
         ) from error
-    with translated(f"loading {name}", name):
+    # A mistyped folder looks like a name on the Hub.
+    with translated(f"there is no folder {name} here{_similar(name)}, and loading it from the Hub", name):
         return Path(
             snapshot_download(
                 name,
                 revision=revision,
                 token=token,
-                allow_patterns=[*_PATTERNS, *(["*.py"] if trust_remote_code else [])],
+                allow_patterns=[*patterns, *(["*.py"] if trust_remote_code else [])],
                 ignore_patterns=["*/*"],
             )
         )
+
+
+def _similar(name: str) -> str:
+    """The folder beside the one that was named whose name is nearly the same, as a remark; empty where none is."""
+    parent = Path(name).parent
+    beside = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    found = difflib.get_close_matches(Path(name).name, beside, n=1, cutoff=0.75)
+    return f" (did you mean {parent / found[0]}?)" if found else ""
 
 
 def model_class_of(folder: str | os.PathLike, trust_remote_code: bool = False) -> Any:

@@ -178,6 +178,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if control.should_save and args.should_save:
             before_replacing(args.output_dir, state.global_step)
 
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Let the trackers draw state size and parameters from the first step on."""
+        if isinstance(self._run, CompressionRun):
+            self._run.logged()
+
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:

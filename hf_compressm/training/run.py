@@ -40,7 +40,7 @@ from .distributed import processes_of_training, run_facts
 from .evaluation_watch import EvaluationWatch
 from .resume import SavedRun
 from .schedule import check_steps
-from .trackers import log_figures, log_line, trackers_among
+from .trackers import log_figures, log_line, send_figures, trackers_among
 from .trainer_lookup import neighbours
 from .trainer_loss import require_loss, trainer_loss
 
@@ -148,6 +148,7 @@ class CompressionRun:
         for line in (*lines, unsupported_note(self._model, layers)):
             if line is not None:
                 log_line(line, self._args, self._state)
+        self.logged()
 
     @property
     def records(self) -> list[CheckRecord]:
@@ -175,6 +176,15 @@ class CompressionRun:
             self._check(step)
         if self._watch is not None and not self._compressor.is_finished:
             self._control.should_evaluate |= self._watch.wants_evaluation(step, self._compressor.pending)
+
+    def logged(self) -> None:
+        """Go on with the curves of state size and parameters in the trackers, wherever the Trainer logs."""
+        sizes = self._compressor.sizes.values()
+        figures = {
+            "compressm/state_size": sum(sizes) / len(sizes),
+            "compressm/parameters": float(sum(parameter.numel() for parameter in self._model.parameters())),
+        }
+        send_figures(figures, self._trackers, self._args, self._state, self._control, self._model)
 
     def _makes_up(self, step: int) -> bool:
         # A cut that an evaluation judges was given its time when the run began.
@@ -213,6 +223,8 @@ class CompressionRun:
     def ended(self) -> None:
         """Let go of the training data and of the fast scan."""
         self._fast_scan.close()
+        # They have closed their files.
+        self._trackers = []
         self._batches.close()
         mark_ended(self._args.output_dir)
         if self._compressor.pending is not None:

@@ -36,18 +36,39 @@ def log_figures(
     """
     epoch = {} if state.epoch is None else {"epoch": state.epoch}
     state.log_history.append({**scalars, **epoch, "step": state.global_step})
+    send_figures(scalars, trackers, args, state, control, model)
+
+
+def send_figures(
+    scalars: dict[str, float],
+    trackers: list[TrainerCallback],
+    args: TrainingArguments,
+    state: TrainerState,
+    control: TrainerControl,
+    model: Any,
+) -> None:
+    """
+    Send figures to the trackers alone, as those that go on unchanged from one check to the next.
+
+    Args:
+        scalars (`dict[str, float]`): The figures by name.
+        trackers (`list[TrainerCallback]`): From [`trackers_among`].
+        args, state, control, model: What the Trainer gave to the callback's event.
+    """
+    epoch = {} if state.epoch is None else {"epoch": state.epoch}
     for tracker in trackers:
         tracker.on_log(args, state, control, logs={**scalars, **epoch}, model=model)
 
 
 def log_line(line: str, args: TrainingArguments, state: TrainerState) -> None:
     """
-    Log a line, and print it between the Trainer's progress bars where there are any.
+    Log a line, and print it once, between the Trainer's progress bars where there are any.
 
     Args:
         line (`str`): What to say.
         args, state: What the Trainer gave to the callback's event.
     """
     logger.info(line)
-    if state.is_world_process_zero and not args.disable_tqdm:
+    # Whoever wants no progress bars still has to know that the model became another one.
+    if state.is_world_process_zero:
         tqdm.write(f"[compressm] {line}")

@@ -1,7 +1,7 @@
 """
 A Mamba whose state shrinks while the plain Trainer trains it, on real data and with no download.
 
-    python recipes/digits/demo.py [--output-dir demo_output] [--steps 750] [--tolerance 0.03] [--seed 0]
+    python recipes/digits/demo.py [--output-dir demo_output] [--steps 750] [--tolerance 0.03] [--seed 0] [--quiet]
 
 Trains the same model twice, without and with the callback, prints one table, draws the spectra, and has a process that
 never imports hf_compressm load the saved folder with stock transformers.
@@ -10,6 +10,8 @@ never imports hf_compressm load the saved folder with stock transformers.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import statistics
@@ -154,16 +156,19 @@ def main() -> None:
     parser.add_argument("--state-size", type=int, default=64)
     parser.add_argument("--tolerance", type=float, default=0.03)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quiet", action="store_true", help="print the table alone")
     options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     disable_progress_bars()
-    console = Console(width=100)
+    console, remarks = Console(width=100), Console(width=100, quiet=options.quiet)
+    # The Trainer prints its log, and the callback its lines.
+    hushed = contextlib.redirect_stdout(io.StringIO()) if options.quiet else contextlib.nullcontext()
     options.output_dir.mkdir(parents=True, exist_ok=True)
 
-    with fast_cpu_scan():
-        console.print("1. The uncompressed run, for comparison")
+    with fast_cpu_scan(), hushed:
+        remarks.print("1. The uncompressed run, for comparison")
         full = train(options, [], options.output_dir / "uncompressed")
-        console.print("2. The same run with the callback")
+        remarks.print("2. The same run with the callback")
         callback = CompreSSMCallback(CompreSSMConfig(tolerance=options.tolerance, window=(0.0, 0.1)))
         small = train(options, [callback], options.output_dir / "compressed")
 
@@ -176,11 +181,11 @@ def main() -> None:
     print_table(console, full, small, cuts[0], cuts[0].step)
     picture = options.output_dir / "spectrum.png"
     Spectrum.from_record(cuts[0]).plot(picture, tolerance=options.tolerance)
-    console.print(f"The spectrum of every layer before the cut: {picture}")
+    remarks.print(f"The spectrum of every layer before the cut: {picture}")
 
     stock = load_with_stock_transformers(options.output_dir / "compressed", small["tokens"])
     same = sum(a == b for a, b in zip(stock["predictions"], small["predicted"].tolist()))
-    console.print(
+    remarks.print(
         f"A new process loaded {options.output_dir / 'compressed'} as stock {stock['class']} with state size "
         f"{stock['state_size']}, without hf_compressm: {same} of {len(stock['predictions'])} predictions are the same.",
         soft_wrap=True,

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -71,8 +72,10 @@ TEXT = ("--text-file", "text.txt", "--length", "32", "--sequences", "16")
 ROWS = ("--data-file", "rows.parquet", "--sequences", "12")
 
 
-def test_analyze_prints_a_table_and_draws_a_picture(run) -> None:
-    result = run("analyze", "model", *TEXT)
+def test_analyze_prints_a_table_and_draws_a_picture_where_it_is_asked_to(run) -> None:
+    before = set(os.listdir())
+    result = run("analyze", "model", *TEXT, "--plot", "spectrum.png")
+    assert set(os.listdir()) - before == {"spectrum.png"}
     assert result.exit_code == 0, result.output
     row = next(line.split() for line in result.stdout.splitlines() if line.startswith("backbone.layers.0.mixer"))
     ranks = [int(cell) for cell in row[2:7]]
@@ -80,11 +83,11 @@ def test_analyze_prints_a_table_and_draws_a_picture(run) -> None:
     # A_log is 32 x 8 and x_proj has 3 + 2 x 8 rows of 32; the recurrent state is 32 x 8 of four bytes.
     assert row[7] == f"{32 * 8 + (3 + 16) * 32:,}" and "1,024" in row
     assert re.search(r"Training step of 8 x 32 on this machine: [\d.]+ ms now", result.stdout)
-    assert Image.open("model_spectrum.png").size[0] > 1000
+    assert Image.open("spectrum.png").size[0] > 1000
 
 
 def test_analyze_gives_json(run) -> None:
-    result = run("analyze", "model", *ROWS, "--json", "--no-picture", "--tolerance", "0.3", "--no-timing")
+    result = run("analyze", "model", *ROWS, "--json", "--tolerance", "0.3", "--no-timing")
     found = json.loads(result.stdout)
     assert [layer["name"] for layer in found["layers"]] == ["backbone.layers.0.mixer", "backbone.layers.1.mixer"]
     layer = found["layers"][0]
@@ -114,20 +117,22 @@ def test_compress_saves_a_model_that_stock_transformers_loads(run) -> None:
 
 def test_a_dry_run_says_what_would_be_and_writes_nothing(run) -> None:
     before = set(os.listdir())
-    result = run("compress", "model", "-o", "small", "--tolerance", "0.3", *ROWS, "--dry-run", "--quiet")
+    result = run("compress", "model", "--tolerance", "0.3", *ROWS, "--dry-run", "--quiet")
+    assert re.search(r"[\d,]+ -> [\d,]+ parameters\n2,048 -> [\d,]+ bytes of recurrent state a sequence", result.stdout)
+    assert re.search(r"loss on the calibration data [\d.]+ -> [\d.]+", result.stdout)
     assert result.exit_code == 0 and "would become" in result.stdout and "nothing was written" in result.stdout
     assert result.stderr == "" and set(os.listdir()) == before
 
 
 def test_sizes_are_tried_and_told(run) -> None:
-    arguments = ("analyze", "model", *TEXT, "--batch-size", "4", "--sizes", "2,4", "--no-picture", "--no-timing")
+    arguments = ("analyze", "model", *TEXT, "--batch-size", "4", "--sizes", "2,4", "--no-timing")
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     rows = [line.split("|")[1:-1] for line in result.stdout.splitlines() if re.match(r"\|\s+[824]\s+\|", line)]
     assert [row[0].strip() for row in rows] == ["8", "4", "2"] and rows[0][2].strip() == "+0.00%"
     found = json.loads(run(*arguments, "--json").stdout)["sizes"]
     assert [row["parameters"] for row in found] == sorted((row["parameters"] for row in found), reverse=True)
-    refused = run(*arguments[:-4], "--sizes", "eight", "--no-picture")
+    refused = run(*arguments[:-3], "--sizes", "eight")
     assert refused.exit_code != 0 and "give whole numbers with commas" in refused.stderr
 
 
@@ -207,7 +212,7 @@ def test_report_makes_a_page_that_stands_by_itself(run) -> None:
 
 def test_analyzing_a_compressed_model_sees_what_it_computes(run) -> None:
     run("compress", "model", "-o", "small", "--ratio", "0.5", *ROWS)
-    result = run("analyze", "small", *ROWS, "--json", "--no-picture", "--no-timing")
+    result = run("analyze", "small", *ROWS, "--json", "--no-timing")
     assert json.loads(result.stdout)["layers"][0]["state_size"] == 4
     model = MambaForCausalLM.from_pretrained("small")
     assert torch.isfinite(logits_of(model, token_batch())).all()
@@ -219,17 +224,69 @@ ERRORS = [
     (["analyze", "model"], "--text-file, --dataset or --data-file"),
     (["analyze", "model", "--text-file", "none.txt"], "none.txt"),
     (["analyze", "model", "--data-file", "text.pkl"], "with one of the endings .parquet"),
-    (["analyze", "model", *TEXT, "--tolerance", "2"], "strictly between 0 and 1"),
-    (["analyze", "model", *TEXT, *ROWS], "give one of --text-file"),
-    (["compress", "model", "-o", "s", *TEXT, "--ratio", "0.5", "--tolerance", "0.1"], "give one of --tolerance"),
-    (["compress", "model", "-o", "s", *TEXT, "--state-size", "4", "--per-layer"], "leave out --per-layer"),
-    (["compress", "model", "-o", "s", *TEXT, "--method", "magic"], "reductor is 'magic'"),
     (["compress", "model", "-o", "s", *TEXT, "--method", "balanced"], "cannot hold"),
-    (["compress", "model", "-o", "s", *TEXT, "--per-layer", "--stock"], "uniform=False"),
+    (["compress", "model", "-o", "s", *TEXT, "--per-layer", "--stock"], "--per-layer"),
     (["analyze", "model", "--dataset", "me/data"], "me/data (split 'train') cannot be read"),
     (["report", "model"], "has no compressm_history.json"),
     (["push", "nowhere", "me/model"], "nowhere is no folder"),
 ]
+
+
+WRONG_USAGE = [
+    (["analyze", "model", *TEXT, "--tolerance", "2"], "--tolerance is 2.0; give a number strictly between 0 and 1"),
+    (["analyze", "model", *TEXT, *ROWS], "give one of --text-file"),
+    (["analyze", "model", *TEXT, "--gramians", "magic"], "--gramians is 'magic'; choose one of"),
+    (["analyze", "model", *TEXT, "--sizes", "8"], "--sizes has 8; the model has 8 states, so give 1 to 7"),
+    (["compress", "model", "-o", "s", *TEXT, "--ratio", "0.5", "--tolerance", "0.1"], "give one of --tolerance"),
+    (["compress", "model", "-o", "s", *TEXT, "--ratio", "2"], "--ratio is 2.0; give a number strictly between 0 and 1, "
+     "for example 0.5"),
+    (["compress", "model", "-o", "s", *TEXT, "--state-size", "4", "--per-layer"], "leave out --per-layer"),
+    (["compress", "model", "-o", "s", *TEXT, "--state-size", "100"], "--state-size is 100, and the model has 8 states"),
+    (["compress", "model", "-o", "s", *TEXT, "--method", "magic"], "--method is 'magic'"),
+    (["compress", "model", *TEXT], "-o FOLDER, or look first with --dry-run"),
+    (["push", "model", "me/model"], "model was never compressed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, told", WRONG_USAGE, ids=[" ".join(arguments) for arguments, _ in WRONG_USAGE])
+def test_wrong_values_exit_with_2_and_speak_of_the_flags(run, arguments: list[str], told: str) -> None:
+    result = run(*arguments, "--quiet")
+    assert result.exit_code == 2 and result.stdout == "" and not Path("s").exists()
+    assert result.stderr.startswith("hf-compressm: error: ") and told in result.stderr
+    for setting in ("reductor", "uniform", "target_", "stock=", "strategy"):
+        assert setting not in result.stderr
+
+
+def test_text_without_a_tokenizer_is_told_before_the_model_is_loaded(run, folder, monkeypatch) -> None:
+    tiny_mamba(8).save_pretrained("bare")
+    with monkeypatch.context() as patch:
+        patch.setattr(MambaForCausalLM, "from_pretrained", None)
+        refused = run("compress", "bare", "-o", "small", "--state-size", "4", *TEXT)
+    assert refused.exit_code == 1 and "bare has no tokenizer" in refused.stderr and "--tokenizer" in refused.stderr
+    result = run("compress", "bare", "-o", "small", "--state-size", "4", *TEXT, "--tokenizer", str(folder / "model"))
+    assert result.exit_code == 0, result.output
+    assert Path("small/tokenizer.json").is_file(), "the tokenizer that was used"
+
+
+def test_a_missing_file_is_told_before_the_model_is_loaded(run, monkeypatch) -> None:
+    monkeypatch.setattr(MambaForCausalLM, "from_pretrained", None)
+    for option in ("--text-file", "--data-file"):
+        result = run("analyze", "model", option, "none.txt")
+        assert result.exit_code == 1 and "there is no file none.txt" in result.stderr
+
+
+def test_a_mistyped_folder_is_told_as_one(run) -> None:
+    result = run("analyze", "modle")
+    assert result.exit_code == 1 and "there is no folder modle here (did you mean model?)" in result.stderr
+
+
+def test_without_a_network_nothing_is_tried_again() -> None:
+    from hf_compressm.hub.errors import HTTP_ERRORS, is_passing, reason
+
+    broken = HTTP_ERRORS[0]("[Errno -2] Name or service not known")
+    assert is_passing(broken)
+    broken.__cause__ = socket.gaierror(-2, "Name or service not known")
+    assert not is_passing(broken) and "no network" in reason(broken, "me/model")
 
 
 @pytest.mark.parametrize("arguments, told", ERRORS, ids=[" ".join(arguments)[:40] for arguments, _ in ERRORS])
@@ -247,7 +304,7 @@ def test_debug_shows_the_traceback(run) -> None:
 
 
 def test_wrong_usage_has_an_exit_code_of_its_own(run) -> None:
-    assert run("compress", "model").exit_code == 2
+    assert run("compress").exit_code == 2
     assert run("analyze", "model", "--no-such-option").exit_code == 2
 
 
@@ -310,7 +367,9 @@ def test_odd_names_work(run) -> None:
     result = run("compress", "model", "-o", odd, "--ratio", "0.5", *ROWS)
     assert result.exit_code == 0, result.output
     assert run("report", odd).exit_code == 0
-    assert run("analyze", odd, *ROWS, "--no-timing").exit_code == 0 and Path(f"{odd}_spectrum.png").exists()
+    assert (
+        run("analyze", odd, *ROWS, "--no-timing", "--plot", f"{odd}.png").exit_code == 0 and Path(f"{odd}.png").exists()
+    )
     assert MambaForCausalLM.from_pretrained(odd).config.state_size == 4
 
 
@@ -338,7 +397,7 @@ def test_the_demo_is_found_and_passes_its_options_on(run, monkeypatch) -> None:
     monkeypatch.setattr(demo.subprocess, "run", lambda command, check: called.append(command) or _Finished)
     result = run("demo", "--output-dir", "out", "--steps", "60", "--quiet")
     assert result.exit_code == 0 and called == [
-        [sys.executable, str(demo.recipe()), "--output-dir", "out", "--steps", "60"]
+        [sys.executable, str(demo.recipe()), "--output-dir", "out", "--steps", "60", "--quiet"]
     ]
 
 

@@ -24,14 +24,14 @@ _ODD_TEXTS = [
     "empty.txt", "broken.json", "rows.csv", "selection", "balanced", "white_noise", "--", "-o", "user/", "a/b/c",
 ]  # fmt: skip
 _OPTIONS = {
-    "analyze": ["--tolerance", "--sizes", "--gramians", "--length", "--sequences", "--batch-size", "--picture"],
+    "analyze": ["--tolerance", "--sizes", "--gramians", "--length", "--sequences", "--batch-size", "--plot"],
     "compress": ["--tolerance", "--state-size", "--ratio", "--max-loss-increase", "--method", "--multiple-of",
                  "--gramians", "--seed", "--length", "--sequences", "--text-column", "--tokenizer"],
     "report": ["--output", "-o"],
     "evaluate": ["--length", "--sequences"],
 }  # fmt: skip
 _FLAGS = {
-    "analyze": ["--json", "--no-picture", "--no-timing"],
+    "analyze": ["--json", "--no-timing"],
     "compress": ["--per-layer", "--stock", "--dry-run", "--quiet"],
 }
 

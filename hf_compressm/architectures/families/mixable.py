@@ -2,7 +2,8 @@ r"""
 Layers that can mix states: B and C are projected as before, and combined by trained matrices just before the scan.
 
 The scan gets \\( W^\top B_t \\) and \\( T^\top C_t \\) with the W and T of a truncation, \\( W^\top T = I \\). The
-projections, and what stands between them and the scan, stay as they are. A later cut multiplies the matrices. The
+projections, and what stands between them and the scan, stay as they are. A later cut makes the same two matrices
+smaller. The
 classes of such modules are in `models/compressed`.
 """
 

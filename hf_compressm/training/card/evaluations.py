@@ -40,7 +40,14 @@ def evaluations(
     if not after:
         return ()
     return tuple(
-        Evaluation(name.removeprefix("eval_"), _number(before[-1].get(name)) if before else None, _number(value), data)
+        Evaluation(
+            name.removeprefix("eval_"),
+            _number(before[-1].get(name)) if before else None,
+            _number(value),
+            data,
+            before_step=before[-1].get("step") if before else None,
+            after_step=after[-1].get("step"),
+        )
         for name, value in after[-1].items()
         if name.startswith("eval_") and _number(value) is not None and not any(word in name for word in _NOT_A_QUALITY)
     )

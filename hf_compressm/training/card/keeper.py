@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...cards import Provenance, merge_trainer_card, render_card
+from ...cards import Provenance, merge_trainer_card, render_card, verdict
 from ...compression import LAYERS_NAME, CheckRecord
 from ...config import CompreSSMConfig
 from ...errors import CardError
@@ -29,6 +29,7 @@ from ...saving import (
     write_card,
     write_model_files,
 )
+from ..trackers import log_line
 from ..trainer_lookup import find_trainers
 from .evaluations import evaluations
 from .step_clock import StepClock
@@ -49,6 +50,11 @@ class _Compressing(Protocol):
     @property
     def returned_to(self) -> int | None:
         """The step of the best checkpoint, where the run went back past a cut to it."""
+        ...
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the training only paused for a check."""
         ...
 
     def saving_checkpoint(self) -> None:
@@ -138,8 +144,12 @@ class CardKeeper(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """From now on the model can be saved without the Trainer."""
-        follow_saves(self._model, self.provenance())
+        """From now on the model can be saved without the Trainer; one line says what the training came to."""
+        facts = self.provenance()
+        follow_saves(self._model, facts)
+        line = None if self.owner.is_paused else verdict(facts)
+        if line is not None:
+            log_line(line, args, state)
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
