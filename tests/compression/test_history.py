@@ -38,7 +38,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, m
 def test_a_summary_says_what_happened_in_one_line() -> None:
     assert CUT.summary() == (
         "step 10: state size 8 -> 4 in 1 layers, at most 13.00% of the Hankel energy beyond them, "
-        "calibration loss 2.0000 -> 2.0100, 0.50 s"
+        "parameters 100 -> 60, calibration loss 2.0000 -> 2.0100, 0.50 s"
     )
     assert CheckRecord("skipped", "the loss was nan", step=20).summary() == "step 20: skipped, the loss was nan"
 
