@@ -75,7 +75,8 @@ class ReadoutFit:
         """Keep what the layers give, before anything is cut; once is enough."""
         if self._wanted is None:
             self._wanted = {layer.name: [] for layer in self._layers}
-            self._run_with({layer: partial(self._remember, layer) for layer in self._layers})
+            if self._layers:
+                self._run_with({layer: partial(self._remember, layer) for layer in self._layers})
 
     def fit(self, names: Collection[str]) -> set[str]:
         """

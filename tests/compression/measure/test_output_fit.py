@@ -15,7 +15,7 @@ from hf_compressm.architectures import find_layers
 from hf_compressm.compression.measure.output_fit import ReadoutFit
 from hf_compressm.compression.processes import SingleProcess
 from hf_compressm.errors import TruncationError
-from tests.cases import real_valued_batch, tiny_lru, tiny_s4d, token_batch
+from tests.cases import real_valued_batch, tiny_lru, tiny_mamba, tiny_s4d, token_batch
 
 LRU = (tiny_lru, lambda seed: token_batch(16, 40, seed))
 S4D = (tiny_s4d, lambda seed: real_valued_batch(16, 60, seed))
@@ -201,6 +201,14 @@ def test_a_readout_that_was_right_is_found_again_in_one_process_and_in_two(build
         mended = squared_errors(model, wanted, batches)
         assert all(mended[name] < 1e-4 * halved[name] for name in wanted)
     assert processes.calls == 2
+
+
+def test_a_model_without_such_layers_is_not_run_for_them() -> None:
+    passes = []
+    model = tiny_mamba()
+    model.register_forward_hook(lambda *_: passes.append(1))
+    compress(model, [token_batch()], CompreSSMConfig(state_size=2, fit_readout=True))
+    assert len(passes) == 2, "the calibration, and the loss after the cut"
 
 
 def test_long_sequences_are_sampled(monkeypatch) -> None:
