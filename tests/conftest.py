@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -31,6 +32,13 @@ collect_ignore_glob = ["fixtures/*"]
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log_levels_as_they_were():
+    yield
+    # A quiet command silences the library for its whole process.
+    logging.getLogger("hf_compressm").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

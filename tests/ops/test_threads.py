@@ -135,10 +135,11 @@ def test_units_that_add_to_the_same_numbers_have_copies_of_their_own(
     assert len(units) == 4
     for i, unit in enumerate(units):
         for other in units[:i]:
-            (*_, grad_A, grad_B, grad_C, _, sequences, blocks) = unit
-            (*_, other_A, other_B, other_C, _, other_sequences, other_blocks) = other
+            (*_, grad_A, grad_B, grad_C, grad_beside, _, sequences, blocks) = unit
+            (*_, other_A, other_B, other_C, other_beside, _, other_sequences, other_blocks) = other
             assert (sequences, blocks) != (other_sequences, other_blocks)
             assert not (blocks == other_blocks and np.shares_memory(grad_A, other_A))
+            assert not (blocks == other_blocks and np.shares_memory(grad_beside, other_beside))
             assert not (sequences == other_sequences and np.shares_memory(grad_B, other_B))
             assert not (sequences == other_sequences and np.shares_memory(grad_C, other_C))
 

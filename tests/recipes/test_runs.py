@@ -92,7 +92,7 @@ def test_the_grids_of_the_repository_can_run(path) -> None:
     grid = Grid.from_file(path)
     expanded = grid.expand()
     assert len({run.key for run in expanded}) == len(expanded)
-    assert len(grid.seeds) >= 3
+    assert len(grid.seeds) >= (1 if grid.name == "cost" else 3), "only times are measured once"
     for run in expanded:
         if run.method == "compressm":
             compression_config(run.experiment, run.final_state_size)

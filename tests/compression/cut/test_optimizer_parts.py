@@ -106,7 +106,7 @@ def test_every_part_of_a_chain_is_carried(name: str, build, caplog) -> None:
     with caplog.at_level(logging.WARNING, "hf_compressm"):
         record = compress(model, [token_batch()], HALF, optimizer)
     assert record.outcome == "cut" and {layer.state_size for layer in find_layers(model)} == {4}
-    assert not [entry for entry in caplog.records if entry.name.startswith("hf_compressm")]
+    assert not [entry for entry in caplog.records if entry.name.startswith("hf_compressm.compression.cut")]
     after = moments(optimizer, model)
     added = after.keys() - before.keys()
     assert {key for key, state in after.items() if not state} == added
@@ -200,7 +200,7 @@ def test_a_state_that_cannot_be_reached_is_told_of(caplog) -> None:
     train(model, optimizer, 2)
     with caplog.at_level(logging.WARNING, "hf_compressm"):
         assert compress(model, [token_batch()], HALF, optimizer).outcome == "cut"
-    [told] = [entry.getMessage() for entry in caplog.records if entry.name.startswith("hf_compressm")]
+    [told] = [entry.getMessage() for entry in caplog.records if entry.name.startswith("hf_compressm.compression.cut")]
     assert "Private does not keep its state in a dictionary that can be written to" in told and "lost" in told
     train(model, optimizer, 2)
 
