@@ -1,29 +1,47 @@
-"""Accuracy of gated DeltaNet right after its key dimension is cut, with no training after it, by how it is cut."""
+"""
+What a cut of the key dimension costs gated DeltaNet and Kimi delta attention: right after it, by how it is cut, and at
+the end of a training that it was in.
+
+    python recipes/benchmarks/delta_rule_accuracy.py [--families gated_delta_net kimi_delta] [--seeds 2]
+    python recipes/benchmarks/delta_rule_accuracy.py --data fashion_mnist [--data-dir FOLDER]
+    python recipes/benchmarks/delta_rule_accuracy.py --data text --data-files FILE ... --in-training
+
+The tables are written anew after every model; started again, the script goes on with those that are missing.
+"""
 
 from __future__ import annotations
 
 import copy
-import math
+import json
 import statistics
-import sys
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import scipy.linalg
 import torch
-from common import parser, write_result
+from common import RESULTS, parser, write_result
+from delta_rule_models import FAMILIES, KEY_SIZE, make_delta_rule_model
+from delta_rule_training import Loss, Trained, snapshots, train
+from selective_tasks import Task, digits_task, fashion_mnist_task, text_task
 from torch import Tensor, nn
-from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
-from hf_compressm import CompreSSMConfig, fast_cpu_scan
+from hf_compressm import CompreSSMConfig, compress, fast_cpu_scan
 from hf_compressm.architectures import all_changes, find_layers
 from hf_compressm.compression import ModelChange, calibrate
-from hf_compressm.systems import Truncation, selection_truncation
+from hf_compressm.systems import Truncation, greedy_selection_truncation, selection_truncation
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "digits"))
-from data import GREY_LEVELS, PIXELS, VOCABULARY, augmented, digit_sequences  # noqa: E402
-
-N, KEPT = 64, (32, 16, 8, 4)
+KEPT = (32, 16, 8, 4)
+IN_TRAINING_SIZES = (8, 4)
+MOMENTS = (0.1, 0.3, 0.5)
+LEARNING_RATE = 3e-3
+CALIBRATION_ROWS = 64
+# Of the loss of the next pixel, beside that of the class: there is more to learn from than one token a sequence.
+NEXT_PIXEL = 0.2
+# Every way to cut is judged on them, so that there are fewer than of other benchmarks.
+TEST_IMAGES = 500
 
 
 class Vectors:
@@ -35,136 +53,251 @@ class Vectors:
         return output
 
 
-def channels_by_squares(vectors: Vectors, r: int) -> Truncation:
+class Seen:
+    """What the calibration rows show of one layer: its Gramians, keys and queries."""
+
+    def __init__(self, gramians: Any, vectors: Vectors) -> None:
+        self.gramians, self.keys, self.queries = gramians, vectors.keys, vectors.queries
+
+
+Method = Callable[[Seen, int], Truncation]
+
+
+def ours(reductor: str) -> Method:
+    """A reductor of this library with its own settings."""
+    return lambda seen, r: seen.gramians.truncate(r, reductor, CompreSSMConfig())
+
+
+def channels_of_gramians(observability: str) -> Method:
+    """A greedy choice of channels by P and one of the two Gramians of the output: `Q` of the loss, `R` of queries."""
+    return lambda seen, r: greedy_selection_truncation(seen.gramians.P, getattr(seen.gramians, observability), r)
+
+
+def channels_of_interpolation(seen: Seen, r: int) -> Truncation:
+    """The channels that an interpolative cut keeps."""
+    chosen = seen.gramians.truncate(r, "interpolative", CompreSSMConfig())
+    return Truncation.from_indices(chosen.indices, KEY_SIZE)
+
+
+def channels_by_squares(seen: Seen, r: int) -> Truncation:
     """The channels with the largest product of the mean squares of keys and of queries."""
-    return selection_truncation(vectors.keys.square().mean(1) * vectors.queries.square().mean(1), r)
+    return selection_truncation(seen.keys.square().mean(1) * seen.queries.square().mean(1), r)
 
 
-def channels_by_pivoted_qr(vectors: Vectors, r: int) -> Truncation:
+def channels_by_pivoted_qr(seen: Seen, r: int) -> Truncation:
     """The first pivots of a rank-revealing QR of the rows of keys and queries (after Nazari and Rusch, 2026)."""
-    rows = torch.cat([vectors.keys, vectors.queries / vectors.queries.square().mean((1, 2), keepdim=True).sqrt()], 1)
+    rows = torch.cat([seen.keys, seen.queries / seen.queries.square().mean((1, 2), keepdim=True).sqrt()], 1)
     pivots = [scipy.linalg.qr(part.numpy(), mode="r", pivoting=True)[1][:r] for part in rows]
-    return Truncation.from_indices(torch.stack([torch.tensor(sorted(p)).long() for p in pivots]), N)
+    return Truncation.from_indices(torch.stack([torch.tensor(sorted(p)).long() for p in pivots]), KEY_SIZE)
 
 
-def eigenvectors_of(name: str) -> Callable[[Vectors, int], Truncation]:
+def eigenvectors_of(name: str) -> Method:
     """The leading eigenvectors of the covariance of keys or of queries."""
 
-    def truncation(vectors: Vectors, r: int) -> Truncation:
-        rows = getattr(vectors, name)
+    def truncation(seen: Seen, r: int) -> Truncation:
+        rows = getattr(seen, name)
         U = torch.linalg.eigh(rows.mT @ rows).eigenvectors[..., -r:]
         return Truncation(T=U, W=U.clone())
 
     return truncation
 
 
-def random_channels(vectors: Vectors, r: int) -> Truncation:
+def random_channels(seen: Seen, r: int) -> Truncation:
     """Random channels."""
     generator = torch.Generator().manual_seed(0)
-    return selection_truncation(torch.zeros(vectors.keys.shape[::2]), r, "random", generator)
+    return selection_truncation(torch.zeros(seen.keys.shape[::2]), r, "random", generator)
 
 
-OURS = {
-    "orthonormal, mixed": "orthonormal",
-    "interpolative, mixed": "interpolative",
-    "channels, selection": "selection",
-}
-OTHERS = {
+CHANNELS: dict[str, Method] = {
+    "channels, greedy with P and Q": channels_of_gramians("Q"),
+    "channels, greedy with P and R": channels_of_gramians("R"),
+    "channels of the interpolative cut": channels_of_interpolation,
     "channels, random": random_channels,
     "channels, E[k^2] E[q^2]": channels_by_squares,
     "channels, pivoted QR of keys and queries": channels_by_pivoted_qr,
-    "eigenvectors of the keys, mixed": eigenvectors_of("keys"),
-    "eigenvectors of the queries, mixed": eigenvectors_of("queries"),
+}
+METHODS: dict[str, dict[str, Method]] = {
+    "gated_delta_net": {
+        "orthonormal, mixed (the default)": ours("orthonormal"),
+        "interpolative, mixed": ours("interpolative"),
+        **CHANNELS,
+        "eigenvectors of the keys, mixed": eigenvectors_of("keys"),
+        "eigenvectors of the queries, mixed": eigenvectors_of("queries"),
+    },
+    "kimi_delta": {"interpolative, mixed (the default)": ours("interpolative"), **CHANNELS},
 }
 
 
-def trained(seed: int, steps: int, rows: dict[str, Tensor]) -> Qwen3NextForCausalLM:
-    """Two layers of two heads, trained to tell the digit and, a little, the next pixel."""
+def new_run(family: str, task: Task, seed: int, key_size: int = KEY_SIZE) -> Trained:
+    """A model of two heads a layer and what trains it."""
     torch.manual_seed(seed)
-    model = Qwen3NextForCausalLM(
-        Qwen3NextConfig(
-            vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, layer_types=["linear_attention"] * 2,
-            mlp_only_layers=[0, 1], intermediate_size=128, linear_num_key_heads=2, linear_num_value_heads=2,
-            linear_key_head_dim=N, linear_value_head_dim=32, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
-            use_cache=False,
-        )
-    )  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        picked = torch.randint(0, len(rows["input_ids"]), (64,))
-        batch = augmented({name: value[picked] for name, value in rows.items()})
-        tokens = torch.stack(batch["input_ids"])
-        logits = model(input_ids=tokens).logits
-        next_pixel = nn.functional.cross_entropy(logits[:, :-2].flatten(0, 1), tokens[:, 1:-1].flatten())
-        loss = nn.functional.cross_entropy(logits[:, -2], tokens[:, -1]) + 0.2 * next_pixel
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return model.eval()
+    model = make_delta_rule_model(family, task.vocabulary, key_size)
+    return model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, tokens: Tensor) -> float:
-    """The share of test images whose class token is told."""
-    logits = model(input_ids=tokens[:, :PIXELS]).logits[:, -1, GREY_LEVELS:]
-    return (logits.argmax(-1) + GREY_LEVELS == tokens[:, PIXELS]).float().mean().item()
+def loss_function(task: Task, seed: int) -> Loss:
+    """The loss of each step; a few pixels more to predict where only the class has a label."""
+
+    def loss_at(model: nn.Module, step: int) -> Tensor:
+        torch.manual_seed(1_000_003 * seed + step + 1)
+        rows = task.train[torch.randint(0, len(task.train), (task.batch_size,)).tolist()]
+        batch = {name: torch.stack(list(rows[name])) for name in ("input_ids", "labels")}
+        output = model(**batch)
+        if not (batch["labels"] == -100).any():
+            return output.loss
+        pixels = batch["input_ids"][:, 1:-1]
+        next_pixel = nn.functional.cross_entropy(output.logits[:, :-2].flatten(0, 1), pixels.flatten())
+        return output.loss + NEXT_PIXEL * next_pixel
+
+    return loss_at
 
 
-def accuracy_after(model: nn.Module, truncations: list[Truncation], tokens: Tensor, mixed: bool) -> float:
-    """The accuracy of a copy that is cut; channels that are chosen behind the norm are combined there."""
+def right_after(family: str, model: nn.Module, task: Task, batch: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """The figure of copies of a model that are cut in every way, by method and size, with no training after it."""
+    model.eval()
+    layers, vectors = find_layers(model), []
+    for layer in layers:
+        vectors.append(Vectors())
+        with layer.observed(vectors[-1]), torch.no_grad():
+            model(input_ids=batch["input_ids"])
+    gramians = calibrate(model, layers, [batch], progress=False).gramians
+    seen = [Seen(gramians[layer.name], each) for layer, each in zip(layers, vectors)]
+    return {
+        name: {str(kept): task.judge(cut(model, [method(each, kept) for each in seen], name)) for kept in KEPT}
+        for name, method in METHODS[family].items()
+    }
+
+
+def cut(model: nn.Module, truncations: list[Truncation], name: str) -> nn.Module:
+    """A copy that is cut."""
     smaller = copy.deepcopy(model)
     layers = find_layers(smaller)
-    if mixed:
+    if "mixed" in name and smaller.config.model_type == "qwen3_next":
+        # Without its indices a choice of channels is combined behind the norm, not selected in front of it.
         truncations = [Truncation(T=each.T, W=each.W) for each in truncations]
     reductions = [layer.reduce(truncation) for layer, truncation in zip(layers, truncations)]
     ModelChange(smaller, reductions, all_changes(smaller, layers, reductions)).commit()
-    return accuracy(smaller.eval(), tokens)
+    return smaller.eval()
 
 
-def main() -> None:
-    """Train on the digits, cut copies in every way, and test each copy at once."""
-    options = parser(__doc__)
-    options.add_argument("--seeds", type=int, default=3, help="models to train")
-    options.add_argument("--steps", type=int, default=900, help="training steps of each")
-    options = options.parse_args()
-    train_set, test_set = digit_sequences()
-    rows = {name: torch.as_tensor(train_set[name][:]) for name in ("input_ids", "labels")}
-    test = torch.as_tensor(test_set["input_ids"][:])
-    batch = {name: value[:64] for name, value in rows.items()}
-    base, found = [], {name: {kept: [] for kept in KEPT} for name in (*OURS, *OTHERS)}
+def results_of_model(
+    family: str, task: Task, seed: int, steps: int, in_training: bool, known: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """What is known of one family and seed, as it becomes more."""
+    loss_at = loss_function(task, seed)
+    rows = task.train[:CALIBRATION_ROWS]
+    batch = {name: torch.stack(list(rows[name])) for name in ("input_ids", "labels")}
+    copies = snapshots(new_run(family, task, seed), loss_at, MOMENTS, steps, LEARNING_RATE)
+    found = {**known, "family": family, "seed": seed, "steps": steps, "uncut": task.judge(copies[1.0][0])}
+    if "right after" not in found:
+        found["right after"] = right_after(family, copies[1.0][0], task, batch)
+        yield found
+    if not in_training or "in training" in found:
+        return
+    figures: dict[str, dict[str, float]] = {}
+    for size in IN_TRAINING_SIZES:
+        figures[str(size)] = {}
+        if family == "gated_delta_net":
+            # One size is for keys and values in Kimi delta attention: no model from scratch has fewer keys alone.
+            run = new_run(family, task, seed, size)
+            train(run, loss_at, 0, steps, steps, LEARNING_RATE)
+            figures[str(size)]["from scratch"] = task.judge(run[0])
+        for moment in MOMENTS:
+            run = copy.deepcopy(copies[moment])
+            record = compress(run[0], [batch], CompreSSMConfig(state_size=size), optimizer=run[1], progress=False)
+            if record.outcome != "cut":
+                raise SystemExit(f"{family}: nothing was cut: {record.summary()}")
+            train(run, loss_at, round(moment * steps), steps, steps, LEARNING_RATE)
+            figures[str(size)][f"cut at {moment:.0%}"] = task.judge(run[0])
+    yield {**found, "in training": figures}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, cut, and write the tables after each model."""
+    made = parser(__doc__)
+    made.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    made.add_argument("--seeds", type=int, default=2, help="models to train of each family")
+    made.add_argument("--steps", type=int, help="training steps of each; default: the task's")
+    made.add_argument("--in-training", action="store_true", help="also cut in the training, and train small ones")
+    made.add_argument("--data", choices=("digits", "fashion_mnist", "text"), default="digits")
+    made.add_argument("--data-dir", help="folder with the IDX files, for --data fashion_mnist; default: the Hub's")
+    made.add_argument("--data-files", nargs="+", default=(), help="text files, for --data text")
+    made.add_argument("--output-dir", type=Path, default=RESULTS, help="where tables go, and where models are known")
+    options = made.parse_args(arguments)
+    if options.data == "text" and not options.data_files:
+        raise SystemExit("--data text needs --data-files")
+    task = {
+        "digits": digits_task,
+        "fashion_mnist": partial(fashion_mnist_task, options.data_dir, test_examples=TEST_IMAGES),
+        "text": partial(text_task, options.data_files),
+    }[options.data]()
+    options.steps = options.steps or task.steps
+    path = options.output_dir / f"delta_rule_cut_{options.data}.json"
+    models = json.loads(path.read_text()) if path.exists() else []
+    if any(model["steps"] != options.steps for model in models):
+        raise SystemExit(f"{path} has models of another number of steps than {options.steps}; move it away first.")
+    known = {(model["family"], model["seed"]): model for model in models}
+    torch.set_num_threads(1)
     with fast_cpu_scan():
         for seed in range(options.seeds):
-            model = trained(seed, options.steps, rows)
-            base.append(accuracy(model, test))
-            layers, vectors = find_layers(model), []
-            for layer in layers:
-                vectors.append(Vectors())
-                with layer.observed(vectors[-1]), torch.no_grad():
-                    model(input_ids=batch["input_ids"])
-            gramians = calibrate(model, layers, [batch], progress=False).gramians
-            for kept in KEPT:
-                for name, reductor in OURS.items():
-                    cuts = [gramians[layer.name].truncate(kept, reductor, CompreSSMConfig()) for layer in layers]
-                    found[name][kept].append(accuracy_after(model, cuts, test, mixed="mixed" in name))
-                for name, method in OTHERS.items():
-                    cuts = [method(each, kept) for each in vectors]
-                    found[name][kept].append(accuracy_after(model, cuts, test, mixed="mixed" in name))
-    write_result(
-        "delta_rule_accuracy",
-        f"Test accuracy right after cutting d_k = {N} of gated DeltaNet (uncut: {_mean_and_spread(base)})",
-        ["method", *(f"r = {kept}" for kept in KEPT)],
-        [[name, *(_mean_and_spread(found[name][kept]) for kept in KEPT)] for name in found],
-        {"uncut": base, **found},
-        f"Two layers of Qwen3-Next with two heads on 8x8 digits read pixel by pixel, {options.steps} steps, "
-        f"{options.seeds} seeds, 360 test images; mean and standard deviation over seeds. Calibrated on 64 training "
-        "images. Channels are those that a stock class keeps, before the norm.",
+            for family in options.families:
+                before = known.get((family, seed), {})
+                if "right after" in before and ("in training" in before or not options.in_training):
+                    continue
+                for found in results_of_model(family, task, seed, options.steps, options.in_training, before):
+                    known[family, seed] = found
+                    write(options, task, [known[key] for key in sorted(known)])
+
+
+def write(options: Namespace, task: Task, models: Sequence[dict[str, Any]]) -> None:
+    """Write the tables of one kind of data."""
+    seeds = {family: sum(model["family"] == family for model in models) for family in FAMILIES}
+    note = (
+        f"Two layers of two heads (Qwen3-Next's gated DeltaNet, Kimi Linear's delta attention), {options.steps} steps "
+        f"of {task.batch_size} examples; mean and standard deviation of the {task.figure} over seeds "
+        f"({', '.join(f'{family}: {count}' for family, count in seeds.items() if count)})."
     )
+    rows = []
+    for family in FAMILIES:
+        members = [model for model in models if model["family"] == family]
+        if not members:
+            continue
+        rows.append([family, "uncut", _mean_and_spread([model["uncut"] for model in members]), "", "", ""])
+        for name in METHODS[family]:
+            cells = [_mean_and_spread([model["right after"][name][str(kept)] for model in members]) for kept in KEPT]
+            rows.append(["", name, *cells])
+    write_result(
+        f"delta_rule_cut_{options.data}",
+        f"{task.figure.capitalize()} right after cutting d_k = {KEY_SIZE} of linear attention ({options.data})",
+        ["family", "method", *(f"r = {kept}" for kept in KEPT)],
+        rows,
+        models,
+        f"{note} No training after the cut; calibrated on {CALIBRATION_ROWS} training examples. Channels of gated "
+        "DeltaNet are selected before the norm, as a stock class keeps them; those of Kimi delta attention behind it.",
+        folder=options.output_dir,
+    )
+    trained = [model for model in models if "in training" in model]
+    columns = ["from scratch", *(f"cut at {moment:.0%}" for moment in MOMENTS)]
+    rows = []
+    for family in FAMILIES:
+        members = [model for model in trained if model["family"] == family]
+        for size in map(str, IN_TRAINING_SIZES if members else ()):
+            figures = [[model["in training"][size].get(column) for model in members] for column in columns]
+            cells = ["-" if None in values else _mean_and_spread(values) for values in figures]
+            rows.append([family, size, _mean_and_spread([model["uncut"] for model in members]), *cells])
+    if rows:
+        write_result(
+            f"delta_rule_training_{options.data}",
+            f"{task.figure.capitalize()} at the end of training, d_k of linear attention cut in it ({options.data})",
+            ["family", "r", f"d_k = {KEY_SIZE} throughout", *columns],
+            rows,
+            trained,
+            f"{note} Cut in the mixed form, settings as by default.",
+            folder=options.output_dir,
+        )
 
 
-def _mean_and_spread(values: list[float]) -> str:
+def _mean_and_spread(values: Sequence[float]) -> str:
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.3f} +- {spread:.3f}"
 

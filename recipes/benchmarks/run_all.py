@@ -14,6 +14,7 @@ BENCHMARKS = (
     "reduction_cost.py",
     "cut_accuracy.py",
     "delta_rule_accuracy.py",
+    "recall.py",
     "diagonal_scan.py",
     "channel_systems.py",
     "lti_reduction.py",
