@@ -34,7 +34,7 @@ from hf_compressm.compression import ModelChange, calibrate
 from hf_compressm.systems import Truncation, greedy_selection_truncation, selection_truncation
 
 KEPT = (32, 16, 8, 4)
-IN_TRAINING_SIZES = (8, 4)
+IN_TRAINING_SIZES = (4,)
 MOMENTS = (0.1, 0.3, 0.5)
 LEARNING_RATE = 3e-3
 CALIBRATION_ROWS = 64

@@ -189,8 +189,8 @@ def write(options: Namespace, runs: Sequence[dict[str, Any]]) -> None:
         f"Share of queries answered right ({TEST_ROWS} test sequences; chance: {1 / VALUES:.3f}), mean and standard "
         f"deviation over seeds. Two layers of Qwen3-Next with one head, values of 32 entries, {KEYS} keys and {VALUES} "
         f"values to draw from, {options.steps} steps of {QUERIES} queries; the number of pairs grows from "
-        f"{PAIRS[0]} to {PAIRS[-1]} in the first {GROWTH:.0%}. Cut at the end: no training after it. The spectra of the two "
-        f"trained layers ask, at the default tolerance of 1%, for {asked} of {FULL} states.",
+        f"{PAIRS[0]} to {PAIRS[-1]} in the first {GROWTH:.0%}. Cut at the end: no training after it. The spectra "
+        f"of the two trained layers ask, at the default tolerance of 1%, for {asked} of {FULL} states.",
         folder=options.output_dir,
     )
 
