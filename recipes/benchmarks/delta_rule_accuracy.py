@@ -247,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for found in results_of_model(family, task, seed, options.steps, options.in_training, before):
                     known[family, seed] = found
                     write(options, task, [known[key] for key in sorted(known)])
+    # Where nothing was missing, the tables are written with what this command says.
+    write(options, task, [known[key] for key in sorted(known)])
 
 
 def write(options: Namespace, task: Task, models: Sequence[dict[str, Any]]) -> None:

@@ -29,18 +29,20 @@ from torch import Tensor, nn
 from hf_compressm import CompreSSMConfig, compress, fast_cpu_scan
 
 FULL = 64
-SIZES = (32, 16, 8)
+SIZES = (32, 16)
 MOMENTS = (0.1, 0.3, 0.5, 1.0)
 FORMS = {"mixed": {}, "selection": {"stock": True}}
-STOCK_MOMENTS = (0.3, 1.0)
-KEYS, VALUES = 128, 32
+STOCK_MOMENTS = (1.0,)
+KEYS, VALUES = 64, 16
 PAIRS = (4, 8, 16, 32, 64)
 LEARNING_RATE = 6e-3
 # Queries of a batch, whatever the number of pairs: many short sequences at first, few long ones later.
-QUERIES = 768
-# The share of the training in which the number of pairs grows.
-GROWTH = 0.5
-TEST_ROWS = 256
+QUERIES = 512
+# The shares of the training after which the number of pairs grows, and after which it has grown to the largest one.
+# Models find out what to do in the first one, some later than others.
+GROWTH = (0.25, 0.5)
+TEST_ROWS = 128
+CALIBRATION_ROWS = 64
 
 
 def sequences(pairs: int, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -69,16 +71,22 @@ def sequences(pairs: int, rows: int, generator: torch.Generator) -> dict[str, Te
 def training_batch(seed: int, step: int, steps: int) -> dict[str, Tensor]:
     """The batch of a step: the same one for every run of a seed, with more pairs as the training goes on."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + step + 1)
-    reached = min(len(PAIRS), 1 + int(step / (GROWTH * steps) * len(PAIRS)))
+    begin, end = GROWTH
+    grown = (step / steps - begin) / (end - begin)
+    reached = 1 if grown < 0 else min(len(PAIRS), 2 + int(grown * (len(PAIRS) - 1)))
     is_new, earlier = torch.rand((), generator=generator) < 0.5, torch.randint(0, reached, (), generator=generator)
     pairs = PAIRS[reached - 1 if is_new else int(earlier)]
     return sequences(pairs, QUERIES // pairs, generator)
 
 
 def new_run(seed: int, key_size: int) -> Trained:
-    """A model of one head a layer and what trains it."""
+    """A model of one head a layer, and what trains it."""
     torch.manual_seed(seed)
     model = make_delta_rule_model("gated_delta_net", KEYS + VALUES + 1, key_size, heads=1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            # With one head the luck of the draw would decide whether anything is remembered.
+            parameter.data.zero_()
     return model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
 
 
@@ -127,7 +135,7 @@ def results_of_seed(seed: int, missing: Sequence[Key], steps: int) -> Iterator[t
         return
     # All cuts of a seed start from the one training at full size.
     copies = snapshots(new_run(seed, FULL), loss_at, MOMENTS, steps, LEARNING_RATE)
-    batch = sequences(PAIRS[-1], TEST_ROWS // 4, torch.Generator().manual_seed(seed + 1))
+    batch = sequences(PAIRS[-1], CALIBRATION_ROWS, torch.Generator().manual_seed(seed + 1))
     for key in cuts:
         _, form, size, moment = key
         if form == "full":
@@ -150,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("--seeds", type=int, default=3, help="models to train of each kind")
     made.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="states to cut to, and to start with")
-    made.add_argument("--steps", type=int, default=800, help="training steps of each")
+    made.add_argument("--steps", type=int, default=600, help="training steps of each")
     made.add_argument("--output-dir", type=Path, default=RESULTS, help="where the table goes, and where runs are known")
     options = made.parse_args(arguments)
     path = options.output_dir / "recall.json"
@@ -166,6 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 names = ("seed", "form", "size", "moment")
                 runs.append({**dict(zip(names, key)), "steps": options.steps, **result})
                 write(options, runs)
+    # Where nothing was missing, the table is written with what this command says.
+    write(options, runs)
 
 
 def write(options: Namespace, runs: Sequence[dict[str, Any]]) -> None:
@@ -188,9 +198,10 @@ def write(options: Namespace, runs: Sequence[dict[str, Any]]) -> None:
         sorted(runs, key=lambda run: (run["seed"], *_place(run))),
         f"Share of queries answered right ({TEST_ROWS} test sequences; chance: {1 / VALUES:.3f}), mean and standard "
         f"deviation over seeds. Two layers of Qwen3-Next with one head, values of 32 entries, {KEYS} keys and {VALUES} "
-        f"values to draw from, {options.steps} steps of {QUERIES} queries; the number of pairs grows from "
-        f"{PAIRS[0]} to {PAIRS[-1]} in the first {GROWTH:.0%}. Cut at the end: no training after it. The spectra "
-        f"of the two trained layers ask, at the default tolerance of 1%, for {asked} of {FULL} states.",
+        f"values to draw from, {options.steps} steps of {QUERIES} queries; {PAIRS[0]} pairs "
+        f"in the first {GROWTH[0]:.0%}, then more and more, up to {PAIRS[-1]} after {GROWTH[1]:.0%}. Calibrated on "
+        f"{CALIBRATION_ROWS} sequences of {PAIRS[-1]} pairs. Cut at the end: no training after it. The spectra of the "
+        f"two trained layers ask, at the default tolerance of 1%, for {asked} of {FULL} states.",
         folder=options.output_dir,
     )
 
