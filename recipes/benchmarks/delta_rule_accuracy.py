@@ -22,7 +22,7 @@ from typing import Any
 
 import scipy.linalg
 import torch
-from common import RESULTS, parser, write_result
+from common import RESULTS, parser, provenance, write_result
 from delta_rule_models import FAMILIES, KEY_SIZE, make_delta_rule_model
 from delta_rule_training import Loss, Trained, snapshots, train
 from selective_tasks import Task, digits_task, fashion_mnist_task, text_task
@@ -245,7 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if "right after" in before and ("in training" in before or not options.in_training):
                     continue
                 for found in results_of_model(family, task, seed, options.steps, options.in_training, before):
-                    known[family, seed] = found
+                    makers = dict.fromkeys([*before.get("made by", ()), provenance()])
+                    known[family, seed] = {**found, "made by": list(makers)}
                     write(options, task, [known[key] for key in sorted(known)])
     # Where nothing was missing, the tables are written with what this command says.
     write(options, task, [known[key] for key in sorted(known)])
@@ -276,7 +277,8 @@ def write(options: Namespace, task: Task, models: Sequence[dict[str, Any]]) -> N
         models,
         f"{note} No training after the cut; calibrated on {CALIBRATION_ROWS} training examples. Channels of gated "
         "DeltaNet are selected before the norm, as a stock class keeps them; those of Kimi delta attention behind it.",
-        folder=options.output_dir,
+        _makers(models),
+        options.output_dir,
     )
     trained = [model for model in models if "in training" in model]
     columns = ["from scratch", *(f"cut at {moment:.0%}" for moment in MOMENTS)]
@@ -295,8 +297,14 @@ def write(options: Namespace, task: Task, models: Sequence[dict[str, Any]]) -> N
             rows,
             trained,
             f"{note} Cut in the mixed form, settings as by default.",
-            folder=options.output_dir,
+            _makers(trained),
+            options.output_dir,
         )
+
+
+def _makers(models: Sequence[dict[str, Any]]) -> str:
+    """The commands that the figures of some models come from: one, or several one after the other."""
+    return "; and by ".join(dict.fromkeys(maker for model in models for maker in model["made by"]))
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:

@@ -89,16 +89,20 @@ def test_every_way_to_cut_linear_attention_is_judged(monkeypatch, tmp_path) -> N
     for name, value in {**settings, "digits_task": lambda: task}.items():
         monkeypatch.setattr(delta_rule_accuracy, name, value)
     arguments = ["--seeds", "1", "--steps", "2", "--output-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["first.py"])
     delta_rule_accuracy.main(arguments)
     models = json.loads((tmp_path / "delta_rule_cut_digits.json").read_text())
     for found in models:
         assert list(found["right after"]) == list(delta_rule_accuracy.METHODS[found["family"]])
     assert not (tmp_path / "delta_rule_training_digits.md").exists()
+    monkeypatch.setattr(sys, "argv", ["second.py"])
     delta_rule_accuracy.main([*arguments, "--in-training"])
     again = json.loads((tmp_path / "delta_rule_cut_digits.json").read_text())
     assert [found["right after"] for found in again] == [found["right after"] for found in models]
     assert [set(found["in training"]["4"]) for found in again] == [{"from scratch", "cut at 50%"}, {"cut at 50%"}]
-    assert "| kimi_delta      | 4   |" in (tmp_path / "delta_rule_training_digits.md").read_text()
+    table = (tmp_path / "delta_rule_training_digits.md").read_text()
+    assert "| kimi_delta      | 4   |" in table
+    assert table.count("first.py") == table.count("second.py") == 1, "each command is told once"
 
 
 def test_channels_are_cut_in_the_stock_class_and_directions_in_a_mixed_one() -> None:
