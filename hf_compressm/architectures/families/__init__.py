@@ -18,6 +18,7 @@ from . import (  # noqa: F401
     qwen3_next,
     qwen4_exp,
     s4d,
+    xlstm,
     zamba,
     zamba2,
 )
