@@ -132,7 +132,8 @@ class Chosen:
         multiple = math.lcm(config.multiple_of, *(layer.cache_multiple for layer in self.layers))
         if multiple == config.multiple_of:
             return config
-        family, target = self.layers[0].family, config.target_state_size
+        family = next(layer.family for layer in self.layers if layer.cache_multiple > 1)
+        target = config.target_state_size
         if target is not None and target % multiple:
             raise ConfigurationError(
                 f"the state size to get is {target}, but the cache of this model ({family}) takes multiples of "
