@@ -180,7 +180,7 @@ def _stops(times: Tensor, length: int) -> tuple[Tensor, Tensor]:
     samples = times.shape[1]
     stride = -(-length // max(1, samples))
     gaps = times.diff(dim=1, prepend=times.new_full((len(times), 1), -1))
-    if samples == 0 or int(gaps.max()) <= 2 * stride:
+    if times.numel() == 0 or int(gaps.max()) <= 2 * stride:
         return times, torch.ones_like(times, dtype=torch.bool)
     grid = torch.arange(stride - 1, length, stride, device=times.device).expand(len(times), -1)
     stops, order = torch.cat([times, grid], dim=1).sort(dim=1, stable=True)
