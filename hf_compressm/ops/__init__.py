@@ -8,6 +8,7 @@ from .delta_rule_gramians import delta_rule_adjoint_gramian, delta_rule_state_gr
 from .diagonal_convolution import channel_systems, channel_systems_reference, convolution_kernel
 from .diagonal_gramians import diagonal_adjoint_gramian, diagonal_state_gramian
 from .diagonal_scan import diagonal_recurrence, diagonal_recurrence_reference, diagonal_scan, diagonal_scan_reference
+from .mlstm_gramians import mlstm_adjoint_gramian, mlstm_state_gramian
 from .multi_head_gramians import multi_head_adjoint_gramian, multi_head_state_gramian
 from .multi_head_scan import multi_head_scan, multi_head_scan_reference
 from .sampled_states import sampled_diagonal_states, sampled_states
@@ -36,6 +37,8 @@ __all__ = [
     "diagonal_state_gramian",
     "double_device",
     "is_transformed",
+    "mlstm_adjoint_gramian",
+    "mlstm_state_gramian",
     "multi_head_adjoint_gramian",
     "multi_head_scan",
     "multi_head_scan_reference",

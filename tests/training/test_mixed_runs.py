@@ -12,11 +12,14 @@ from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.architectures import find_layers
 from hf_compressm.hub.loading import load_model
 from tests.cases import logits_of, token_batch
+from tests.lightning_models import tiny_minimax
 from tests.selective_models import tiny_jamba, tiny_mamba2
 from tests.training.test_callback import STEPS, Rows, make_trainer
 from tests.training.test_resume import SAVES, TWO_CUTS
 
-every_model = pytest.mark.parametrize("build", [tiny_mamba2, tiny_jamba], ids=lambda build: build.__name__)
+every_model = pytest.mark.parametrize(
+    "build", [tiny_mamba2, tiny_jamba, tiny_minimax], ids=lambda build: build.__name__
+)
 BATCH = {**token_batch(length=12), "use_cache": False}
 
 
