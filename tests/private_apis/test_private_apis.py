@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    DynamicCache,
     FalconMambaConfig,
     MambaConfig,
     PreTrainedModel,
@@ -110,6 +111,18 @@ def test_what_the_forward_passes_of_mamba_mixers_read() -> None:
     # A quantised model has the attribute, and the forward pass goes another way for it.
     assert '"_is_quantized"' in inspect.getsource(modeling_falcon_mamba.FalconMambaMixer)
     assert not hasattr(FalconMambaConfig(), "_is_quantized")
+
+
+def test_where_a_cache_holds_the_states_of_a_mixer() -> None:
+    cache = DynamicCache(config=MambaConfig(num_hidden_layers=2))
+    assert [layer.has_previous_state[0] for layer in cache.layers] == [False, False]
+    cache.update_conv_state(torch.ones(1, 3, 4), 1)
+    cache.update_recurrent_state(torch.ones(1, 3, 5), 1)
+    layer = cache.layers[1]
+    assert layer.has_previous_state[0] and not layer.record_past
+    assert layer.conv_states[0].shape == (1, 3, 4) and layer.recurrent_states[0].shape == (1, 3, 5)
+    layer.activate_past_recording()
+    assert layer.record_past
 
 
 def test_a_shallow_copy_of_a_module_has_other_parameters_alone() -> None:

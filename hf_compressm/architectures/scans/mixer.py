@@ -17,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops import causal_convolution, selective_scan
-from ..parameters import has_hook_of_accelerate
+from ...ops import causal_convolution, causal_convolution_step, selective_scan, selective_step
+from ..parameters import has_hook_of_accelerate, own_parameters
+from .cached_states import CachedStates, states_for_step
 from .convolution import ACTIVATIONS
 from .switch import current_observer, fast_cpu_scan_enabled, is_packed, plain_eager_call, register_companions
 
-_PARTS = ("A_log", "D", "activation", "in_proj", "out_proj", "ssm_state_size", "time_step_rank", "x_proj")
+_PARTS = (
+    "A_log", "D", "activation", "in_proj", "layer_idx", "out_proj", "ssm_state_size", "time_step_rank", "x_proj",
+)  # fmt: skip
 _NORMS = ("dt_layernorm", "b_layernorm", "c_layernorm")
 # Modules whose weights the forward pass reads, instead of calling them.
 _READ = {"conv1d": nn.Conv1d, "dt_proj": nn.Linear}
@@ -40,18 +43,30 @@ def register_mixer(module_name: str, mixer: str) -> None:
 
 
 def mixer_replacement(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What replaces the mixer's `forward`. A call with a cache, and all else that it doesn't know, is for the stock."""
+    """
+    What replaces the mixer's `forward`: of whole sequences without a cache, and of single steps from a cached state.
+
+    All else that it doesn't know is for the stock.
+    """
     masked = _masking_of(stock)
 
     @functools.wraps(stock)
     def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if masked is None or args or not _fused_mixer_applies(self, hidden_states, **kwargs):
             return stock(self, hidden_states, *args, **kwargs)
-        return _fused_forward(
-            self, hidden_states, functools.partial(masked, attention_mask=kwargs.get("attention_mask"))
-        )
+        cache, mask, states = _cache_in(**kwargs), kwargs.get("attention_mask"), None
+        if cache is not None:
+            states = states_for_step(cache, self, _parameters_read(self), hidden_states, mask)
+            if states is None:
+                return stock(self, hidden_states, *args, **kwargs)
+        return _fused_forward(self, hidden_states, functools.partial(masked, attention_mask=mask), states)
 
     return forward
+
+
+def _cache_in(cache: Any = None, cache_params: Any = None, **_: Any) -> Any:
+    """The cache among the arguments of a mixer; its name has changed."""
+    return cache_params if cache is None else cache
 
 
 def _masking_of(forward: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
@@ -60,18 +75,20 @@ def _masking_of(forward: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
     return inspect.unwrap(forward).__globals__.get("apply_mask_to_padding_states")
 
 
-def _fused_mixer_applies(
-    mixer: nn.Module, hidden_states: Tensor, cache: Any = None, cache_params: Any = None, **kwargs: Any
-) -> bool:
+def _fused_mixer_applies(mixer: nn.Module, hidden_states: Tensor, **kwargs: Any) -> bool:
     if torch.compiler.is_compiling() or not fast_cpu_scan_enabled() or current_observer() is not None:
         return False
-    if cache is not None or cache_params is not None or is_packed(**kwargs) or not _is_known(mixer):
+    if is_packed(**kwargs) or not _is_known(mixer) or hidden_states.ndim != 3:
         return False
-    parameters = list(mixer.parameters(recurse=False))
-    parameters += [parameter for name in _READ for parameter in getattr(mixer, name).parameters()]
-    if not plain_eager_call(hidden_states, *parameters):
-        return False
-    return hidden_states.ndim == 3 and all(tensor.device.type == "cpu" for tensor in (hidden_states, *parameters))
+    tensors = (hidden_states, *_parameters_read(mixer))
+    return plain_eager_call(*tensors) and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _parameters_read(mixer: nn.Module) -> list[nn.Parameter]:
+    """The parameters that the forward pass reads by itself."""
+    owners = (mixer, *(getattr(mixer, name) for name in _READ))
+    found = [parameter for owner in owners for parameter in own_parameters(owner).values()]
+    return [parameter for parameter in found if parameter is not None]
 
 
 def _is_known(mixer: nn.Module) -> bool:
@@ -91,16 +108,18 @@ def _is_quantised(mixer: nn.Module) -> bool:
     return hasattr(mixer.config, "_is_quantized")
 
 
-def _fused_forward(mixer: nn.Module, hidden_states: Tensor, masked: Callable[[Tensor], Tensor]) -> Tensor:
+def _fused_forward(
+    mixer: nn.Module, hidden_states: Tensor, masked: Callable[[Tensor], Tensor], states: CachedStates | None
+) -> Tensor:
     x, gate = mixer.in_proj(masked(hidden_states)).chunk(2, dim=-1)
-    convolution, dt_proj = mixer.conv1d, mixer.dt_proj
-    x = causal_convolution(x, convolution.weight.squeeze(1), convolution.bias, silu=ACTIVATIONS[mixer.activation])
-    x = masked(x)
+    convolution, dt_proj, silu = mixer.conv1d, mixer.dt_proj, ACTIVATIONS[mixer.activation]
+    convolve, scan = _recurrences(states)
+    x = masked(convolve(x, convolution.weight.squeeze(1), convolution.bias, silu=silu))
     n_states = mixer.ssm_state_size
     time_step, B, C = mixer.x_proj(x).split([mixer.time_step_rank, n_states, n_states], dim=-1)
     if hasattr(mixer, _NORMS[0]):
         time_step, B, C = (getattr(mixer, name)(tensor) for name, tensor in zip(_NORMS, (time_step, B, C)))
-    output, _ = selective_scan(
+    output = scan(
         x,
         F.linear(time_step, dt_proj.weight),
         -torch.exp(mixer.A_log.float()),
@@ -112,3 +131,11 @@ def _fused_forward(mixer: nn.Module, hidden_states: Tensor, masked: Callable[[Te
         delta_softplus=True,
     )
     return mixer.out_proj(output.to(hidden_states.dtype))
+
+
+def _recurrences(states: CachedStates | None) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The convolution and the scan of a sequence, or those of one step from cached states."""
+    if states is None:
+        return causal_convolution, lambda *args, **kwargs: selective_scan(*args, **kwargs)[0]
+    convolve = functools.partial(causal_convolution_step, states.convolution)
+    return convolve, functools.partial(selective_step, states.recurrent)
