@@ -225,7 +225,14 @@ def _fused_gradients(
 
 
 def divide_work(batch: int, n_blocks: int, shared: bool = True) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Ranges of sequences and of channel blocks; every pair of them is one unit of a kernel's work."""
+    """
+    Ranges of sequences and of channel blocks; every pair of them is one unit of a kernel's work.
+
+    Args:
+        batch (`int`): Number of sequences.
+        n_blocks (`int`): Number of channel blocks.
+        shared (`bool`, *optional*, defaults to `True`): Whether there is enough to do for several threads.
+    """
     # Twice as many units as threads even out what other programs take from one core.
     n_units = 2 * torch.get_num_threads() if shared and torch.get_num_threads() > 1 else 1
     sequence_ranges = split_range(batch, n_units)
