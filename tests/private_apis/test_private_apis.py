@@ -30,6 +30,7 @@ from transformers.models.falcon_mamba import modeling_falcon_mamba
 from transformers.models.jamba import modeling_jamba
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.zamba import modeling_zamba
 from transformers.trainer_utils import load_sharded_checkpoint
 
 import hf_compressm
@@ -102,6 +103,7 @@ def test_what_the_forward_passes_of_mamba_mixers_read() -> None:
         (modeling_mamba, "MambaMixer"),
         (modeling_falcon_mamba, "FalconMambaMixer"),
         (modeling_jamba, "JambaMambaMixer"),
+        (modeling_zamba, "ZambaMambaMixer"),
     ):
         forward = inspect.unwrap(getattr(module, mixer).forward)
         x, mask = torch.ones(1, 2, 3), torch.tensor([[0, 1]])
@@ -146,7 +148,7 @@ def test_a_lost_upload_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
 
 
 # Names with an underscore that are documented, or no attribute of another library.
-_PUBLIC = {"_replace", "_fields", "_getframe", "_no_weight_decay"}
+_PUBLIC = {"_asdict", "_replace", "_fields", "_getframe", "_no_weight_decay"}
 _LOOKED_UP_BY = {"getattr", "hasattr", "get"}
 
 
