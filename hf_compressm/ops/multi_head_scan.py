@@ -70,8 +70,9 @@ def _scan_in_chunks(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, s
     B, C = (_chunks(tensor, size).transpose(2, 3) for tensor in (B, C))
     through = logs.cumsum(-1)
 
-    later = torch.ones(size, size, dtype=torch.bool, device=u.device).triu(1)
-    decays = (through[..., :, None] - through[..., None, :]).masked_fill(later, -torch.inf).exp()
+    # Sums, and not a difference that is masked: their gradients need no pass over all pairs of steps.
+    later = through.new_full((size, size), -torch.inf).triu(1)
+    decays = (through[..., :, None] + (-through)[..., None, :]).add_(later).exp()
     within = (decays * (C @ B.mT)[:, :, :, None]) @ inputs
 
     to_end = (through[..., -1:] - through).exp()
