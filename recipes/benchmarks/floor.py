@@ -107,11 +107,10 @@ def row_of(name: str, state_size: int, times: dict[str, float], at_largest: floa
         f"{times[peer] * 1e3:.0f} ms ({times[peer] / ours:.1f}x)" if peer in times else "-"
         for peer in ("transformers", "mambapy")
     ]
-    decoded = [
-        f"{1 / times[key]:.0f}" if key in times else "-" for key in ("decode_transformers", "decode_hf_compressm")
-    ]
+    stock, own = (times.get(key) for key in ("decode_transformers", "decode_hf_compressm"))
+    decoded = "-" if stock is None or own is None else f"{1 / stock:.0f} -> {1 / own:.0f}"
     cells = [name, str(state_size), f"{times['floor'] * 1e3:.1f} ms", f"{ours * 1e3:.1f} ms"]
-    return [*cells, f"{ours / times['floor']:.2f}", f"{at_largest / ours:.2f}x", *peers, " -> ".join(decoded)]
+    return [*cells, f"{ours / times['floor']:.2f}", f"{at_largest / ours:.2f}x", *peers, decoded]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
