@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import torch
-from common import RESULTS, median_seconds, parser, token_batch, training_step, write_result
+from common import RESULTS, cache_of, median_seconds, parser, token_batch, training_step, write_result
 from floor_models import FAMILIES, Family, products_alone
 from torch import nn
 
@@ -90,12 +90,10 @@ def seconds_a_token(model: nn.Module) -> dict[str, float]:
     model.eval()
     for name, collected in times.items():
         with fast_cpu_scan(name == "decode_hf_compressm"), torch.no_grad():
-            output = model(tokens, use_cache=True)
-            # The name of the cache has changed.
-            held = next(key for key in ("cache", "cache_params", "past_key_values") if key in output)
+            held = cache_of(model(tokens, use_cache=True))
             for _ in range(_DECODED):
                 start = time.perf_counter()
-                model(tokens[:, -1:], use_cache=True, **{held: output[held]})
+                model(tokens[:, -1:], use_cache=True, **held)
                 collected.append(time.perf_counter() - start)
     return {name: statistics.median(collected) for name, collected in times.items()}
 

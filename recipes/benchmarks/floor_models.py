@@ -124,7 +124,7 @@ def _make_own(
     model_class: type[nn.Module], config_class: type, state_size: int, hidden_size: int, layers: int
 ) -> nn.Module:
     sizes = {"hidden_size": hidden_size, "num_hidden_layers": layers, "state_size": state_size}
-    return model_class(config_class(**sizes, vocab_size=_VOCABULARY))
+    return model_class(config_class(**sizes, vocab_size=_VOCABULARY, dropout=0.0))
 
 
 class Family(NamedTuple):

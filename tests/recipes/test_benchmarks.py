@@ -14,8 +14,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "benchmarks"))
 
 import floor  # noqa: E402
+import selective_speed  # noqa: E402
 from common import token_batch  # noqa: E402
 from floor_models import FAMILIES, products_alone  # noqa: E402
+from selective_models import STATE_SIZE, make_model  # noqa: E402
 
 ALWAYS = {"floor", "hf_compressm"}
 
@@ -81,3 +83,11 @@ def test_the_floor_computes_every_product_of_the_projections(name) -> None:
     # The backward pass of the LRU computes again what enters the states.
     again = Counter({"[[12, 8], [8, 8]]": 2}) if name == "LRU" else Counter()
     assert whole == alone + again and sum(alone.values()) >= 3 * (2 * 2 + 1) - (name == "S4D") * 6
+
+
+@pytest.mark.parametrize("family", ["mamba2", "jamba"])
+def test_the_bytes_of_a_cache_are_those_of_its_recurrent_states(family) -> None:
+    model = make_model(family, 24, width=16)
+    found = selective_speed.cache_bytes(model.eval(), token_batch(2, 6, 24)["input_ids"])
+    channels = 2 * 16 * 2  # of two layers
+    assert found == 2 * channels * STATE_SIZE * 4
