@@ -9,8 +9,6 @@ library has kernels for the single steps of generation, tokens are decoded as we
 from __future__ import annotations
 
 import importlib.util
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,8 @@ TINY = {8: (1, (2, 6))}
 FEW_WIDTH, FEW_STATES = 32, 64
 # How many numbers the peers keep for each state of each channel at each step, about.
 _PEERS_KEEP = 8
-_PROMPT, _DECODED = 8, 32
+# Decoded from one prompt in each turn; the switch takes as long as a token of a small model.
+_PROMPT, _DECODED, _TURNS = 8, 20, 7
 
 Step = Callable[[], None]
 
@@ -85,17 +84,22 @@ def times_of(
 
 def seconds_a_token(model: nn.Module) -> dict[str, float]:
     """Seconds for one token of one sequence after a prompt, through transformers' code and through this library's."""
-    times: dict[str, list[float]] = {"decode_transformers": [], "decode_hf_compressm": []}
     tokens = token_batch(1, _PROMPT)["input_ids"]
     model.eval()
-    for name, collected in times.items():
-        with fast_cpu_scan(name == "decode_hf_compressm"), torch.no_grad():
+
+    def decoding(with_ours: bool) -> Step:
+        with torch.no_grad():
             held = cache_of(model(tokens, use_cache=True))
-            for _ in range(_DECODED):
-                start = time.perf_counter()
-                model(tokens[:, -1:], use_cache=True, **held)
-                collected.append(time.perf_counter() - start)
-    return {name: statistics.median(collected) for name, collected in times.items()}
+
+        def decode() -> None:
+            with fast_cpu_scan(with_ours), torch.no_grad():
+                for _ in range(_DECODED):
+                    model(tokens[:, -1:], use_cache=True, **held)
+
+        return decode
+
+    found = median_seconds([decoding(False), decoding(True)], _TURNS)
+    return {f"decode_{name}": seconds / _DECODED for name, seconds in zip(("transformers", "hf_compressm"), found)}
 
 
 def row_of(name: str, state_size: int, times: dict[str, float], at_largest: float) -> list[str]:
