@@ -127,7 +127,14 @@ class SingleForm(MixerForm):
         return x, gate
 
     def scans(self, mixer: Any, x: Tensor, gate: Tensor) -> Iterator[MixerScan]:
-        """One."""
+        """
+        One.
+
+        Args:
+            mixer (`torch.nn.Module`): The mixer.
+            x (`torch.Tensor` of shape `(batch, length, channels)`): What the convolution makes.
+            gate (`torch.Tensor` of shape `(batch, length, channels)`): The other half.
+        """
         n_states, dt_proj = mixer.ssm_state_size, mixer.dt_proj
         time_step, B, C = mixer.x_proj(x).split([mixer.time_step_rank, n_states, n_states], dim=-1)
         if hasattr(mixer, _NORMS[0]):
@@ -154,7 +161,14 @@ class HeadsForm(MixerForm):
         return x, gate
 
     def scans(self, mixer: Any, x: Tensor, gate: Tensor) -> Iterator[MixerScan]:
-        """One a head."""
+        """
+        One a head.
+
+        Args:
+            mixer (`torch.nn.Module`): The mixer.
+            x (`torch.Tensor` of shape `(batch, length, channels)`): What the convolution makes.
+            gate (`torch.Tensor` of shape `(batch, length, channels)`): The other half.
+        """
         rows = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
         by_head = (x.chunk(mixer.n_mamba_heads, dim=-1), gate.chunk(mixer.n_mamba_heads, dim=-1))
         own = (mixer.x_proj_weight, mixer.dt_proj_weight, -torch.exp(mixer.A_log.float()), mixer.D.float())
