@@ -77,10 +77,12 @@ def loss_and_gradients(model: nn.Module, fast: bool, **batch) -> dict[str, Tenso
     return {"logits": output.logits, **found}
 
 
-def require_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+def require_equal(
+    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, least: float = 1e-12
+) -> None:
+    """Relative errors; what is smaller than `least` times the largest value has no digits to compare."""
     assert found.keys() == expected.keys()
-    # What is zero but for rounding, as the gradient of queries where there is one key, has no digits to compare.
-    least = 1e-3 * max(value.double().norm() for value in expected.values())
+    least = least * max(value.double().norm() for value in expected.values())
     for name, value in expected.items():
         assert found[name].dtype == value.dtype, name
         error = (found[name].double() - value.double()).norm() / value.double().norm().clamp_min(least)
@@ -104,7 +106,9 @@ def test_values_and_gradients_are_those_of_transformers(family, batch, fused_cal
     assert not fused_calls
     found = loss_and_gradients(model, True, **batch)
     assert len(mixers(model)) == 2 and len(fused_calls) == SCANS[family]
-    require_equal(found, expected, 1e-4)
+    # The gradient of attention's queries is zero but for rounding where there is one key.
+    one_key = family == "zamba" and batch["input_ids"].shape[1] == 1
+    require_equal(found, expected, 1e-4, least=1e-3 if one_key else 1e-12)
 
 
 @families
