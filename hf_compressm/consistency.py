@@ -19,6 +19,7 @@ _READ_BY = {
     "tolerance": (("tolerance",), 0.01),
     "keep_ratio": (("fixed", "pragmatic"), 0.5),
     "max_loss_increase": (("loss",), None),
+    "allow_growth": (("tolerance", "loss"), False),
 }
 
 

@@ -26,6 +26,7 @@ _FLAGS = {
     "Leave uniform=True": "Leave it out",
     "uniform=False": "--per-layer",
     "stock=True": "--stock",
+    "set allow_growth=True": "give --allow-growth",
     "target_state_size": "--state-size",
     "state_size": "--state-size",
     "target_ratio": "--ratio",

@@ -81,7 +81,7 @@ def test_analyze_prints_a_table_and_draws_a_picture_where_it_is_asked_to(run) ->
     ranks = [int(cell) for cell in row[2:7]]
     assert row[1] == "8" and ranks[:4] == sorted(ranks[:4]) and ranks[4] == ranks[2]
     # A_log is 32 x 8 and x_proj has 3 + 2 x 8 rows of 32; the recurrent state is 32 x 8 of four bytes.
-    assert row[7] == f"{32 * 8 + (3 + 16) * 32:,}" and "1,024" in row
+    assert row[8] == f"{32 * 8 + (3 + 16) * 32:,}" and "1,024" in row
     assert re.search(r"Training step of 8 x 32 on this machine: [\d.]+ ms now", result.stdout)
     assert Image.open("spectrum.png").size[0] > 1000
 
