@@ -242,6 +242,9 @@ WRONG_USAGE = [
      "for example 0.5"),
     (["compress", "model", "-o", "s", *TEXT, "--state-size", "4", "--per-layer"], "leave out --per-layer"),
     (["compress", "model", "-o", "s", *TEXT, "--state-size", "100"], "--state-size is 100, and the model has 8 states"),
+    (["compress", "model", "-o", "s", *TEXT, "--state-size", "5", "--multiple-of", "4"], "--state-size is 5 and "
+     "--multiple-of is 4; give a multiple of 4, for example 8."),
+    (["compress", "model", "-o", "s", *TEXT, "--state-size", "4", "--allow-growth"], "leave out --allow-growth"),
     (["compress", "model", "-o", "s", *TEXT, "--method", "magic"], "--method is 'magic'"),
     (["compress", "model", *TEXT], "-o FOLDER, or look first with --dry-run"),
     (["push", "model", "me/model"], "model was never compressed"),
@@ -286,6 +289,8 @@ def test_without_a_network_nothing_is_tried_again() -> None:
     broken = HTTP_ERRORS[0]("[Errno -2] Name or service not known")
     assert is_passing(broken)
     broken.__cause__ = socket.gaierror(-2, "Name or service not known")
+    assert not is_passing(broken) and "no network" in reason(broken, "me/model")
+    broken.__cause__ = ConnectionRefusedError(111, "Connection refused")
     assert not is_passing(broken) and "no network" in reason(broken, "me/model")
 
 
