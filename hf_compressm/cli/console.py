@@ -150,8 +150,7 @@ def _hush(quiet: bool, debug: bool) -> None:
         return
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("transformers", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -162,8 +161,11 @@ def _hush(quiet: bool, debug: bool) -> None:
 def quiet_libraries() -> None:
     """Set the same for libraries that have to be imported for it; call it before they work."""
     import datasets
+    import huggingface_hub
     import transformers
 
+    # Of a broken connection one error tells enough.
+    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()
     # Reading a file is over before a bar for it could be read.

@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -35,8 +36,9 @@ def _quiet_and_put_back(monkeypatch):
     """The commands silence other libraries for the whole process; other tests need those as they were."""
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    level = logging.getLogger("transformers").level
+    level, of_the_hub = logging.getLogger("transformers").level, huggingface_hub.utils.logging.get_verbosity()
     yield
+    huggingface_hub.utils.logging.set_verbosity(of_the_hub)
     logging.getLogger("transformers").setLevel(level)
     transformers.utils.logging.enable_progress_bar()
     datasets.enable_progress_bars()
