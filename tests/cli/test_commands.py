@@ -27,6 +27,7 @@ from hf_compressm import read_history
 from hf_compressm.cli.app import app
 from tests.cases import VOCABULARY, logits_of, tiny_mamba, token_batch
 from tests.hub.tokenizer import tiny_tokenizer
+from tests.selective_models import tiny_mamba2
 
 ROOT = Path(hf_compressm.__file__).parents[1]
 
@@ -136,6 +137,18 @@ def test_sizes_are_tried_and_told(run) -> None:
     assert [row["parameters"] for row in found] == sorted((row["parameters"] for row in found), reverse=True)
     refused = run(*arguments[:-3], "--sizes", "eight")
     assert refused.exit_code != 0 and "give whole numbers with commas" in refused.stderr
+
+
+def test_a_cut_that_only_adds_is_made_on_demand(run) -> None:
+    tiny_mamba2().save_pretrained("mamba2")
+    asked = ("mamba2", "--tolerance", "0.9", "--multiple-of", "7", *ROWS)
+    told = "left as it was: a cut to 7 states would add 1,792 bytes of weights and save 256 bytes of recurrent state"
+    for arguments, code in ((("-o", "small"), 3), (("--dry-run",), 0)):
+        result = run("compress", *asked, *arguments)
+        assert result.exit_code == code and told in result.stdout
+        assert "to cut all the same: give --allow-growth" in result.stdout and not Path("small").exists()
+    result = run("compress", *asked, "-o", "small", "--allow-growth")
+    assert result.exit_code == 0 and read_history("small")[0].layers[0].size_after == 7, result.output
 
 
 def test_a_cut_follows_the_loss(run) -> None:
