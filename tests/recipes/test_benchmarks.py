@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "benchmarks"))
 
 import floor  # noqa: E402
+import mixed_cost  # noqa: E402
 import selective_speed  # noqa: E402
 from common import token_batch  # noqa: E402
 from floor_models import FAMILIES, products_alone  # noqa: E402
@@ -41,6 +42,22 @@ def test_the_floor_is_measured_beside_all_peers(tmp_path, capsys) -> None:
         assert all(set(times) == expected for times in found[name].values())
     table = (tmp_path / "floor.md").read_text()
     assert "ours / floor" in table and "LRU, 1 layers of width 8" in capsys.readouterr().out
+
+
+def test_what_a_mixed_form_adds_and_saves_is_counted(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(mixed_cost, "FAMILIES", {"mamba2": "Mamba2"})
+    threads = torch.get_num_threads()
+    arguments = ["--widths", "16", "--sizes", "8", "--batch", "2", "6", "--repeats", "1"]
+    try:
+        mixed_cost.main([*arguments, "--output-dir", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "mixed_cost.json").read_text())
+    # Two layers, each with two matrices of 8 x r and 32 channels, four bytes a number.
+    assert [row["r"] for row in rows] == [6, 4, 2, 1]
+    assert [row["added_bytes"] for row in rows] == [2 * 2 * 8 * row["r"] * 4 for row in rows]
+    assert [row["saved_bytes"] for row in rows] == [2 * 32 * (8 - row["r"]) * 4 for row in rows]
+    assert (tmp_path / "mixed_cost.md").read_text().count("| no ") == 1
 
 
 def test_peers_that_need_more_memory_than_there_is_are_left_out(tmp_path, monkeypatch) -> None:

@@ -27,6 +27,15 @@ def forms(model) -> set[tuple[int, int]]:
     return {(layer.state_size, layer.projected_size) for layer in find_layers(model)}
 
 
+def test_a_training_says_that_a_cut_would_only_add(tmp_path, capsys) -> None:
+    # 7 of 8 states: what two matrices of 8 x 7 add is more than the state saves.
+    config = CompreSSMConfig(tolerance=0.9, multiple_of=7, window=(0, 4))
+    callback, model = CompreSSMCallback(config), tiny_mamba2()
+    make_trainer(tmp_path, callback, model, Rows(token_batch(batch=64))).train()
+    assert [record.outcome for record in callback.records] == ["kept"] and forms(model) == {(8, 8)}
+    assert "kept, left as it was: a cut to 7 states would add 1,792 bytes of weights" in capsys.readouterr().out
+
+
 @every_model
 def test_every_checkpoint_loads_in_the_form_that_the_model_had(build, tmp_path) -> None:
     model = build()
