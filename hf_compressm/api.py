@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .architectures import fast_cpu_scan, find_layers, unsupported_note
+from .architectures import unsupported_note
 from .cards import Provenance
 from .compression.compressor import Compressor
 from .compression.cut.optimizer import require_trained_layers
-from .compression.decide.chosen import chosen_layers
 from .compression.history import CheckRecord
-from .compression.measure.calibration import calibrate
 from .compression.measure.model_pass import LossFunction
 from .compression.spectrum import Spectrum
 from .config import CompreSSMConfig
@@ -35,6 +33,7 @@ def analyze(
     loss_function: LossFunction | None = None,
     progress: bool | None = None,
     sizes: Sequence[int] = (),
+    timed: bool = True,
 ) -> Spectrum:
     """
     Measure the Hankel singular values of every state-space layer of a model. Nothing is changed.
@@ -44,12 +43,14 @@ def analyze(
         batches (`Iterable`, *optional*): Calibration inputs; mappings are passed to the model as keyword arguments. All
             of them are used, so cut a long data loader short with `itertools.islice`. A model whose layers are all
             time-invariant needs none.
-        config ([`CompreSSMConfig`] or its `dict`, *optional*): Its `gramians`, `seed` and `fast_cpu_scan` are used.
+        config ([`CompreSSMConfig`] or its `dict`, *optional*): How [`compress`] would measure and cut; how much it
+            would cut is not used.
         loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
             loss when unset.
         progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
         sizes (`Sequence[int]`, *optional*): State sizes to try: the model is cut to each as [`compress`] would do it,
             measured, and put back. The losses are those of the second half of the batches, which makes no cut.
+        timed (`bool`, *optional*, defaults to `True`): Time a training step at each of the sizes.
 
     Raises:
         [`~errors.UnsupportedModelError`]: the model has no layer that can be cut.
@@ -72,22 +73,10 @@ def analyze(
     ```
     """
     config, batches = _checked(config, batches, loss_function)
-    if sizes:
-        compressor = Compressor(model, config, loss_function=loss_function, progress=progress)
-        return compressor.measure_sizes(list(batches), sizes)
-    layers = chosen_layers(find_layers(model), config)
-    with fast_cpu_scan(config.fast_cpu_scan):
-        calibration = calibrate(
-            model,
-            layers,
-            batches,
-            gramians=config.gramians,
-            loss_function=loss_function,
-            seed=config.seed,
-            progress=progress,
-        )
-    sigma = {name: known.hankel_singular_values() for name, known in calibration.gramians.items()}
-    return Spectrum(sigma, _told_of_chance(model, calibration.loss, loss_function))
+    compressor = Compressor(model, config, loss_function=loss_function, progress=progress)
+    spectrum = compressor.measure(list(batches), sizes, timed)
+    _tell_of_chance(model, spectrum.loss, loss_function)
+    return spectrum
 
 
 def compress(
@@ -147,16 +136,16 @@ def compress(
     if (note := unsupported_note(model, compressor.layers)) is not None:
         logger.warning(note)
     record = compressor.check(list(batches))
-    _told_of_chance(model, record.loss_before, loss_function)
+    _tell_of_chance(model, record.loss_before, loss_function)
     _let_saves_tell(model, compressor)
     return record
 
 
-def _told_of_chance(model: nn.Module, loss: float | None, loss_function: Any) -> float | None:
-    """The loss, with a warning where a language model predicts worse than chance, mostly for a wrong tokenizer."""
+def _tell_of_chance(model: nn.Module, loss: float | None, loss_function: Any) -> None:
+    """Warn where a language model predicts worse than chance, mostly for a wrong tokenizer."""
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if loss is None or loss_function is not None or not vocabulary or not type(model).__name__.endswith("ForCausalLM"):
-        return loss
+        return
     # Rounding alone is no reason.
     if loss > 1.001 * math.log(vocabulary):
         logger.warning(
@@ -164,7 +153,6 @@ def _told_of_chance(model: nn.Module, loss: float | None, loss_function: Any) ->
             "Is it trained, and is the tokenizer its own?",
             loss, vocabulary, math.log(vocabulary),
         )  # fmt: skip
-    return loss
 
 
 def _checked(config: Any, batches: Any, loss_function: Any) -> tuple[CompreSSMConfig, Iterable[Any]]:

@@ -81,8 +81,7 @@ class CompreSSMConfig:
             between successive checks has been at least this twice running, strictly between 0 and 1. The window's end
             is the limit. Each layer is cut once; with `uniform`, all are cut together when all have settled.
         minimum_reduction (`float`, *optional*, defaults to 0.05):
-            A layer is cut only where its new size is below its present one by at least this share; a smaller gain is
-            not worth the disturbance.
+            A layer is cut only where its new size is below its present one by at least this share.
         uniform (`bool`, *optional*, defaults to `True`):
             Give all layers the size that the most demanding one needs, so that the stock model class loads the result.
         target_layers (`str` or `list[str]`, *optional*):
@@ -107,6 +106,9 @@ class CompreSSMConfig:
             family can hold, see `stock`.
         stock (`bool`, *optional*, defaults to `False`):
             Make nothing but what the stock model class of transformers loads, where another form would lose less.
+        allow_growth (`bool`, *optional*, defaults to `False`):
+            Whether `"tolerance"` and `"loss"` make a mixed cut whose two small matrices a layer take more bytes than
+            the recurrent state of one sequence loses. The other strategies name a size and always cut.
         optimizer_moments (`str`, *optional*, defaults to `"carry"`):
             What happens to the optimizer's moments of a cut parameter. `"carry"` moves them as the gradients move,
             `"slice"` keeps the entries of the kept states (of the leading ones, where states are mixed), `"reset"`
@@ -206,6 +208,7 @@ class CompreSSMConfig:
     max_loss_increase: float | None = None
     fit_readout: bool | None = None
     compare_truncations: bool = False
+    allow_growth: bool = False
     state_size: InitVar[int | None] = None
     ratio: InitVar[float | None] = None
 
@@ -227,7 +230,7 @@ class CompreSSMConfig:
             require_integer(name, getattr(self, name), minimum=1)
         for name in ("seed", "rollback_after"):
             require_integer(name, getattr(self, name), minimum=0)
-        for name in ("uniform", "stock", "fast_cpu_scan", "fit_readout", "compare_truncations"):
+        for name in ("uniform", "stock", "fast_cpu_scan", "fit_readout", "compare_truncations", "allow_growth"):
             if not (name == "fit_readout" and self.fit_readout is None):
                 require_bool(name, getattr(self, name))
         if not is_number(self.minimum_reduction) or not 0 <= self.minimum_reduction < 1:
@@ -243,6 +246,11 @@ class CompreSSMConfig:
     def can_roll_back(self) -> bool:
         """Whether cuts are judged afterwards."""
         return self.rollback_tolerance is not None
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether cuts are made that add more to the weights than they save in the state, as where a size is named."""
+        return self.allow_growth or self.strategy not in ("tolerance", "loss")
 
     @property
     def judged_on_other_batches(self) -> bool:

@@ -19,6 +19,7 @@ _READ_BY = {
     "tolerance": (("tolerance",), 0.01),
     "keep_ratio": (("fixed", "pragmatic"), 0.5),
     "max_loss_increase": (("loss",), None),
+    "allow_growth": (("tolerance", "loss"), False),
 }
 
 
@@ -107,13 +108,14 @@ def _require_consistent_target(settings: Any) -> None:
         raise ConfigurationError(
             f"{given[0]} is given, but the strategy is {settings.strategy!r}; set strategy='target' or leave it out."
         )
-    size = settings.target_state_size
-    if size is not None and (size < settings.min_state_size or size % settings.multiple_of):
+    size, multiple = settings.target_state_size, settings.multiple_of
+    if size is not None and size % multiple:
         raise ConfigurationError(
-            f"target_state_size is {size}; with min_state_size {settings.min_state_size} and multiple_of "
-            f"{settings.multiple_of} it has to be a multiple of {settings.multiple_of} and at least "
-            f"{settings.min_state_size}."
+            f"target_state_size is {size} and multiple_of is {multiple}; give a multiple of {multiple}, for example "
+            f"{-(-size // multiple) * multiple}."
         )
+    if size is not None and size < settings.min_state_size:
+        raise ConfigurationError(f"target_state_size is {size} and min_state_size is {settings.min_state_size}.")
 
 
 def _require_consistent_rollback(settings: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -46,3 +47,9 @@ def _stock_scan_afterwards():
     yield
     # What a Trainer with a callback switched on stays on for its evaluation.
     disable_fast_cpu_scan()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported by now stays: no collection of garbage, of which every Trainer asks for one, need look at it."""
+    gc.collect()
+    gc.freeze()

@@ -89,6 +89,11 @@ class StateSpaceLayer(ABC):
         return self.state_size
 
     @property
+    def cache_multiple(self) -> int:
+        """The number whose multiples are the state sizes that the model's own cache takes."""
+        return 1
+
+    @property
     def form(self) -> StateForm:
         """The present state size and projected size."""
         return StateForm(self.state_size, self.projected_size)

@@ -100,10 +100,12 @@ def _configs_around(model: nn.Module, name: str) -> list[Any]:
     held = [config for owner in owners if hasattr(config := getattr(owner, "config", None), "__dict__")]
     if not held:
         return []
-    kind = getattr(held[0], "model_type", None)
+    # A layer of another package than its model, as of `xlstm`, has a config of another kind than that one.
+    nearest = next((config for config in held if getattr(config, "model_type", None)), held[0])
+    kind = getattr(nearest, "model_type", None)
     inner = [value for config in held for value in vars(config).values()]
     alike = [config for config in [*held, *inner] if kind and getattr(config, "model_type", None) == kind]
-    return list({id(config): config for config in [held[0], *alike]}.values())
+    return list({id(config): config for config in [nearest, *alike, held[0]]}.values())
 
 
 def _nothing_found(model: nn.Module) -> str:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import GRAMIANS_HELP, Debug, Quiet, Revision, TrustRemoteCode, command, quiet_libraries, say
+from .console import GRAMIANS_HELP, Debug, Quiet, Revision, TrustRemoteCode, command, in_flags, quiet_libraries, say
 from .data import DataSource, read_batches, require_tokenizer, told_how_to_give_data
 
 if TYPE_CHECKING:
     from ..compression import Spectrum
+    from ..config import CompreSSMConfig
 
 _ENERGIES = (0.9, 0.95, 0.99, 0.999)
 
@@ -40,9 +42,10 @@ def analyze(
     """
     Measure the Hankel singular values of every layer.
 
-    Prints one row a layer: how many of its states carry 90 to 99.9% of the Hankel energy, and what a cut at --tolerance
-    would keep. Nothing is changed, and nothing written but the picture that --plot asks for. Mamba needs a little data
-    with the loss it was trained for; time-invariant layers (LRU, S4D) need none.
+    Prints one row a layer: how many of its states carry 90 to 99.9% of the Hankel energy, how many --tolerance asks
+    for, and what `compress` would make of the layer. Nothing is changed, and nothing written but the picture that
+    --plot asks for. Mamba needs a little data with the loss it was trained for; time-invariant layers (LRU, S4D) need
+    none.
 
     **Examples**
 
@@ -54,24 +57,24 @@ def analyze(
     ```
     """
     quiet_libraries()
+    from ..api import analyze as measure
     from ..config import CompreSSMConfig
     from ..hub import fetch, load_model
 
+    timed = not no_timing
     config, tried = CompreSSMConfig(tolerance=tolerance, gramians=gramians), _sizes(sizes)
     folder = fetch(model, revision, trust_remote_code=trust_remote_code)
     require_tokenizer(folder, source)
     loaded = load_model(folder, trust_remote_code)
     batches = read_batches(loaded, folder, source).calibration
     with told_how_to_give_data(source):
-        spectrum, layers = _measure(loaded, batches, config, quiet, tried)
+        spectrum = measure(loaded, batches or None, config, progress=False if quiet else None, sizes=tried, timed=timed)
+        result = _measure(loaded, batches, config, spectrum, quiet, timed)
     result = {
         "model": model,
         "data": source.describe() if source.is_given else None,
         "tolerance": tolerance,
-        "parameters": loaded.num_parameters(),
-        "loss": spectrum.loss,
-        "layers": layers,
-        "training_step": None if no_timing or not batches else _time(loaded, batches[0], layers),
+        **result,
         **({"sizes": [asdict(row) for row in spectrum.sizes]} if spectrum.sizes else {}),
     }
     if plot is not None:
@@ -99,70 +102,76 @@ def _sizes(text: str | None) -> list[int]:
 
 
 def _measure(
-    model: Any, batches: list, config: Any, quiet: bool, sizes: list[int]
-) -> tuple[Spectrum, list[dict[str, Any]]]:
-    """The spectra, and one entry a layer for the table."""
-    from ..api import analyze as measure
+    model: Any, batches: list, config: CompreSSMConfig, spectrum: Spectrum, quiet: bool, timed: bool
+) -> dict[str, Any]:
+    """What the model is, what each of its layers is worth, and what a cut would make of them."""
     from ..architectures import find_layers
-    from ..compression.costs import parameters_at, state_costs
+    from ..compression import Compressor
+    from ..compression.costs import training_step_seconds
 
-    spectrum = measure(model, batches or None, config, progress=False if quiet else None, sizes=sizes)
-    layers = find_layers(model)
-    costs = state_costs(model, layers, batches[0] if batches else None)
+    layers, batch = find_layers(model), batches[0] if batches else {}
+    parameters = model.num_parameters()
+    counts = {layer.name: (_count(layer.state_parameters().values()), _count_all(layer)) for layer in layers}
+    seconds = training_step_seconds(model, batch) if timed and "labels" in batch else None
+    # The model is not saved, so that the cut itself shows best what would become of it.
+    record = Compressor(model, config, progress=False if quiet else None).check(batches)
+    measured = {layer.name: layer for layer in record.layers}
     ranks = {energy: spectrum.ranks(1 - energy) for energy in _ENERGIES}
-    kept = spectrum.ranks(config.tolerance)
     entries = []
-    for layer in layers:
-        cost, size = costs[layer.name], layer.state_size
+    for layer in [layer for layer in layers if layer.name in measured]:
+        (state_parameters, whole), seen = counts[layer.name], measured[layer.name]
         entries.append(
             {
                 "name": layer.name,
                 "family": layer.family,
-                "state_size": size,
+                "state_size": seen.size_before,
                 "effective_rank": {f"{energy:g}": ranks[energy][layer.name] for energy in _ENERGIES},
-                "kept_at_tolerance": kept[layer.name],
-                "state_parameters": cost.parameters,
-                "state_parameters_at_tolerance": parameters_at(layer, kept[layer.name]),
-                "state_bytes": cost.state_bytes,
-                "state_bytes_at_tolerance": None
-                if cost.state_bytes is None
-                else cost.state_bytes * kept[layer.name] // size,
+                "wanted_at_tolerance": seen.wanted_size,
+                "kept_at_tolerance": seen.size_after,
+                "state_parameters": state_parameters,
+                "state_parameters_at_tolerance": state_parameters + _count_all(layer) - whole,
+                "state_bytes": seen.state_bytes_before,
+                "state_bytes_at_tolerance": seen.state_bytes_after,
                 "hankel_singular_values": spectrum.sigma[layer.name].tolist(),
             }
         )
-    return spectrum, entries
+    step = None
+    if seconds is not None:
+        size = max(entry["kept_at_tolerance"] for entry in entries)
+        shape = list(next(iter(batch.values())).shape[:2])
+        after = training_step_seconds(model, batch) if record.outcome == "cut" else seconds
+        step = {"state_size": size, "seconds": seconds, "seconds_at_tolerance": after, "batch_and_length": shape}
+    return {
+        "parameters": parameters,
+        "parameters_at_tolerance": record.parameters_after,
+        "loss": record.loss_before,
+        "loss_at_tolerance": record.loss_after if record.outcome == "cut" else record.loss_before,
+        "outcome": record.outcome,
+        "reason": in_flags(record.reason),
+        "layers": entries,
+        "training_step": step,
+    }
 
 
-def _time(model: Any, batch: dict, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """
-    A training step now and with the state that all layers together need, both timed on this machine.
+def _count(parameters: Iterable[Any]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
-    The estimate is a measurement: the same model is given the smaller size and run. From the number of operations it
-    cannot be known, as most of a scan's time goes into memory and launches.
-    """
-    from ..architectures import find_layers
-    from ..compression.costs import resize_for_timing, training_step_seconds
 
-    if "labels" not in batch:
-        return None
-    size = max(entry["kept_at_tolerance"] for entry in entries)
-    before = training_step_seconds(model, batch)
-    resize_for_timing(find_layers(model), size)
-    after = training_step_seconds(model, batch)
-    shape = list(next(iter(batch.values())).shape[:2])
-    return {"state_size": size, "seconds": before, "seconds_at_tolerance": after, "batch_and_length": shape}
+def _count_all(layer: Any) -> int:
+    return _count(layer.module.parameters())
 
 
 def _table(result: dict[str, Any]) -> str:
     from tabulate import tabulate
 
     header = ["layer", "N", *(f"{energy:.4g}" for energy in _ENERGIES)]
-    header += [f"keeps at {result['tolerance']:g}", "state parameters", "state bytes"]
+    header += [f"asks at {result['tolerance']:g}", "would keep", "state parameters", "state bytes"]
     rows = [
         [
             entry["name"] or "(model)",
             entry["state_size"],
             *entry["effective_rank"].values(),
+            entry["wanted_at_tolerance"],
             entry["kept_at_tolerance"],
             f"{entry['state_parameters']:,} -> {entry['state_parameters_at_tolerance']:,}",
             ""
@@ -180,12 +189,17 @@ def _table(result: dict[str, Any]) -> str:
         "",
         "0.9 to 0.999: states that keep that share of the Hankel energy. State bytes: recurrent state of one sequence.",
     ]
+    cut = result["outcome"] == "cut"
+    if cut:
+        loss = "" if result["loss"] is None else f", loss {result['loss']:.4f} -> {result['loss_at_tolerance']:.4f}"
+        parameters = f"{result['parameters']:,} -> {result['parameters_at_tolerance']:,} parameters"
+        lines.append(f"`compress` at this tolerance: {parameters}{loss}.")
+    else:
+        lines.append(f"`compress` would leave the model as it is: {result['reason'].removeprefix('left as it was: ')}.")
     step = result["training_step"]
     if step is not None:
         batch, length = step["batch_and_length"]
         before, after = step["seconds"], step["seconds_at_tolerance"]
-        lines.append(
-            f"Training step of {batch} x {length} on this machine: {before * 1e3:.1f} ms now, {after * 1e3:.1f} ms "
-            f"with {step['state_size']} states in every layer ({before / after:.2f}x)."
-        )
+        then = f", {after * 1e3:.1f} ms after the cut ({before / after:.2f}x)" if cut else ""
+        lines.append(f"Training step of {batch} x {length} on this machine: {before * 1e3:.1f} ms now{then}.")
     return "\n".join(lines)

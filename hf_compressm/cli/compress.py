@@ -20,6 +20,7 @@ from .console import (
     Revision,
     TrustRemoteCode,
     command,
+    in_flags,
     quiet_libraries,
     say,
 )
@@ -48,6 +49,7 @@ class CutOptions:
         method (`str`, *optional*): The reductor.
         per_layer (`bool`): Give each layer a size of its own.
         stock (`bool`): Only make what the model's class in transformers holds.
+        allow_growth (`bool`): Cut where the weights grow by more than the state saves, too.
         multiple_of (`int`): Round sizes up to a multiple of this.
         gramians (`str`): How selective layers are measured.
         seed (`int`): Seed of the calibration.
@@ -72,6 +74,12 @@ class CutOptions:
     stock: Annotated[bool, typer.Option("--stock", help="Only make what the model's class in transformers holds.")] = (
         False
     )
+    allow_growth: Annotated[
+        bool,
+        typer.Option(
+            "--allow-growth", help="Cut even where the weights grow by more than the recurrent state shrinks."
+        ),
+    ] = False
     multiple_of: Annotated[int, typer.Option(min=1, help="Round sizes up to a multiple of this.")] = 1
     gramians: Annotated[str, typer.Option(help=GRAMIANS_HELP)] = "loss_gradient"
     seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration.")] = 0
@@ -100,6 +108,10 @@ class CutOptions:
             amount = {"strategy": "target", "target_ratio": self.ratio}
         elif self.max_loss_increase is not None:
             amount = {"strategy": "loss", "max_loss_increase": _share(self.max_loss_increase)}
+        if self.allow_growth:
+            if amount.get("strategy") == "target":
+                raise ConfigurationError("--state-size and --ratio always cut; leave out --allow-growth.")
+            amount["allow_growth"] = True
         if self.method is not None:
             amount["reductor"] = self.method
         same = {name: getattr(self, name) for name in ("stock", "multiple_of", "gramians", "seed")}
@@ -187,7 +199,7 @@ def compress(
             return
         provenance, summary = _cut(loaded, folder, batches, config, source, model, quiet)
     if not provenance.cuts:
-        typer.echo(f"{provenance.records[-1].reason}; nothing was written.")
+        typer.echo(f"{in_flags(provenance.records[-1].reason)}; nothing was written.")
         raise typer.Exit(NOTHING_TO_CUT)
     _save(loaded, folder, output, provenance, load_tokenizer(folder, source) if source.tokenizer else None)
     typer.echo(summary)
@@ -221,27 +233,19 @@ def _show_plan(model: Any, batches: list, config: CompreSSMConfig, quiet: bool) 
     from ..api import compress as cut_layers
 
     # The model is not saved, so that the cut itself shows best what would become of it.
-    batch = batches[0] if batches else None
-    before = _state_bytes(model, batch)
     record = cut_layers(model, batches or None, config, progress=False if quiet else None)
     rows = [[layer.name, layer.size_before, layer.wanted_size, layer.size_after] for layer in record.layers]
     asks = "the loss allows" if config.strategy == "loss" else "its spectrum asks for"
     typer.echo(tabulate(rows, headers=["layer", "N", asks, "would become"]))
     typer.echo(f"{record.parameters_before:,} -> {record.parameters_after:,} parameters")
-    if before is not None:
-        typer.echo(f"{before:,} -> {_state_bytes(model, batch):,} bytes of recurrent state a sequence")
+    if record.state_bytes is not None:
+        before, after = record.state_bytes
+        typer.echo(f"{before:,} -> {after:,} bytes of recurrent state a sequence")
     if record.loss_before is not None and record.loss_after is not None:
         typer.echo(f"loss on the calibration data {record.loss_before:.4f} -> {record.loss_after:.4f}")
+    if record.outcome != "cut":
+        typer.echo(f"{record.outcome}: {in_flags(record.reason)}")
     typer.echo("Dry run: nothing was written.")
-
-
-def _state_bytes(model: Any, batch: Any) -> int | None:
-    """Bytes of the recurrent state of one sequence in all layers; unknown for layers that were never run."""
-    from ..architectures import find_layers
-    from ..compression.costs import state_costs
-
-    found = [cost.state_bytes for cost in state_costs(model, find_layers(model), batch).values()]
-    return None if None in found else sum(found)
 
 
 def _cut(

@@ -26,6 +26,7 @@ _FLAGS = {
     "Leave uniform=True": "Leave it out",
     "uniform=False": "--per-layer",
     "stock=True": "--stock",
+    "set allow_growth=True": "give --allow-growth",
     "target_state_size": "--state-size",
     "state_size": "--state-size",
     "target_ratio": "--ratio",
@@ -160,8 +161,11 @@ def _hush(quiet: bool, debug: bool) -> None:
 def quiet_libraries() -> None:
     """Set the same for libraries that have to be imported for it; call it before they work."""
     import datasets
+    import huggingface_hub
     import transformers
 
+    # Of a broken connection one error tells enough.
+    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()
     # Reading a file is over before a bar for it could be read.

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from ..architectures import LayerReduction
 from ..config import CompreSSMConfig
 from ..systems import Truncation, registered_reductors
+from .costs import cuts_that_do_not_pay, total_cost
 from .cut.pending_cut import PendingCut
 from .cut.reductions import build_reductions
 from .cut.training_state import TrainingState
 from .cut.weight_averages import WeightCopy
 from .decide.plan import LayerPlan
 from .decide.truncations import Found, find_truncations
+from .history import size_range
 from .measure.layer_gramians import LayerGramians
 from .measure.output_fit import ReadoutFit
 from .processes import Processes
+
+logger = logging.getLogger(__name__)
 
 Measured = TypeVar("Measured")
 
@@ -63,6 +68,11 @@ class MadeCut:
     reductions: list[LayerReduction]
     failures: list[str]
 
+    def without(self, names: Collection[str]) -> MadeCut:
+        """The same cut with some layers, by name, left as they are."""
+        found = {name: item for name, item in self.found.items() if name not in names}
+        return replace(self, found=found, reductions=[r for r in self.reductions if r.layer.name not in names])
+
 
 @dataclass(frozen=True)
 class CutMaker:
@@ -78,6 +88,7 @@ class CutMaker:
         seed (`int`): Seed of random selections.
         progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
         readouts ([`ReadoutFit`], *optional*): Fits the readouts of time-invariant layers to their outputs.
+        state_bytes (`Mapping[str, int]`): Memory of each layer's recurrent state, from a [`Calibration`].
     """
 
     state: TrainingState
@@ -88,6 +99,7 @@ class CutMaker:
     seed: int
     progress: bool | None = None
     readouts: ReadoutFit | None = None
+    state_bytes: Mapping[str, int | None] = field(default_factory=dict)
 
     def alternatives(self) -> list[str]:
         """The names of the ways to truncate, the usual one first; see [`LayerGramians.alternatives`]."""
@@ -155,6 +167,45 @@ class CutMaker:
         )
 
 
+def prepare_cut(
+    maker: CutMaker, plan: Mapping[str, LayerPlan], alternative: str, loss: float | None
+) -> MadeCut | Attempt:
+    """
+    Make what a plan asks for, and leave out what must not or need not be cut. Nothing is written.
+
+    Args:
+        maker ([`CutMaker`]): Makes the truncations.
+        plan (`Mapping[str, LayerPlan]`): What is wanted of each layer, by name.
+        alternative (`str`): The way to truncate.
+        loss (`float`, *optional*): The calibration loss.
+
+    Returns:
+        [`MadeCut`] or [`Attempt`]: What is ready to be written, or why nothing is.
+    """
+    if not any(layer.is_cut for layer in plan.values()):
+        wanted, size = max(layer.wanted for layer in plan.values()), max(layer.size for layer in plan.values())
+        asks = "the loss asks" if maker.config.strategy == "loss" else "the spectra ask"
+        return Attempt("kept", f"{asks} for {wanted} of {size} states", loss)
+    made = maker.make(plan, alternative)
+    if made.failures and (maker.config.uniform or not made.reductions):
+        maker.processes.agree("how to cut", {"failures": made.failures})
+        return Attempt("skipped", f"a truncation failed its checks: {'; '.join(made.failures)}", loss)
+    if maker.config.may_grow:
+        return made
+    costs = cuts_that_do_not_pay(made.reductions, maker.state_bytes, together=maker.config.uniform)
+    if not costs:
+        return made
+    cost = total_cost(list(costs.values()))
+    why = (
+        f"a cut to {size_range(plan[name].new_size for name in costs)} states would add {cost.added_bytes:,} bytes of "
+        f"weights and save {cost.saved_bytes:,} bytes of recurrent state a sequence; to cut all the same: set "
+        "allow_growth=True"
+    )
+    if len(costs) == len(made.reductions):
+        return Attempt("kept", f"left as it was: {why}", loss)
+    return replace(made.without(costs), failures=[*made.failures, *(f"{name}: {why}" for name in costs)])
+
+
 def attempt_cut(
     maker: CutMaker,
     plan: Mapping[str, LayerPlan],
@@ -177,14 +228,9 @@ def attempt_cut(
     Raises:
         [`~errors.DisagreementError`]: the processes would cut differently. Nothing was changed.
     """
-    if not any(layer.is_cut for layer in plan.values()):
-        wanted, size = max(layer.wanted for layer in plan.values()), max(layer.size for layer in plan.values())
-        asks = "the loss asks" if maker.config.strategy == "loss" else "the spectra ask"
-        return Attempt("kept", f"{asks} for {wanted} of {size} states", loss)
-    made = maker.make(plan, alternative)
-    if made.failures and (maker.config.uniform or not made.reductions):
-        maker.processes.agree("how to cut", {"failures": made.failures})
-        return Attempt("skipped", f"a truncation failed its checks: {'; '.join(made.failures)}", loss)
+    made = prepare_cut(maker, plan, alternative, loss)
+    if isinstance(made, Attempt):
+        return made
     truncations = {name: item.truncation for name, item in made.found.items()}
     facts = {name: truncation.fingerprint() for name, truncation in truncations.items()}
     maker.processes.agree("how to cut", {**facts, "failures": made.failures})
@@ -202,6 +248,8 @@ def attempt_cut(
         return Attempt("skipped", f"the loss after the cut was {after}; the cut was taken back")
     allow = "the loss allows it" if maker.config.strategy == "loss" else "the spectra allow it"
     reason = allow if not made.failures else f"some layers stay as they are: {'; '.join(made.failures)}"
+    if made.failures:
+        logger.warning(reason)
     found = {name: item._replace(is_fitted=item.is_fitted or name in fitted) for name, item in made.found.items()}
     return Attempt("cut", reason, after, found, pending)
 

@@ -34,7 +34,7 @@ from .measure.model_pass import LossFunction, evaluate_loss
 from .measure.output_error import OutputsOf
 from .measure.output_fit import ReadoutFit
 from .processes import Processes, SingleProcess
-from .size_table import measure_sizes
+from .size_table import measure_sizes, require_sizes
 from .spectrum import Spectrum
 from .trials import Trials
 
@@ -161,13 +161,15 @@ class Compressor:
         warn_of_added_parameters(record)
         return self._judged(record)
 
-    def measure_sizes(self, batches: Sequence[Any], sizes: Sequence[int]) -> Spectrum:
+    def measure(self, batches: Sequence[Any], sizes: Sequence[int] = (), timed: bool = True) -> Spectrum:
         """
-        The spectra, and what the model would be with these state sizes in every layer. Nothing is changed.
+        The spectra that a check would see, and what the model would be at some state sizes. Nothing is changed.
 
         Args:
-            batches (`Sequence`): Two or more; the losses are those of the second half, which makes no cut.
-            sizes (`Sequence[int]`): State sizes below the present one.
+            batches (`Sequence`): As in [`~Compressor.check`]. For a table of sizes the cuts are made with the first
+                half, and the losses are those of the second.
+            sizes (`Sequence[int]`, *optional*): State sizes below the present one.
+            timed (`bool`, *optional*, defaults to `True`): Time a training step at each size.
 
         Raises:
             [`~errors.CalibrationError`]: there are too few batches, or they give no finite loss or Gramians.
@@ -175,13 +177,17 @@ class Compressor:
         """
         seed = combined_seed(self.config.seed, None)
         with torch.inference_mode(False), fast_cpu_scan(self.config.fast_cpu_scan):
-            batches, others = split_in_half(batches, "a table of sizes")
-            calibration = self._calibrate(batches, seed)
-            seen = self._see(calibration)
-            maker = self._maker(seen, self.config, batches, seed)
-            layers = [layer for layer in self._chosen.layers if layer.name in seen.gramians]
-            rows = measure_sizes(maker, layers, sizes, lambda: self._loss_on(others), others[0])
-        return Spectrum(seen.spectra, calibration.loss, tuple(rows))
+            half, others = split_in_half(batches, "a table of sizes") if sizes else ([], [])
+            require_sizes(sizes, self._chosen.layers)
+            calibration = self._calibrate(self._chosen.split(batches, self.config)[0], seed)
+            spectra, rows = self._see(calibration).spectra, []
+            if sizes:
+                seen = self._see(self._calibrate(half, seed))
+                layers = [layer for layer in self._chosen.layers if layer.name in seen.gramians]
+                timed_on = others[0] if timed and isinstance(others[0], Mapping) else None
+                maker = self._maker(seen, self.config, half, seed)
+                rows = measure_sizes(maker, layers, sizes, lambda: self._loss_on(others), timed_on)
+        return Spectrum(spectra, calibration.loss, tuple(rows))
 
     def _calibrate(self, batches: Sequence[Any], seed: int) -> Calibration:
         calibration = calibrate(
@@ -206,7 +212,7 @@ class Compressor:
         shared = (self._processes, seed)
         fit = ReadoutFit(self._chosen.layers, self.model, batches, self._loss_function, *shared)
         parts = (self._state, seen.gramians, self._chosen.reductors, config, *shared, self._progress)
-        return CutMaker(*parts, fit if self._fits_readouts else None)
+        return CutMaker(*parts, fit if self._fits_readouts else None, seen.state_bytes)
 
     def _see(self, calibration: Calibration) -> Seen:
         """What the calibration says of the layers that may change, the same in every process."""
@@ -215,7 +221,7 @@ class Compressor:
         scores = {name: known.state_scores().flatten() for name, known in gramians.items()}
         spectra, scores = self._processes.first((spectra, scores))
         correlations = {name: score_correlation(self._scores.get(name), scores[name]) for name in scores}
-        return Seen(gramians, spectra, scores, correlations)
+        return Seen(gramians, spectra, scores, correlations, calibration.state_bytes)
 
     def _decide(self, trials: Trials, spectra: dict[str, Tensor], stage: Stage) -> tuple[dict[str, LayerPlan], str]:
         """The new size of each layer, and the way to truncate them."""

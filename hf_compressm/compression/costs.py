@@ -1,77 +1,114 @@
-"""What a layer's state costs: parameters, memory of the recurrent state, and the time of a training step."""
+"""What a cut adds to the weights and saves in the state, whether that pays, and the time of a training step."""
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..architectures import ScanInputs, StateSpaceLayer, fast_cpu_scan
+from ..architectures import LayerReduction, fast_cpu_scan
 from .measure.model_pass import evaluation_mode, model_loss, move_to_device
 
 _WARM_UP_STEPS = 2
 
 
 @dataclass(frozen=True)
-class StateCost:
+class CutCost:
     """
-    What the state of one layer costs at one size.
+    What a cut changes in one layer or in several.
 
     Args:
-        parameters (`int`): Parameters whose number depends on the state size.
-        state_bytes (`int`, *optional*): Memory of the recurrent state of one sequence, in the precision that the layer
-            computes with; unknown for a selective layer that was never run.
+        added_parameters (`int`): Parameters that it adds; negative where it takes some away.
+        added_bytes (`int`): The same in bytes.
+        saved_bytes (`int`, *optional*): Bytes that the recurrent state of one sequence becomes smaller by, where that
+            is known.
     """
 
-    parameters: int
-    state_bytes: int | None
+    added_parameters: int
+    added_bytes: int
+    saved_bytes: int | None
+
+    @property
+    def pays(self) -> bool:
+        """
+        Whether the recurrent state of a single sequence saves at least what is added to the weights.
+
+        Only the mixed form adds parameters: two matrices of N x r for each group, while the state loses N - r numbers
+        for each channel. The operations of a step grow with the same two numbers, so that where the state does not save
+        what the matrices add, a training step takes 0.9 to 1.1 of what it took
+        (`recipes/benchmarks/results/mixed_cost.md`). What is not known to be bad pays.
+        """
+        return self.added_bytes <= 0 or self.saved_bytes is None or self.saved_bytes >= self.added_bytes
 
 
-def state_costs(
-    model: nn.Module, layers: Sequence[StateSpaceLayer], batch: Mapping[str, Any] | None = None
-) -> dict[str, StateCost]:
+def state_bytes_at(size: int, present: int, state_bytes: int | None) -> int | None:
     """
-    What the state of each layer costs now.
+    Memory of a layer's recurrent state with another state size; it is one array with N entries for all else it holds.
 
     Args:
-        model (`torch.nn.Module`): The model that holds the layers.
-        layers (`Sequence[StateSpaceLayer]`): From [`~architectures.find_layers`].
-        batch (`Mapping`, *optional*): One batch; a selective layer shows the shape of its state only while it runs.
+        size (`int`): The other state size.
+        present (`int`): The present one.
+        state_bytes (`int`, *optional*): The memory now, from a [`Calibration`]; None where it is not known.
     """
-    observers = {layer.name: _ShapeObserver() for layer in layers if layer.system() is None}
-    if observers and batch is not None:
-        with ExitStack() as stack:
-            stack.enter_context(evaluation_mode(model))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(fast_cpu_scan())
-            for layer in layers:
-                if layer.name in observers:
-                    stack.enter_context(layer.observed(observers[layer.name]))
-            model(**move_to_device(batch, next(model.parameters()).device))
-    costs = {}
-    for layer in layers:
-        system = layer.system()
-        if system is None:
-            state_bytes = observers[layer.name].state_bytes
-        else:
-            # One complex number of the weights' precision for each pole.
-            precision = next(iter(layer.state_parameters().values())).element_size()
-            state_bytes = system.lam.numel() * 2 * precision
-        costs[layer.name] = StateCost(parameters_at(layer, layer.state_size), state_bytes)
-    return costs
+    return None if state_bytes is None else state_bytes // present * size
 
 
-def parameters_at(layer: StateSpaceLayer, size: int) -> int:
-    """How many parameters of a layer would depend on a state of this size."""
-    names = layer.state_parameters()
-    return sum(math.prod(shape) for name, shape in layer.state_shapes(size).items() if name in names)
+def cost_of_cut(reduction: LayerReduction, state_bytes: int | None) -> CutCost:
+    """
+    What a cut changes in its layer, which has not been written to yet.
+
+    Args:
+        reduction ([`LayerReduction`]): The cut.
+        state_bytes (`int`, *optional*): Memory of the layer's recurrent state before it, of one sequence.
+    """
+    after = state_bytes_at(reduction.state_size, reduction.layer.state_size, state_bytes)
+    new = [change.new for change in (*reduction.parameters, *reduction.added)]
+    old = [change.old for change in reduction.parameters]
+    return CutCost(
+        sum(p.numel() for p in new) - sum(p.numel() for p in old),
+        sum(p.numel() * p.element_size() for p in new) - sum(p.numel() * p.element_size() for p in old),
+        None if after is None else state_bytes - after,
+    )
+
+
+def total_cost(costs: Sequence[CutCost]) -> CutCost:
+    """
+    What cuts of several layers change together.
+
+    Args:
+        costs (`Sequence[CutCost]`): That of each layer.
+    """
+    saved = [cost.saved_bytes for cost in costs]
+    return CutCost(
+        sum(cost.added_parameters for cost in costs),
+        sum(cost.added_bytes for cost in costs),
+        None if None in saved else sum(saved),
+    )
+
+
+def cuts_that_do_not_pay(
+    reductions: Sequence[LayerReduction], state_bytes: Mapping[str, int | None], together: bool
+) -> dict[str, CutCost]:
+    """
+    The cuts that add more to the weights than they take from the recurrent state of one sequence.
+
+    Args:
+        reductions (`Sequence[LayerReduction]`): What a check would do to the layers.
+        state_bytes (`Mapping[str, int]`): Memory of each layer's recurrent state now, by the layer's name.
+        together (`bool`): All layers are cut or none is, so that their sums decide.
+
+    Returns:
+        `dict[str, CutCost]`: What each would change, by the layer's name.
+    """
+    costs = {r.layer.name: cost_of_cut(r, state_bytes.get(r.layer.name)) for r in reductions}
+    if together:
+        return {} if total_cost(list(costs.values())).pays else costs
+    return {name: cost for name, cost in costs.items() if not cost.pays}
 
 
 def training_step_seconds(model: nn.Module, batch: Mapping[str, Any], repetitions: int = 5) -> float:
@@ -98,37 +135,3 @@ def training_step_seconds(model: nn.Module, batch: Mapping[str, Any], repetition
     for parameter, gradient in gradients:
         parameter.grad = gradient
     return statistics.median(seconds[_WARM_UP_STEPS:])
-
-
-def resize_for_timing(layers: Sequence[StateSpaceLayer], size: int) -> None:
-    """
-    Give all layers another state size with small equal values, which take the time that other values take.
-
-    The model is of no other use afterwards.
-
-    Args:
-        layers (`Sequence[StateSpaceLayer]`): The layers of one model.
-        size (`int`): The state size of all of them.
-    """
-    for layer in layers:
-        layer.resize(size)
-        with torch.no_grad():
-            for parameter in layer.state_parameters().values():
-                parameter.fill_(0.01)
-
-
-class _ShapeObserver:
-    """Notes how large the state of a scan is."""
-
-    def __init__(self) -> None:
-        self._bytes: dict[int | None, int] = {}
-
-    def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
-        """Look at a scan; its output goes on unchanged."""
-        self._bytes[inputs.part] = inputs.states_per_sequence * inputs.u.element_size()
-        return output
-
-    @property
-    def state_bytes(self) -> int | None:
-        """Bytes of the state of one sequence, where a scan was seen."""
-        return sum(self._bytes.values()) or None

@@ -47,6 +47,9 @@ class LayerRecord:
             made, on inputs of the layer that the truncation was not made with.
         readout_fitted (`bool`, *optional*): Whether what reads the kept states was fitted to the layer's outputs, see
             `CompreSSMConfig.fit_readout`. Unset where nothing was cut.
+        state_bytes_before (`int`, *optional*): Memory of the recurrent state of one sequence before the check; unset
+            where it was not measured.
+        state_bytes_after (`int`, *optional*): The same after it.
     """
 
     name: str
@@ -64,6 +67,8 @@ class LayerRecord:
     gramians: str | None = None
     output_error: float | None = None
     readout_fitted: bool | None = None
+    state_bytes_before: int | None = None
+    state_bytes_after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,9 @@ class CheckRecord:
     One check.
 
     Args:
-        outcome (`str`): `"cut"`; `"kept"` where the spectrum asked for no cut; `"skipped"` where the check could not be
-            completed (the reason says why) and nothing was changed; `"rolled_back"` where an earlier cut was taken
-            back.
+        outcome (`str`): `"cut"`; `"kept"` where the spectrum asked for no cut or the cut would not pay; `"skipped"`
+            where the check could not be completed (the reason says why) and nothing was changed; `"rolled_back"` where
+            an earlier cut was taken back.
         reason (`str`): One sentence for a person.
         layers (`list[LayerRecord]`): What was seen in each layer; empty where the spectra are not known.
         step (`int`, *optional*): Training step after which the check was made.
@@ -112,6 +117,13 @@ class CheckRecord:
     parameters_before: int = 0
     parameters_after: int = 0
     trials: list[TrialRecord] = field(default_factory=list)
+
+    @property
+    def state_bytes(self) -> tuple[int, int] | None:
+        """Memory of the recurrent state of one sequence in all layers, before and after; None where it is not known."""
+        before = [layer.state_bytes_before for layer in self.layers]
+        after = [layer.state_bytes_after for layer in self.layers]
+        return None if None in before or not before else (sum(before), sum(after))
 
     def to_dict(self) -> dict[str, Any]:
         """The record as a dictionary that JSON can hold."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..architectures import StateSpaceLayer
+from .costs import state_bytes_at
 from .decide.plan import LayerPlan
 from .decide.truncations import Found
 from .history import CheckRecord, LayerRecord
@@ -28,12 +29,14 @@ class Seen:
         scores (`dict[str, torch.Tensor]`): The states' scores, `(N,)`: before the cut, and once it is noted after it.
         correlations (`Mapping[str, float]`): The rank correlation of the states' order with that of the check before;
             None where nothing could be compared.
+        state_bytes (`Mapping[str, int]`): Memory of the recurrent state of one sequence.
     """
 
     gramians: Mapping[str, LayerGramians]
     spectra: Mapping[str, Tensor]
     scores: dict[str, Tensor]
     correlations: Mapping[str, float | None]
+    state_bytes: Mapping[str, int | None] = field(default_factory=dict)
     lost_energy: dict[str, float | None] = field(default_factory=dict, init=False)
     output_errors: Mapping[str, float] = field(default_factory=dict, init=False)
 
@@ -69,6 +72,7 @@ def layer_records(
         sigma, layer_plan = seen.spectra[layer.name], plan[layer.name]
         size_after = layer_plan.new_size if layer.name in cut else layer_plan.size
         tail, total = float(sigma[size_after:].sum()), float(sigma.sum())
+        state_bytes = seen.state_bytes.get(layer.name)
         records.append(
             LayerRecord(
                 name=layer.name,
@@ -86,6 +90,8 @@ def layer_records(
                 reductor=cut[layer.name].reductor if layer.name in cut else None,
                 gramians=cut[layer.name].gramians if layer.name in cut else None,
                 readout_fitted=cut[layer.name].is_fitted if layer.name in cut else None,
+                state_bytes_before=state_bytes,
+                state_bytes_after=state_bytes_at(size_after, layer_plan.size, state_bytes),
             )
         )
     return records
@@ -119,6 +125,6 @@ def warn_of_added_parameters(record: CheckRecord) -> None:
         logger.warning(
             "the cut adds %s parameters: the projections have to stay as wide as they were, and two small matrices a "
             "layer bring what they give to fewer states. The recurrent state and the scan are smaller, the weights are "
-            "not; a smaller state size adds fewer.",
+            "not; a smaller state size adds fewer, and stock=True adds none.",
             f"{added:,}",
         )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from ..architectures import StateSpaceLayer
 from ..errors import ConfigurationError
 from .attempt import CutMaker
-from .costs import state_costs, training_step_seconds
+from .costs import state_bytes_at, training_step_seconds
 from .decide.plan import plan_of_ranks
 from .decide.progress import Stage
 
@@ -38,12 +37,29 @@ class SizeRow:
     step_seconds: float | None
 
 
+def require_sizes(sizes: Sequence[int], layers: Sequence[StateSpaceLayer]) -> None:
+    """
+    Check the sizes of a table.
+
+    Args:
+        sizes (`Sequence[int]`): State sizes.
+        layers (`Sequence[StateSpaceLayer]`): The layers that would be cut.
+
+    Raises:
+        [`~errors.ConfigurationError`]: a size is not a whole number below the present one.
+    """
+    largest = max(layer.state_size for layer in layers)
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < largest:
+            raise ConfigurationError(f"sizes has {size!r}; the model has {largest} states, so give 1 to {largest - 1}.")
+
+
 def measure_sizes(
     maker: CutMaker,
     layers: Sequence[StateSpaceLayer],
     sizes: Sequence[int],
     loss_now: Callable[[], float],
-    batch: Any,
+    timed_on: Mapping[str, Any] | None,
 ) -> list[SizeRow]:
     """
     Cut a model to several sizes, measure each and take each back; the first row is the model as it is.
@@ -51,45 +67,30 @@ def measure_sizes(
     Args:
         maker ([`~compression.attempt.CutMaker`]): Makes the truncations.
         layers (`Sequence[StateSpaceLayer]`): The layers that are cut.
-        sizes (`Sequence[int]`): State sizes.
+        sizes (`Sequence[int]`): State sizes, as [`require_sizes`] wants them.
         loss_now (`Callable`): Returns the loss of the model as it is, on batches that no truncation was made with.
-        batch (`object`): One batch, to time a step with where it is a mapping.
-
-    Raises:
-        [`~errors.ConfigurationError`]: a size is not a whole number below the present one.
+        timed_on (`Mapping`, *optional*): One batch to time a step with.
     """
     present = {layer.name: layer.state_size for layer in layers}
-    largest = max(present.values())
-    for size in sizes:
-        if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < largest:
-            raise ConfigurationError(f"sizes has {size!r}; the model has {largest} states, so give 1 to {largest - 1}.")
-    model = maker.state.model
-    rows = [_row(model, layers, largest, loss_now, batch)]
+    model, largest = maker.state.model, max(present.values())
+
+    def row(size: int) -> SizeRow:
+        known = [state_bytes_at(min(size, n), n, maker.state_bytes.get(name)) for name, n in present.items()]
+        loss = loss_now()
+        return SizeRow(
+            state_size=size,
+            loss=loss if math.isfinite(loss) else None,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            state_bytes=None if None in known else sum(known),
+            step_seconds=None if timed_on is None else training_step_seconds(model, timed_on),
+        )
+
+    rows = [row(largest)]
     config = replace(maker.config, minimum_reduction=0.0, multiple_of=1, min_state_size=1)
     for size in sorted(set(sizes), reverse=True):
         made = maker.make(plan_of_ranks(dict.fromkeys(present, size), present, config, Stage()))
         if made.failures:
-            rows.append(SizeRow(size, None, sum(p.numel() for p in model.parameters()), None, None))
+            rows.append(SizeRow(size, None, rows[0].parameters, None, None))
         else:
-            measure = lambda size=size: _row(model, layers, size, loss_now, batch)  # noqa: E731
-            rows.append(maker.with_cut(made, measure))
+            rows.append(maker.with_cut(made, functools.partial(row, size)))
     return rows
-
-
-def _row(
-    model: nn.Module,
-    layers: Sequence[StateSpaceLayer],
-    size: int,
-    loss_now: Callable[[], float],
-    batch: Any,
-) -> SizeRow:
-    loss = loss_now()
-    named = batch if isinstance(batch, Mapping) else None
-    costs = [cost.state_bytes for cost in state_costs(model, layers, named).values()]
-    return SizeRow(
-        state_size=size,
-        loss=loss if math.isfinite(loss) else None,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        state_bytes=None if None in costs else sum(costs),
-        step_seconds=None if named is None else training_step_seconds(model, named),
-    )

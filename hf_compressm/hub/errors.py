@@ -63,9 +63,9 @@ def is_passing(error: BaseException) -> bool:
 
 
 def has_no_network(error: BaseException | None) -> bool:
-    """Whether the Hub's name could not be resolved; the HTTP client wraps the error that says so."""
+    """Whether the Hub's name could not be resolved, or nobody answers there; the HTTP client wraps the error."""
     while error is not None:
-        if isinstance(error, socket.gaierror):
+        if isinstance(error, (socket.gaierror, ConnectionRefusedError)):
             return True
         error = error.__cause__ or error.__context__
     return False

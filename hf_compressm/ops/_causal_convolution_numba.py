@@ -1,8 +1,8 @@
 r"""
 The kernels behind [`~ops.causal_convolution`]: a filter of a few taps along time, a channel each, and its SiLU.
 
-Both go through whole steps, all channels of a range next to each other: what is read lies one behind the other, and
-the few steps that a filter sees stay in the nearest cache. Arrays, of one float type (float32 or float64):
+Those for sequences go through whole steps, all channels of a range next to each other: what is read lies one behind the
+other, and the few steps that a filter sees stay in the nearest cache. Arrays, of one float type (float32 or float64):
 
 - `u`, `grad_out`: rows of (batch, length, channels), see `_strided`;
 - `taps`: (blocks, K + 1, W), the K taps of W channels side by side, that of the present step last, and the bias; zero
@@ -29,16 +29,18 @@ class ConvolutionKernels(NamedTuple):
     Args:
         forward (`Callable`): The filter and its activation.
         backward (`Callable`): Their gradient.
+        step (`Callable`): One step, from the inputs before it.
     """
 
     forward: Callable[..., None]
     backward: Callable[..., None]
+    step: Callable[..., None]
 
 
 @functools.cache
 def convolution_kernels(n_taps: int) -> ConvolutionKernels:
     """The kernels for filters of K taps: with K a constant the loop over taps becomes part of the one over lanes."""
-    return ConvolutionKernels(_forward(n_taps), _backward(n_taps))
+    return ConvolutionKernels(_forward(n_taps), _backward(n_taps), _step(n_taps))
 
 
 @part
@@ -144,3 +146,29 @@ def _backward(n_taps: int) -> Callable[..., None]:
                     work[:, n_taps:] = 0.0
 
     return convolution_backward
+
+
+def _step(n_taps: int) -> Callable[..., None]:
+    @kernel
+    def convolution_step(state, u, weight, bias, silu, out, sequences, channels):
+        """
+        One step of the filter and its activation, for a range of sequences and of channels.
+
+        All C-contiguous: `state` (batch, channels, K), the last K inputs, moved on by one; `u`, `out` (batch, 1,
+        channels); `weight` (channels, K); `bias` (channels,).
+        """
+        for b in range(sequences[0], sequences[1]):
+            for c in range(channels[0], channels[1]):
+                channel = np.uintp(c)
+                total = bias[channel]
+                for k in range(n_taps):
+                    newest = u[b, 0, channel] if k == n_taps - 1 else state[b, channel, np.uintp(k + 1)]
+                    state[b, channel, np.uintp(k)] = newest
+                    total += weight[channel, np.uintp(k)] * newest
+                out[b, 0, channel] = total
+            if silu:
+                for c in range(channels[0], channels[1]):
+                    channel = np.uintp(c)
+                    out[b, 0, channel] *= logistic(out[b, 0, channel])
+
+    return convolution_step

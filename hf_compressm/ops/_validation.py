@@ -27,10 +27,11 @@ def require_shapes(allow_complex: bool = False, **arguments: tuple[Tensor, tuple
     sizes: dict[str, int] = {}
     device = None
     for name, (tensor, axes) in arguments.items():
-        expected = ", ".join(axis if axis not in sizes else f"{axis} {sizes[axis]}" for axis in axes)
+        known = dict(sizes)
         fits = tensor.ndim == len(axes)
         fits = fits and all(sizes.setdefault(axis, length) == length for axis, length in zip(axes, tensor.shape))
         if not fits:
+            expected = ", ".join(axis if axis not in known else f"{axis} {known[axis]}" for axis in axes)
             raise DimensionError(f"`{name}` has shape {tuple(tensor.shape)}; expected ({expected}).")
         if not (tensor.is_floating_point() or (allow_complex and tensor.is_complex())):
             raise ConfigurationError(f"`{name}` has dtype {tensor.dtype}; convert it to a floating-point dtype.")
@@ -57,6 +58,41 @@ def require_cpu(function: str, argument: Tensor, package: str) -> None:
             f"`{function}` runs on the CPU and its arguments are on {argument.device}. Use {package}'s kernels there, "
             f"or `{function}_reference`."
         )
+
+
+def require_step(
+    function: str, state: Tensor, axes: tuple[str, ...], arguments: dict[str, tuple[Tensor, tuple[str, ...]]]
+) -> None:
+    """
+    Check the arguments of a single step that writes to its state, before it does, and let autograd know of the writing.
+
+    Args:
+        function (`str`): Its name.
+        state (`torch.Tensor`): What is written.
+        axes (`tuple[str, ...]`): The names of its axes.
+        arguments (`dict[str, tuple[torch.Tensor, tuple[str, ...]]]`): The other tensors, as for [`require_shapes`].
+
+    Raises:
+        [`~errors.DimensionError`]: a shape does not fit the others, or there is more than one step.
+        [`~errors.ConfigurationError`]: a tensor is not on the CPU, is not floating-point or needs a gradient; or the
+            state is neither float32 nor float64, or has gaps.
+    """
+    length = require_shapes(state=(state, axes), **arguments)["length"]
+    if length != 1:
+        raise DimensionError(f"`{function}` makes one step and the arguments hold {length}; call it once for each.")
+    if state.device.type != "cpu":
+        raise ConfigurationError(f"`{function}` runs on the CPU and its arguments are on {state.device}.")
+    if state.dtype not in (torch.float32, torch.float64) or not state.is_contiguous():
+        raise ConfigurationError(
+            f"`state` has dtype {state.dtype} and strides {state.stride()}; `{function}` writes to a contiguous one of "
+            "float32 or float64."
+        )
+    if torch.is_grad_enabled():
+        given = {"state": state, **{name: tensor for name, (tensor, _) in arguments.items()}}
+        for name in (name for name, tensor in given.items() if tensor.requires_grad):
+            raise ConfigurationError(f"`{name}` needs a gradient, and `{function}` has none; use `torch.no_grad()`.")
+    if not state.is_inference():
+        torch.autograd.graph.increment_version(state)
 
 
 def validated_times(times: Tensor | None, batch: int, length: int) -> Tensor:

@@ -22,8 +22,8 @@ from ._causal_convolution_numba import convolution_kernels
 from ._derivatives import is_transformed, needs_graph, plain_gradients
 from ._strided import rows
 from ._threads import run_units
-from ._validation import compute_dtype, require_cpu, require_shapes
-from .selective_scan import blocks_to_channels, channels_to_blocks, divide_work
+from ._validation import compute_dtype, require_cpu, require_shapes, require_step
+from .selective_scan import WORTH_SHARING, as_arrays, blocks_to_channels, channels_to_blocks, divide_work
 
 
 def causal_convolution_reference(u: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = False) -> Tensor:
@@ -74,6 +74,43 @@ def causal_convolution(u: Tensor, weight: Tensor, bias: Tensor | None = None, si
     return _CausalConvolution.apply(u.to(dtype), weight.to(dtype), bias.to(dtype), silu).to(u.dtype)
 
 
+def causal_convolution_step(
+    state: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = False
+) -> Tensor:
+    """
+    One step of the convolution from the inputs before it, which are moved on in place.
+
+    It has no derivative; [`causal_convolution`] of these inputs and the new one has.
+
+    Args:
+        state (`torch.Tensor` of shape `(batch, channels, K)`): The last K inputs, the newest last; after the call those
+            with the new one. Contiguous, float32 or float64; all is computed in its dtype.
+        u (`torch.Tensor` of shape `(batch, 1, channels)`): The new input, any floating-point dtype.
+        weight (`torch.Tensor` of shape `(channels, K)`): The taps of each channel, that of the new input last.
+        bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added to what the filter gives.
+        silu (`bool`, *optional*, defaults to `False`): Whether the SiLU follows.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, 1, channels)`: In the dtype of the state.
+
+    Raises:
+        [`~errors.DimensionError`]: a shape does not fit the others, or there is more than one step.
+        [`~errors.ConfigurationError`]: an argument is not on the CPU, not floating-point or needs a gradient; the state
+            has another dtype or gaps; or there is no tap. Nothing is written then.
+    """
+    arguments = {"u": (u, ("batch", "length", "channels")), "weight": (weight, ("channels", "K"))}
+    arguments |= {} if bias is None else {"bias": (bias, ("channels",))}
+    require_step("causal_convolution_step", state, ("batch", "channels", "K"), arguments)
+    _require_taps(weight)
+    out = state.new_empty(u.shape)
+    bias = state.new_zeros(weight.shape[0]) if bias is None else bias
+    arrays = as_arrays(state.dtype, state, u, weight, bias)
+    sequences, channels = divide_work(state.shape[0], weight.shape[0], shared=state.numel() >= WORTH_SHARING)
+    units = [(*arrays, silu, out.numpy(), s, c) for s in sequences for c in channels]
+    run_units(convolution_kernels(weight.shape[1]).step, units)
+    return out
+
+
 class _CausalConvolution(Function):
     """[`causal_convolution`] on tensors of one dtype."""
 
@@ -121,6 +158,10 @@ def _taps(weight: Tensor, bias: Tensor) -> Tensor:
 def _require_valid(u: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     others = {} if bias is None else {"bias": (bias, ("channels",))}
     axes = ("batch", "length", "channels")
-    sizes = require_shapes(u=(u, axes), weight=(weight, ("channels", "K")), **others)
-    if sizes["K"] == 0:
+    require_shapes(u=(u, axes), weight=(weight, ("channels", "K")), **others)
+    _require_taps(weight)
+
+
+def _require_taps(weight: Tensor) -> None:
+    if weight.shape[1] == 0:
         raise ConfigurationError("`weight` has no tap; a filter needs at least one a channel.")

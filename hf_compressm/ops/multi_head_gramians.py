@@ -59,9 +59,7 @@ def multi_head_state_gramian(
     times = _validated_times(times, sizes)
     dtype = compute_dtype(u, delta, A, B)
     u, delta, A, B = (tensor.to(dtype) for tensor in (u, delta, A, B))
-    P, readout_energy = _outer_products(delta * A, delta.unsqueeze(-1) * u, B, times, readout=C)
-    scale = sizes["length"] / max(1, times.shape[1])
-    return scale * P, scale * readout_energy
+    return state_sums(delta * A, delta.unsqueeze(-1) * u, B, C, times)
 
 
 @torch.no_grad()
@@ -97,11 +95,40 @@ def multi_head_adjoint_gramian(
     times = _validated_times(times, sizes)
     dtype = compute_dtype(delta, A, C, grad_y)
     delta, A, C, grad_y = (tensor.to(dtype) for tensor in (delta, A, C, grad_y))
+    return adjoint_sums(delta * A, C, grad_y, times)
+
+
+def state_sums(log_decay: Tensor, drive: Tensor, B: Tensor, C: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    r"""
+    P and the readout energy of any recurrence \\( H_t = e^{a_t} H_{t-1} + d_t B_t^\top \\) with one decay a head.
+
+    Args:
+        log_decay (`torch.Tensor` of shape `(batch, length, heads)`): a, float32 or float64.
+        drive (`torch.Tensor` of shape `(batch, length, heads, head_dim)`): d, of the same dtype.
+        B (`torch.Tensor` of shape `(batch, length, groups, N)`): What writes, of the same dtype.
+        C (`torch.Tensor` of shape `(batch, length, groups, N)`): What reads.
+        times (`torch.Tensor` of shape `(batch, K)`, int64): The sampled steps, ascending.
+    """
+    P, readout_energy = _outer_products(log_decay, drive, B, times, readout=C)
+    scale = log_decay.shape[1] / max(1, times.shape[1])
+    return scale * P, scale * readout_energy
+
+
+def adjoint_sums(log_decay: Tensor, C: Tensor, grad_y: Tensor, times: Tensor) -> Tensor:
+    """
+    Q of the same recurrence, read by C.
+
+    Args:
+        log_decay (`torch.Tensor` of shape `(batch, length, heads)`): As in [`state_sums`].
+        C (`torch.Tensor` of shape `(batch, length, groups, N)`): What reads, of the same dtype.
+        grad_y (`torch.Tensor` of shape `(batch, length, heads, head_dim)`): Gradient with respect to what is read.
+        times (`torch.Tensor` of shape `(batch, K)`, int64): The sampled steps, ascending.
+    """
+    length = log_decay.shape[1]
     # In reversed time the adjoint is a state whose decay is that of the step it has just come back through.
-    next_delta = torch.cat([delta[:, 1:], torch.zeros_like(delta[:, :1])], dim=1)
-    reversed_times = sizes["length"] - 1 - times.flip(1)
-    Q, _ = _outer_products((next_delta * A).flip(1), grad_y.flip(1), C.flip(1), reversed_times)
-    return sizes["length"] / max(1, times.shape[1]) * Q
+    next_decay = torch.cat([log_decay[:, 1:], torch.zeros_like(log_decay[:, :1])], dim=1)
+    Q, _ = _outer_products(next_decay.flip(1), grad_y.flip(1), C.flip(1), length - 1 - times.flip(1))
+    return length / max(1, times.shape[1]) * Q
 
 
 def _validated_times(times: Tensor | None, sizes: dict[str, int]) -> Tensor:
@@ -153,7 +180,7 @@ def _stops(times: Tensor, length: int) -> tuple[Tensor, Tensor]:
     samples = times.shape[1]
     stride = -(-length // max(1, samples))
     gaps = times.diff(dim=1, prepend=times.new_full((len(times), 1), -1))
-    if samples == 0 or int(gaps.max()) <= 2 * stride:
+    if times.numel() == 0 or int(gaps.max()) <= 2 * stride:
         return times, torch.ones_like(times, dtype=torch.bool)
     grid = torch.arange(stride - 1, length, stride, device=times.device).expand(len(times), -1)
     stops, order = torch.cat([times, grid], dim=1).sort(dim=1, stable=True)

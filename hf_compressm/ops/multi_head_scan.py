@@ -1,9 +1,11 @@
 r"""
-The multi-head recurrence of Mamba-2 by matrix products over short chunks of time, on any device, in plain torch.
+The multi-head recurrence of Mamba-2: by matrix products over short chunks of time, on any device and in plain torch, or
+with few states on a CPU as a selective scan, whose kernel walks along time.
 
 transformers' fallback repeats B and C for every head, pads the sequence to a multiple of the kernel's chunk (256 steps
 by default), and forms all its intermediate arrays at that size. Here heads of a group share the products of their B
-and C, and a chunk has the length that suits a CPU's caches.
+and C, and a chunk has the length that suits a CPU's caches. The products between the steps of a chunk cost the same
+with few states as with many, so few are better brought from step to step one by one.
 
 Source: Dao and Gu, 2024, "Transformers are SSMs" (arXiv 2405.21060), section 6, the block decomposition of the scan.
 """
@@ -15,16 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DimensionError
+from ._derivatives import is_transformed
 from ._validation import compute_dtype, require_shapes
+from .selective_scan import selective_scan
 
 _CHUNK = 64
+# Up to so many states a CPU is faster step by step.
+_FEW_STATES = 16
 
 
 def multi_head_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     r"""
-    \\( H_t = e^{\Delta_t A} H_{t-1} + \Delta_t u_t B_t^\top \\) and \\( y_t = H_t C_t \\), with gradients by autograd.
+    \\( H_t = e^{\Delta_t A} H_{t-1} + \Delta_t u_t B_t^\top \\) and \\( y_t = H_t C_t \\), with derivatives of every
+    order.
 
     Args:
         u (`torch.Tensor` of shape `(batch, length, heads, head_dim)`): Input, any floating-point dtype and device.
@@ -52,13 +59,40 @@ def multi_head_scan(
         if initial_state is None:
             initial_state = u.new_zeros(*(sizes[name] for name in ("batch", "heads", "head_dim", "N")))
         state = initial_state.to(dtype).unflatten(1, (groups, -1))
-        y, state = (torch.zeros_like(u), state) if sizes["length"] == 0 else _scan_in_chunks(u, delta, A, B, C, state)
+        if sizes["length"] == 0:
+            return torch.zeros_like(u), state.flatten(1, 2)
+        scan = _scan_by_steps if _steps_are_faster(u, sizes["N"]) else _scan_in_chunks
+        y, state = scan(u, delta, A, B, C, state)
         return y, state.flatten(1, 2)
+
+
+def _steps_are_faster(u: Tensor, n_states: int) -> bool:
+    if u.device.type != "cpu" or n_states > _FEW_STATES:
+        return False
+    # The kernel knows no transforms, and what is traced sees into no kernel.
+    return not (torch.compiler.is_compiling() or is_transformed())
+
+
+def _scan_by_steps(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The scan of at least one step as a selective scan a group, whose channels are those of its heads."""
+    groups, heads_of_group, head_dim = state.shape[1:4]
+    u = u.unflatten(2, (groups, -1)).flatten(3)
+    # All channels of a head have its time step and its decay.
+    delta = delta.unflatten(2, (groups, -1))[..., None].expand(-1, -1, -1, -1, head_dim).flatten(3)
+    A = A.view(groups, -1, 1, 1).expand(-1, -1, head_dim, B.shape[-1]).flatten(1, 2)
+    scans = [
+        selective_scan(u[:, :, g], delta[:, :, g], A[g], B[:, :, g], C[:, :, g], state[:, g].flatten(1, 2))
+        for g in range(groups)
+    ]
+    # One group needs no copy.
+    join = torch.stack if groups > 1 else lambda parts, dim: parts[0].unsqueeze(dim)
+    y, states = (join(parts, dim=axis) for parts, axis in zip(zip(*scans), (2, 1)))
+    return y.unflatten(3, (heads_of_group, head_dim)).flatten(2, 3), states.unflatten(2, (heads_of_group, head_dim))
 
 
 def _scan_in_chunks(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """
-    The scan of at least one step, on tensors of one dtype: products within chunks of time, and states between them.
+    The scan of at least one step by products within chunks of time, and states between them.
 
     state: (batch, groups, heads of a group, head_dim, N), before the first step; returned in the same form.
     """
@@ -70,8 +104,9 @@ def _scan_in_chunks(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, s
     B, C = (_chunks(tensor, size).transpose(2, 3) for tensor in (B, C))
     through = logs.cumsum(-1)
 
-    later = torch.ones(size, size, dtype=torch.bool, device=u.device).triu(1)
-    decays = (through[..., :, None] - through[..., None, :]).masked_fill(later, -torch.inf).exp()
+    # Sums, and not a difference that is masked: their gradients need no pass over all pairs of steps.
+    later = through.new_full((size, size), -torch.inf).triu(1)
+    decays = (through[..., :, None] + (-through)[..., None, :]).add_(later).exp()
     within = (decays * (C @ B.mT)[:, :, :, None]) @ inputs
 
     to_end = (through[..., -1:] - through).exp()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +25,9 @@ from ._selective_scan_numba import scan_backward, scan_forward
 from ._strided import rows
 from ._threads import run_units, split_range
 from ._validation import compute_dtype, require_cpu, require_shapes
+
+# A single step of fewer numbers is done before another thread has begun.
+WORTH_SHARING = 2**16
 
 
 def selective_scan_reference(
@@ -220,10 +224,17 @@ def _fused_gradients(
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_initial_state, *optional
 
 
-def divide_work(batch: int, n_blocks: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Ranges of sequences and of channel blocks; every pair of them is one unit of a kernel's work."""
+def divide_work(batch: int, n_blocks: int, shared: bool = True) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """
+    Ranges of sequences and of channel blocks; every pair of them is one unit of a kernel's work.
+
+    Args:
+        batch (`int`): Number of sequences.
+        n_blocks (`int`): Number of channel blocks.
+        shared (`bool`, *optional*, defaults to `True`): Whether there is enough to do for several threads.
+    """
     # Twice as many units as threads even out what other programs take from one core.
-    n_units = 1 if torch.get_num_threads() == 1 else 2 * torch.get_num_threads()
+    n_units = 2 * torch.get_num_threads() if shared and torch.get_num_threads() > 1 else 1
     sequence_ranges = split_range(batch, n_units)
     return sequence_ranges, split_range(n_blocks, -(-n_units // max(1, len(sequence_ranges))))
 
@@ -242,6 +253,11 @@ def blocks_to_channels(A_blocks: Tensor, channels: int) -> Tensor:
 
 def _arrays(*tensors: Tensor) -> list:
     return [tensor.detach().numpy() for tensor in tensors]
+
+
+def as_arrays(dtype: torch.dtype, *tensors: Tensor) -> list[np.ndarray]:
+    """Tensors as contiguous arrays of one dtype; where they are that already, their own memory."""
+    return [tensor.detach().to(dtype).contiguous().numpy() for tensor in tensors]
 
 
 def zero_state(u: Tensor, A: Tensor) -> Tensor:

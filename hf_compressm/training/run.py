@@ -41,7 +41,7 @@ from .evaluation_watch import EvaluationWatch
 from .resume import SavedRun
 from .schedule import check_steps
 from .trackers import log_figures, log_line, send_figures, trackers_among
-from .trainer_lookup import neighbours
+from .trainer_lookup import find_trainers, neighbours
 from .trainer_loss import require_loss, trainer_loss
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class CompressionRun:
             raise ConfigurationError("the Trainer has two CompreSSMCallbacks; one has to hold all settings.")
         self._trackers = trackers_among(self._neighbours)
         self._processes = processes_of_training()
-        loss_function = callback.loss_function or trainer_loss(callback)
+        loss_function = callback.loss_function or trainer_loss(find_trainers(callback))
         self._compressor = self._new_compressor(optimizer, loss_function)
         self._resume(saved)
         _drop_stale_states(optimizer)

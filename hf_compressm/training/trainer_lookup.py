@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from typing import TypeVar
 
 from torch import nn
@@ -13,39 +14,50 @@ from transformers.trainer_callback import CallbackHandler
 _Found = TypeVar("_Found")
 
 
-def _alive(kind: type[_Found]) -> list[_Found]:
-    """All objects of a class, or of one that inherits from it, that are not collected yet."""
-    # The type is asked instead of the object: isinstance would wake dead weak proxies.
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+def _callers(kind: type[_Found]) -> list[_Found]:
+    """The objects of a class whose methods, those of its own module, are being called; the nearest first."""
+    found: list[_Found] = []
+    frame = inspect.currentframe()
+    while frame is not None:
+        # To ask a frame for its variables keeps them alive until it ends (Python 3.12 and older): no user's frame is.
+        if frame.f_globals.get("__name__") == kind.__module__:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, kind) and not any(caller is other for other in found):
+                found.append(caller)
+        frame = frame.f_back
+    return found
 
 
 def find_trainers(callback: TrainerCallback) -> list[Trainer]:
     """
-    The Trainers that hold a callback (one, as a rule); a callback is not given them.
+    The Trainers that hold a callback and have called it (one, as a rule). An event does not say whose it is.
 
     Args:
-        callback (`transformers.TrainerCallback`): A callback of the Trainer.
+        callback (`transformers.TrainerCallback`): A callback of the Trainer, in one of its events.
     """
-    handlers = [(trainer, getattr(trainer, "callback_handler", None)) for trainer in _alive(Trainer)]
-    return [
-        trainer
-        for trainer, handler in handlers
-        if handler is not None and any(held is callback for held in handler.callbacks)
-    ]
+    # `on_init_end` comes before the Trainer's own attributes are complete, but not before its callbacks are there.
+    return [trainer for trainer in _callers(Trainer) if _holds(trainer.callback_handler, callback)]
 
 
 def neighbours(callback: TrainerCallback) -> list[TrainerCallback]:
     """
-    The other callbacks of the Trainer that a callback belongs to.
-
-    A callback is not given its Trainer and cannot send logs of its own, so the handler that holds the callback is
-    looked up among the live objects. It takes tens of milliseconds; call it once per training.
+    The other callbacks of the Trainer that a callback belongs to; it cannot send logs of its own.
 
     Args:
-        callback (`transformers.TrainerCallback`): A callback of the Trainer.
+        callback (`transformers.TrainerCallback`): A callback of the Trainer, in one of its events.
     """
-    holders = [handler for handler in _alive(CallbackHandler) if any(held is callback for held in handler.callbacks)]
-    return [other for handler in holders for other in handler.callbacks if other is not callback]
+    handlers = [handler for handler in _callers(CallbackHandler) if _holds(handler, callback)]
+    return [other for handler in handlers for other in handler.callbacks if other is not callback]
+
+
+def _holds(handler: CallbackHandler, callback: TrainerCallback) -> bool:
+    return any(held is callback for held in handler.callbacks)
+
+
+def _alive(kind: type[_Found]) -> list[_Found]:
+    """All objects of a class, or of one that inherits from it, that are not collected yet."""
+    # The type is asked instead of the object: isinstance would wake dead weak proxies.
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
 
 
 def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
@@ -72,7 +84,7 @@ def wrapper_in_use(model: nn.Module) -> DistributedDataParallel | None:
         gc.collect()
         found = wrappers_of(model)
     if len(found) > 1:
-        wrapped = [getattr(trainer, "model_wrapped", None) for trainer in _alive(Trainer)]
+        wrapped = [getattr(trainer, "model_wrapped", None) for trainer in _callers(Trainer)]
         # Private API of torch.
         used = {id(getattr(module, "_orig_mod", module)) for module in wrapped}
         found = [wrapper for wrapper in found if id(wrapper) in used] or found

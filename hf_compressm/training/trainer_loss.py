@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from ..compression import LossFunction
 from ..compression.measure.model_pass import evaluation_mode, model_loss, move_to_device
 from ..compression.processes import Processes
 from ..errors import ConfigurationError
-from .trainer_lookup import find_trainers
 
 
-def trainer_loss(callback: TrainerCallback) -> LossFunction | None:
+def trainer_loss(trainers: Iterable[Trainer]) -> LossFunction | None:
     """
-    The loss of the Trainer that holds a callback, or None where it is what the model returns.
+    The loss of a Trainer, or None where it is what the model returns.
 
     That is `Trainer.compute_loss` where a subclass has its own, where `compute_loss_func` is given, or where labels are
     smoothed. It gets a copy of the batch, which it may take entries out of, and the number of items in it.
 
     Args:
-        callback (`transformers.TrainerCallback`): A callback of the Trainer.
+        trainers (`Iterable[transformers.Trainer]`): The Trainer, or several; the first with such a loss counts.
     """
-    for trainer in find_trainers(callback):
+    for trainer in trainers:
         own = type(trainer).compute_loss is not Trainer.compute_loss or "compute_loss" in vars(trainer)
         if own or trainer.compute_loss_func is not None or trainer.label_smoother is not None:
             return _loss_of(trainer)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -73,6 +74,12 @@ def median_seconds(functions: Sequence[Callable[[], None]], repeats: int, warm_u
             if turn >= warm_up:
                 collected.append(time.perf_counter() - start)
     return [statistics.median(collected) for collected in times]
+
+
+def cache_of(output: Any) -> dict[str, Any]:
+    """The cache in a model's output, as the argument of the next call; transformers has changed its name."""
+    name = next(name for name in ("cache", "cache_params", "past_key_values") if output.get(name) is not None)
+    return {name: output[name]}
 
 
 def provenance() -> str:

@@ -1,6 +1,6 @@
 """
-What a cut of the key dimension costs gated DeltaNet and Kimi delta attention: right after it, by how it is cut, and at
-the end of a training that it was in.
+What a cut of the key dimension costs linear attention (gated DeltaNet, Kimi delta attention, lightning attention and
+xLSTM): right after it, by how it is cut, and at the end of a training that it was in.
 
     python recipes/benchmarks/delta_rule_accuracy.py [--families gated_delta_net kimi_delta] [--seeds 2]
     python recipes/benchmarks/delta_rule_accuracy.py --data fashion_mnist [--data-dir FOLDER]
@@ -116,16 +116,29 @@ CHANNELS: dict[str, Method] = {
     "channels, E[k^2] E[q^2]": channels_by_squares,
     "channels, pivoted QR of keys and queries": channels_by_pivoted_qr,
 }
+EIGENVECTORS: dict[str, Method] = {
+    "eigenvectors of the keys, mixed": eigenvectors_of("keys"),
+    "eigenvectors of the queries, mixed": eigenvectors_of("queries"),
+}
+BESIDE_BALANCED: dict[str, Method] = {
+    "orthonormal": ours("orthonormal"),
+    "interpolative": ours("interpolative"),
+    **CHANNELS,
+    **EIGENVECTORS,
+}
 METHODS: dict[str, dict[str, Method]] = {
     "gated_delta_net": {
         "orthonormal, mixed (the default)": ours("orthonormal"),
         "interpolative, mixed": ours("interpolative"),
         **CHANNELS,
-        "eigenvectors of the keys, mixed": eigenvectors_of("keys"),
-        "eigenvectors of the queries, mixed": eigenvectors_of("queries"),
+        **EIGENVECTORS,
     },
     "kimi_delta": {"interpolative, mixed (the default)": ours("interpolative"), **CHANNELS},
+    "minimax": {"balanced, mixed (the default)": ours("balanced"), **BESIDE_BALANCED},
+    "xlstm": {"balanced, folded (the default)": ours("balanced"), **BESIDE_BALANCED},
 }
+# Of these families no class has fewer keys alone, so that there is no small model from scratch.
+ONE_SIZE = ("kimi_delta", "minimax")
 
 
 def new_run(family: str, task: Task, seed: int, key_size: int = KEY_SIZE) -> Trained:
@@ -162,8 +175,9 @@ def right_after(family: str, model: nn.Module, task: Task, batch: dict[str, Tens
             model(input_ids=batch["input_ids"])
     gramians = calibrate(model, layers, [batch], progress=False).gramians
     seen = [Seen(gramians[layer.name], each) for layer, each in zip(layers, vectors)]
+    sizes = [kept for kept in KEPT if kept % layers[0].cache_multiple == 0]
     return {
-        name: {str(kept): task.judge(cut(model, [method(each, kept) for each in seen], name)) for kept in KEPT}
+        name: {str(kept): task.judge(cut(model, [method(each, kept) for each in seen], name)) for kept in sizes}
         for name, method in METHODS[family].items()
     }
 
@@ -195,10 +209,9 @@ def results_of_model(
     if not in_training or "in training" in found:
         return
     figures: dict[str, dict[str, float]] = {}
-    for size in IN_TRAINING_SIZES:
+    for size in [size for size in IN_TRAINING_SIZES if size % find_layers(copies[1.0][0])[0].cache_multiple == 0]:
         figures[str(size)] = {}
-        if family == "gated_delta_net":
-            # One size is for keys and values in Kimi delta attention: no model from scratch has fewer keys alone.
+        if family not in ONE_SIZE:
             run = new_run(family, task, seed, size)
             train(run, loss_at, 0, steps, steps, LEARNING_RATE)
             figures[str(size)]["from scratch"] = task.judge(run[0])
@@ -256,8 +269,9 @@ def write(options: Namespace, task: Task, models: Sequence[dict[str, Any]]) -> N
     """Write the tables of one kind of data."""
     seeds = {family: sum(model["family"] == family for model in models) for family in FAMILIES}
     note = (
-        f"Two layers of two heads (Qwen3-Next's gated DeltaNet, Kimi Linear's delta attention), {options.steps} steps "
-        f"of {task.batch_size} examples; mean and standard deviation of the {task.figure} over seeds "
+        "Two layers of two heads (Qwen3-Next's gated DeltaNet, Kimi Linear's delta attention, MiniMax's lightning "
+        f"attention) or eight (xLSTM, whose cache takes multiples of 8 then), {options.steps} steps of "
+        f"{task.batch_size} examples; mean and standard deviation of the {task.figure} over seeds "
         f"({', '.join(f'{family}: {count}' for family, count in seeds.items() if count)})."
     )
     rows = []
@@ -267,7 +281,8 @@ def write(options: Namespace, task: Task, models: Sequence[dict[str, Any]]) -> N
             continue
         rows.append([family, "uncut", _mean_and_spread([model["uncut"] for model in members]), "", "", ""])
         for name in METHODS[family]:
-            cells = [_mean_and_spread([model["right after"][name][str(kept)] for model in members]) for kept in KEPT]
+            figures = [[model["right after"][name].get(str(kept)) for model in members] for kept in KEPT]
+            cells = ["-" if None in values else _mean_and_spread(values) for values in figures]
             rows.append(["", name, *cells])
     write_result(
         f"delta_rule_cut_{options.data}",
@@ -285,7 +300,7 @@ def write(options: Namespace, task: Task, models: Sequence[dict[str, Any]]) -> N
     rows = []
     for family in FAMILIES:
         members = [model for model in trained if model["family"] == family]
-        for size in map(str, IN_TRAINING_SIZES if members else ()):
+        for size in dict.fromkeys(size for model in members for size in model["in training"]):
             figures = [[model["in training"][size].get(column) for model in members] for column in columns]
             cells = ["-" if None in values else _mean_and_spread(values) for values in figures]
             rows.append([family, size, _mean_and_spread([model["uncut"] for model in members]), *cells])

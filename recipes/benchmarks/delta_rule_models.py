@@ -1,4 +1,4 @@
-"""The small causal models of the benchmarks of linear attention: gated DeltaNet and Kimi delta attention."""
+"""The small causal models of the benchmarks of linear attention."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import torch
 from transformers import (
     KimiLinearConfig,
     KimiLinearForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
     PreTrainedModel,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    xLSTMConfig,
+    xLSTMForCausalLM,
 )
 
-FAMILIES = ("gated_delta_net", "kimi_delta")
+FAMILIES = ("gated_delta_net", "kimi_delta", "minimax", "xlstm")
 KEY_SIZE = 64
 LAYERS = 2
 # Steps after which a head of decay rate one starts with a decay of 1 / e: from 10 to 1000.
@@ -31,8 +35,8 @@ def make_delta_rule_model(
         family (`str`): One of `FAMILIES`.
         vocabulary (`int`): Number of different tokens.
         key_size (`int`, *optional*, defaults to 64): Entries of a key, the state size of a head. One size is for keys
-            and values in Kimi delta attention.
-        heads (`int`, *optional*, defaults to 2): Heads of each layer.
+            and values in Kimi delta attention and lightning attention.
+        heads (`int`, *optional*, defaults to 2): Heads of each layer; four times as many in xLSTM.
         value_size (`int`, *optional*, defaults to 32): Entries of a value, for gated DeltaNet.
     """
     shared = {
@@ -44,6 +48,21 @@ def make_delta_rule_model(
             KimiLinearConfig(
                 **shared, num_key_value_heads=2, mlp_layer_types=["dense"] * LAYERS, kv_lora_rank=8, v_head_dim=8,
                 qk_nope_head_dim=8, qk_rope_head_dim=4, linear_num_heads=heads, linear_head_dim=key_size,
+            )
+        )  # fmt: skip
+    if family == "minimax":
+        return MiniMaxForCausalLM(
+            MiniMaxConfig(
+                **{**shared, "num_attention_heads": heads}, num_key_value_heads=1, head_dim=key_size,
+                num_local_experts=1, num_experts_per_tok=1,
+            )
+        )  # fmt: skip
+    if family == "xlstm":
+        return xLSTMForCausalLM(
+            xLSTMConfig(
+                vocab_size=vocabulary, hidden_size=64, num_hidden_layers=LAYERS, num_heads=4 * heads,
+                qk_dim_factor=4 * heads * key_size / 64, ffn_proj_factor=2.0, chunk_size=32,
+                autocast_kernel_dtype="float32", **_NO_SPECIAL_TOKENS,
             )
         )  # fmt: skip
     model = Qwen3NextForCausalLM(

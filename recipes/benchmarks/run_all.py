@@ -12,6 +12,7 @@ BENCHMARKS = (
     "multi_head_scan.py",
     "step_time.py",
     "reduction_cost.py",
+    "mixed_cost.py",
     "cut_accuracy.py",
     "delta_rule_accuracy.py",
     "recall.py",

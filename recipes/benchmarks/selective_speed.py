@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import torch
-from common import median_seconds, parser, token_batch, training_step, write_result
+from common import cache_of, median_seconds, parser, token_batch, training_step, write_result
 from selective_models import FAMILIES, STATE_SIZE, make_model
 from transformers import PreTrainedModel
 
@@ -21,8 +21,7 @@ FORMS = {"selection": {"stock": True, "reductor": "selection"}, "mixed": {}}
 def cache_bytes(model: PreTrainedModel, tokens: torch.Tensor) -> int:
     """Bytes of the recurrent states that generation keeps for these sequences (without convolutions and attention)."""
     with torch.no_grad():
-        cache = model(input_ids=tokens, use_cache=True).get("past_key_values")
-        cache = model(input_ids=tokens, use_cache=True).get("cache_params") if cache is None else cache
+        (cache,) = cache_of(model(input_ids=tokens, use_cache=True)).values()
     states = [state for layer in cache.layers for state in _tensors(getattr(layer, "recurrent_states", None))]
     return sum(state.numel() * state.element_size() for state in states)
 

@@ -77,7 +77,7 @@ def cut_unevenly(**settings) -> ToyForCausalLM:
     with torch.no_grad():
         for parameter in (model.layers[0].address.weight, model.layers[0].address.bias):
             parameter.unflatten(0, (2, 2, N))[:, 0, 3:] = 0
-    return cut(model, strategy="tolerance", tolerance=1e-3, uniform=False, **settings)
+    return cut(model, strategy="tolerance", tolerance=1e-3, uniform=False, allow_growth=True, **settings)
 
 
 def forms(model: nn.Module) -> list[StateForm]:

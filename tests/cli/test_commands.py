@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -26,6 +27,7 @@ from hf_compressm import read_history
 from hf_compressm.cli.app import app
 from tests.cases import VOCABULARY, logits_of, tiny_mamba, token_batch
 from tests.hub.tokenizer import tiny_tokenizer
+from tests.selective_models import tiny_mamba2
 
 ROOT = Path(hf_compressm.__file__).parents[1]
 
@@ -35,8 +37,9 @@ def _quiet_and_put_back(monkeypatch):
     """The commands silence other libraries for the whole process; other tests need those as they were."""
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    level = logging.getLogger("transformers").level
+    level, of_the_hub = logging.getLogger("transformers").level, huggingface_hub.utils.logging.get_verbosity()
     yield
+    huggingface_hub.utils.logging.set_verbosity(of_the_hub)
     logging.getLogger("transformers").setLevel(level)
     transformers.utils.logging.enable_progress_bar()
     datasets.enable_progress_bars()
@@ -81,7 +84,7 @@ def test_analyze_prints_a_table_and_draws_a_picture_where_it_is_asked_to(run) ->
     ranks = [int(cell) for cell in row[2:7]]
     assert row[1] == "8" and ranks[:4] == sorted(ranks[:4]) and ranks[4] == ranks[2]
     # A_log is 32 x 8 and x_proj has 3 + 2 x 8 rows of 32; the recurrent state is 32 x 8 of four bytes.
-    assert row[7] == f"{32 * 8 + (3 + 16) * 32:,}" and "1,024" in row
+    assert row[8] == f"{32 * 8 + (3 + 16) * 32:,}" and "1,024" in row
     assert re.search(r"Training step of 8 x 32 on this machine: [\d.]+ ms now", result.stdout)
     assert Image.open("spectrum.png").size[0] > 1000
 
@@ -134,6 +137,18 @@ def test_sizes_are_tried_and_told(run) -> None:
     assert [row["parameters"] for row in found] == sorted((row["parameters"] for row in found), reverse=True)
     refused = run(*arguments[:-3], "--sizes", "eight")
     assert refused.exit_code != 0 and "give whole numbers with commas" in refused.stderr
+
+
+def test_a_cut_that_only_adds_is_made_on_demand(run) -> None:
+    tiny_mamba2().save_pretrained("mamba2")
+    asked = ("mamba2", "--tolerance", "0.9", "--multiple-of", "7", *ROWS)
+    told = "left as it was: a cut to 7 states would add 1,792 bytes of weights and save 256 bytes of recurrent state"
+    for arguments, code in ((("-o", "small"), 3), (("--dry-run",), 0)):
+        result = run("compress", *asked, *arguments)
+        assert result.exit_code == code and told in result.stdout
+        assert "to cut all the same: give --allow-growth" in result.stdout and not Path("small").exists()
+    result = run("compress", *asked, "-o", "small", "--allow-growth")
+    assert result.exit_code == 0 and read_history("small")[0].layers[0].size_after == 7, result.output
 
 
 def test_a_cut_follows_the_loss(run) -> None:
@@ -242,6 +257,9 @@ WRONG_USAGE = [
      "for example 0.5"),
     (["compress", "model", "-o", "s", *TEXT, "--state-size", "4", "--per-layer"], "leave out --per-layer"),
     (["compress", "model", "-o", "s", *TEXT, "--state-size", "100"], "--state-size is 100, and the model has 8 states"),
+    (["compress", "model", "-o", "s", *TEXT, "--state-size", "5", "--multiple-of", "4"], "--state-size is 5 and "
+     "--multiple-of is 4; give a multiple of 4, for example 8."),
+    (["compress", "model", "-o", "s", *TEXT, "--state-size", "4", "--allow-growth"], "leave out --allow-growth"),
     (["compress", "model", "-o", "s", *TEXT, "--method", "magic"], "--method is 'magic'"),
     (["compress", "model", *TEXT], "-o FOLDER, or look first with --dry-run"),
     (["push", "model", "me/model"], "model was never compressed"),
@@ -286,6 +304,8 @@ def test_without_a_network_nothing_is_tried_again() -> None:
     broken = HTTP_ERRORS[0]("[Errno -2] Name or service not known")
     assert is_passing(broken)
     broken.__cause__ = socket.gaierror(-2, "Name or service not known")
+    assert not is_passing(broken) and "no network" in reason(broken, "me/model")
+    broken.__cause__ = ConnectionRefusedError(111, "Connection refused")
     assert not is_passing(broken) and "no network" in reason(broken, "me/model")
 
 

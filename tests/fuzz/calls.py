@@ -178,7 +178,7 @@ def cases(draw: random.Random, folder: Path) -> Iterator[Case]:
         elif kind == "batches":
             what, batches = odd_batches(draw, good)
             # The model's own words for what it cannot take.
-            own, places = (Exception,), ("/torch/nn/modules/module.py",)
+            own, places = (Exception,), ("/torch/nn/modules/module.py", "/transformers/models/")
         elif kind == "settings":
             config = odd_settings(draw)
             what = shown(config)

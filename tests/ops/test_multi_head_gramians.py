@@ -115,6 +115,14 @@ def test_a_surrounding_autocast_is_not_followed() -> None:
     assert torch.equal(found, expected)
 
 
+def test_no_sequence_gives_no_state() -> None:
+    arguments = arguments_of((0, 5, 4, 3, 2, 6))
+    P, readout_energy = multi_head_state_gramian(**arguments)
+    Q = multi_head_adjoint_gramian(arguments["delta"], arguments["A"], arguments["C"], arguments["u"])
+    assert P.shape == Q.shape == (2, 6, 6) and readout_energy.shape == (2, 6)
+    assert not P.any() and not Q.any() and not readout_energy.any()
+
+
 def test_arguments_that_do_not_fit_are_refused() -> None:
     arguments = arguments_of((2, 5, 4, 3, 2, 4))
     with pytest.raises(DimensionError, match="4 heads; 3 groups"):

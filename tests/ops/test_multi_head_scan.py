@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,32 @@ from tests.ops.test_multi_head_gramians import arguments_of
 SHAPES = [(1, 1, 1, 1, 1, 1), (2, 63, 4, 3, 2, 5), (2, 64, 2, 3, 1, 4), (1, 150, 6, 2, 3, 4)]
 
 
+SCAN = importlib.import_module("hf_compressm.ops.multi_head_scan")
+
+
+@pytest.fixture(params=["steps", "products"])
+def way(request, monkeypatch) -> str:
+    """Both ways to scan few states."""
+    if request.param == "products":
+        monkeypatch.setattr(SCAN, "_FEW_STATES", 0)
+    return request.param
+
+
+def test_few_states_go_step_by_step_where_a_kernel_may_stand(monkeypatch) -> None:
+    calls = []
+    real = SCAN.selective_scan
+    monkeypatch.setattr(SCAN, "selective_scan", lambda *args: calls.append(args[0].shape) or real(*args))
+    for n_states, expected in ((16, [(2, 9, 6), (2, 9, 6)]), (17, [])):
+        calls.clear()
+        multi_head_scan(**arguments_of((2, 9, 4, 3, 2, n_states)))
+        assert calls == expected
+    arguments = arguments_of((2, 9, 4, 3, 2, 5))
+    u = arguments.pop("u")
+    _, tangent = torch.func.jvp(lambda u: multi_head_scan(u, **arguments)[0], (u,), (u,))
+    assert not calls, "forward-mode differentiation goes through the products"
+    torch.testing.assert_close(tangent, multi_head_scan_reference(u, **arguments)[0])
+
+
 def gradients(outputs: tuple[Tensor, ...], weights: list[Tensor], arguments: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(sum((y * w).sum() for y, w in zip(outputs, weights)), arguments)
 
@@ -22,7 +50,7 @@ def gradients(outputs: tuple[Tensor, ...], weights: list[Tensor], arguments: lis
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients_are_those_of_the_loop(shape, with_state: bool, dtype, tolerance: float) -> None:
+def test_values_and_gradients_are_those_of_the_loop(way, shape, with_state: bool, dtype, tolerance: float) -> None:
     batch, _, heads, head_dim, _, n_states = shape
     arguments = [tensor.requires_grad_() for tensor in arguments_of(shape, dtype).values()]
     if with_state:
@@ -37,7 +65,7 @@ def test_values_and_gradients_are_those_of_the_loop(shape, with_state: bool, dty
 
 
 @pytest.mark.parametrize("length", [20, 100])
-def test_it_is_transformers_scan(length: int) -> None:
+def test_it_is_transformers_scan(way, length: int) -> None:
     arguments = arguments_of((2, length, 4, 3, 2, 5), torch.float32)
     state = torch.randn(2, 4, 3, 5)
     y, last = multi_head_scan(**arguments, initial_state=state)
@@ -49,7 +77,7 @@ def test_it_is_transformers_scan(length: int) -> None:
     torch.testing.assert_close(last, stock_last, rtol=1e-3, atol=1e-4)
 
 
-def test_two_pieces_give_what_the_whole_gives() -> None:
+def test_two_pieces_give_what_the_whole_gives(way) -> None:
     arguments = arguments_of((2, 90, 4, 3, 2, 5))
     y, last = multi_head_scan(**arguments)
     A = arguments.pop("A")
@@ -68,7 +96,7 @@ def test_no_steps_leave_the_state() -> None:
         assert y.shape == (2, 0, 4, 3) and torch.equal(last, state)
 
 
-def test_strong_decays_and_short_types() -> None:
+def test_strong_decays_and_short_types(way) -> None:
     """States that vanish within a step make neither NaN nor infinity, in values or gradients; bfloat16 is widened."""
     arguments = {name: tensor.bfloat16() for name, tensor in arguments_of((2, 70, 4, 3, 2, 5)).items()}
     arguments["A"] = arguments["A"] * 1e4

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    DynamicCache,
     FalconMambaConfig,
     MambaConfig,
     PreTrainedModel,
@@ -29,6 +30,7 @@ from transformers.models.falcon_mamba import modeling_falcon_mamba
 from transformers.models.jamba import modeling_jamba
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.zamba import modeling_zamba
 from transformers.trainer_utils import load_sharded_checkpoint
 
 import hf_compressm
@@ -101,6 +103,7 @@ def test_what_the_forward_passes_of_mamba_mixers_read() -> None:
         (modeling_mamba, "MambaMixer"),
         (modeling_falcon_mamba, "FalconMambaMixer"),
         (modeling_jamba, "JambaMambaMixer"),
+        (modeling_zamba, "ZambaMambaMixer"),
     ):
         forward = inspect.unwrap(getattr(module, mixer).forward)
         x, mask = torch.ones(1, 2, 3), torch.tensor([[0, 1]])
@@ -110,6 +113,18 @@ def test_what_the_forward_passes_of_mamba_mixers_read() -> None:
     # A quantised model has the attribute, and the forward pass goes another way for it.
     assert '"_is_quantized"' in inspect.getsource(modeling_falcon_mamba.FalconMambaMixer)
     assert not hasattr(FalconMambaConfig(), "_is_quantized")
+
+
+def test_where_a_cache_holds_the_states_of_a_mixer() -> None:
+    cache = DynamicCache(config=MambaConfig(num_hidden_layers=2))
+    assert [layer.has_previous_state[0] for layer in cache.layers] == [False, False]
+    cache.update_conv_state(torch.ones(1, 3, 4), 1)
+    cache.update_recurrent_state(torch.ones(1, 3, 5), 1)
+    layer = cache.layers[1]
+    assert layer.has_previous_state[0] and not layer.record_past
+    assert layer.conv_states[0].shape == (1, 3, 4) and layer.recurrent_states[0].shape == (1, 3, 5)
+    layer.activate_past_recording()
+    assert layer.record_past
 
 
 def test_a_shallow_copy_of_a_module_has_other_parameters_alone() -> None:
@@ -133,7 +148,7 @@ def test_a_lost_upload_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
 
 
 # Names with an underscore that are documented, or no attribute of another library.
-_PUBLIC = {"_replace", "_fields", "_getframe", "_no_weight_decay"}
+_PUBLIC = {"_asdict", "_replace", "_fields", "_getframe", "_no_weight_decay"}
 _LOOKED_UP_BY = {"getattr", "hasattr", "get"}
 
 

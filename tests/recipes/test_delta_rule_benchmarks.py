@@ -99,9 +99,13 @@ def test_every_way_to_cut_linear_attention_is_judged(monkeypatch, tmp_path) -> N
     delta_rule_accuracy.main([*arguments, "--in-training"])
     again = json.loads((tmp_path / "delta_rule_cut_digits.json").read_text())
     assert [found["right after"] for found in again] == [found["right after"] for found in models]
-    assert [set(found["in training"]["4"]) for found in again] == [{"from scratch", "cut at 50%"}, {"cut at 50%"}]
+    in_training = {found["family"]: found["in training"] for found in again}
+    assert set(in_training.pop("gated_delta_net")["4"]) == {"from scratch", "cut at 50%"}
+    # With eight heads the cache of xLSTM takes multiples of eight.
+    assert in_training.pop("xlstm") == {}
+    assert all(set(found["4"]) == {"cut at 50%"} for found in in_training.values())
     table = (tmp_path / "delta_rule_training_digits.md").read_text()
-    assert "| kimi_delta      | 4   |" in table
+    assert "| kimi_delta      | 4   |" in table and "xlstm  " not in table
     assert table.count("first.py") == table.count("second.py") == 1, "each command is told once"
 
 

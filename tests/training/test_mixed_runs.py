@@ -12,16 +12,28 @@ from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.architectures import find_layers
 from hf_compressm.hub.loading import load_model
 from tests.cases import logits_of, token_batch
+from tests.lightning_models import tiny_minimax
 from tests.selective_models import tiny_jamba, tiny_mamba2
 from tests.training.test_callback import STEPS, Rows, make_trainer
 from tests.training.test_resume import SAVES, TWO_CUTS
 
-every_model = pytest.mark.parametrize("build", [tiny_mamba2, tiny_jamba], ids=lambda build: build.__name__)
+every_model = pytest.mark.parametrize(
+    "build", [tiny_mamba2, tiny_jamba, tiny_minimax], ids=lambda build: build.__name__
+)
 BATCH = {**token_batch(length=12), "use_cache": False}
 
 
 def forms(model) -> set[tuple[int, int]]:
     return {(layer.state_size, layer.projected_size) for layer in find_layers(model)}
+
+
+def test_a_training_says_that_a_cut_would_only_add(tmp_path, capsys) -> None:
+    # 7 of 8 states: what two matrices of 8 x 7 add is more than the state saves.
+    config = CompreSSMConfig(tolerance=0.9, multiple_of=7, window=(0, 4))
+    callback, model = CompreSSMCallback(config), tiny_mamba2()
+    make_trainer(tmp_path, callback, model, Rows(token_batch(batch=64))).train()
+    assert [record.outcome for record in callback.records] == ["kept"] and forms(model) == {(8, 8)}
+    assert "kept, left as it was: a cut to 7 states would add 1,792 bytes of weights" in capsys.readouterr().out
 
 
 @every_model

@@ -15,18 +15,41 @@ def trainer_with(callback: TrainerCallback, folder, report_to) -> Trainer:
     return Trainer(model=tiny_mamba(), args=args, callbacks=[callback])
 
 
+class Asking(TrainerCallback):
+    """Takes note of its neighbours in an event."""
+
+    def on_log(self, args, state, control, **kwargs):
+        self.neighbours = neighbours(self)
+
+
 def test_only_the_own_trainers_trackers_are_found(tmp_path) -> None:
-    mine, other = TrainerCallback(), TrainerCallback()
+    mine, other = Asking(), Asking()
     trainer = trainer_with(mine, tmp_path, ["tensorboard"])
     stranger = trainer_with(other, tmp_path, ["tensorboard"])
-    trackers = trackers_among(neighbours(mine))
+    trainer.log({"loss": 1.0})
+    trackers = trackers_among(mine.neighbours)
     assert [type(tracker) for tracker in trackers] == [TensorBoardCallback]
     assert trackers[0] in trainer.callback_handler.callbacks
     assert trackers[0] not in stranger.callback_handler.callbacks
 
 
+def test_a_training_inside_of_another_does_not_mix_them_up(tmp_path) -> None:
+    inner = Asking()
+    trainer = trainer_with(inner, tmp_path, "none")
+
+    class Nesting(Asking):
+        def on_log(self, args, state, control, **kwargs):
+            trainer.log({"loss": 1.0})
+            super().on_log(args, state, control, **kwargs)
+
+    outer = Nesting()
+    trainer_with(outer, tmp_path, ["tensorboard"]).log({"loss": 1.0})
+    assert trackers_among(inner.neighbours) == []
+    assert len(trackers_among(outer.neighbours)) == 1
+
+
 def test_without_trackers_there_are_none(tmp_path) -> None:
-    mine = TrainerCallback()
-    trainer = trainer_with(mine, tmp_path, "none")
-    assert trackers_among(neighbours(mine)) == [] and trainer is not None
+    mine = Asking()
+    trainer_with(mine, tmp_path, "none").log({"loss": 1.0})
+    assert trackers_among(mine.neighbours) == []
     assert neighbours(TrainerCallback()) == []

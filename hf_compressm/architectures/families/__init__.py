@@ -10,6 +10,7 @@ from . import (  # noqa: F401
     lru,
     mamba,
     mamba2,
+    minimax,
     nemotron_h,
     olmo_hybrid,
     qwen3_5,
@@ -17,6 +18,7 @@ from . import (  # noqa: F401
     qwen3_next,
     qwen4_exp,
     s4d,
+    xlstm,
     zamba,
     zamba2,
 )

@@ -14,18 +14,16 @@ from __future__ import annotations
 
 from torch import nn
 
-from ...errors import DimensionError, UnsupportedModelError
-from ...models.compressed.mixing import mix
 from ...models.compressed.stock_families import STOCK_FAMILIES
 from ...systems import Truncation
-from ..changes import LayerReduction, StateForm
+from ..changes import LayerReduction
 from ..registry import register
 from ..scans.delta_rule import register_delta_rule
 from ..state_layout import StateAxis, StateLayout, runs
-from .mixable import MixableLayer
+from .mixed_only import MixedOnlyLayer
 
 
-class KimiDeltaLayer(MixableLayer):
+class KimiDeltaLayer(MixedOnlyLayer):
     """A layer of Kimi delta attention, seen as one state-space system a head."""
 
     required_parts = ("q_proj", "k_proj", "forget_gate", "head_dim", "num_heads")
@@ -55,51 +53,9 @@ class KimiDeltaLayer(MixableLayer):
             )
         )
 
-    def require_form(self, stock: bool, reductor: str) -> None:
-        """
-        Raise where the stock class has to load the result.
-
-        Args:
-            stock (`bool`): Whether it has.
-            reductor (`str`): The reductor's name.
-
-        Raises:
-            [`~errors.UnsupportedModelError`]: it has.
-        """
-        if stock:
-            raise UnsupportedModelError(
-                f"{self.name} (a {self.family} layer) cannot be cut in a stock model class: one "
-                f"`{self.stock.config_size_name}` sizes its keys, queries and values, so that no stock class holds "
-                "smaller keys. With stock=False, in a model of transformers' own class, it gets the mixed form."
-            )
-
-    def take_form(self, form: StateForm) -> None:
-        """
-        Give the layer another state size, in place, before a load.
-
-        Raises:
-            [`~errors.DimensionError`]: the form is for projections of another size, and with them other values.
-        """
-        if form.projected != self.projected_size:
-            raise DimensionError(
-                f"{self.name} projects keys to {self.projected_size} entries and what is loaded to {form.projected}; "
-                f"build the model with its `{self.stock.config_size_name}`."
-            )
-        super().take_form(form)
-
-    def resize(self, size: int) -> None:
-        """Give the state another size before a load, in the mixed form where it is smaller than the projections."""
-        if size < self.projected_size and not self.is_mixed:
-            mix(self.module, size)
-        super().resize(size)
-
     def _reduction(self, truncation: Truncation) -> LayerReduction:
         self._require_kept_states(truncation)
-        if self.is_mixed:
-            return self._remixed(truncation)
-        if truncation.state_size == self.projected_size:
-            return LayerReduction(self, [], [], self.projected_size)
-        return self._mixed(truncation)
+        return super()._reduction(truncation)
 
 
 @register

@@ -64,7 +64,12 @@ class SelectiveLayer(StateSpaceLayer):
             return False
         if any(hasattr(module, name) for name in cls.foreign_parts):
             return False
-        return cls._size_name(module) is not None and calls_registered_scan(module)
+        return cls._size_name(module) is not None and cls._can_be_watched(module)
+
+    @classmethod
+    def _can_be_watched(cls, module: nn.Module) -> bool:
+        """Whether [`~SelectiveLayer.observed`] sees the recurrence of a module that has all parts."""
+        return calls_registered_scan(module)
 
     @classmethod
     def _size_name(cls, module: nn.Module) -> str | None:

@@ -21,6 +21,8 @@ from ..changes import LayerReduction
 from ..contract import ScanObserver
 from ..registry import register
 from ..scans.inputs import ScanInputs
+from ..scans.mixer import register_mixer
+from ..scans.mixer_forms import HeadsForm
 from ..scans.selective import register_selective_scan
 from ..state_layout import StateAxis, StateLayout, runs
 from .folding import folded
@@ -86,3 +88,4 @@ class _HeadByHead:
 
 
 register_selective_scan(ZambaLayer.stock.modeling)
+register_mixer(ZambaLayer.stock.modeling, ZambaLayer.stock.mixer, HeadsForm)

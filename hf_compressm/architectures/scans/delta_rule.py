@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -166,7 +167,7 @@ class DeltaRuleInputs(ScanInputs):
     @property
     def rows(self) -> int:
         """Steps that are not padding, times the channels of the heads that share a key head."""
-        return self.steps * (self.u[0, 0].numel() // self.B.shape[2])
+        return self.steps * (math.prod(self.u.shape[2:]) // self.B.shape[2])
 
     def sample_times(self, generator: torch.Generator) -> Tensor:
         """Random steps, one in N / 4 or sixteen: the Gramians then cost about what the rule and its gradient cost."""

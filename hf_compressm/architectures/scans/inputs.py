@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -68,7 +69,7 @@ class ScanInputs(ABC):
     @property
     def states_per_sequence(self) -> int:
         """How many numbers the state of one sequence holds."""
-        return self.u[0, 0].numel() * self.state_size
+        return math.prod(self.u.shape[2:]) * self.state_size
 
     @property
     @abstractmethod
@@ -83,7 +84,7 @@ class ScanInputs(ABC):
     def sample_times(self, generator: torch.Generator) -> Tensor:
         """Random steps, at most as many as make the Gramians cost what the recurrence costs; `(batch, K)` int64."""
         batch, length = self.u.shape[:2]
-        enough = max(1, _MOST_ROWS // max(1, batch * self.u[0, 0].numel()))
+        enough = max(1, _MOST_ROWS // max(1, batch * math.prod(self.u.shape[2:])))
         return sample_times(batch, length, min(enough, default_sample_count(length, self.state_size)), generator)
 
     def squares(self) -> Tensor:
@@ -99,7 +100,7 @@ class ScanInputs(ABC):
     @property
     def channel_count(self) -> int:
         """Channels whose states one C reads (of each group)."""
-        return self.u[0, 0].numel() * self.state_size // self.B[0, 0].numel()
+        return math.prod(self.u.shape[2:]) * self.state_size // math.prod(self.B.shape[2:])
 
     def channel_scans(self, channels: Tensor, output: Tensor) -> list[ChannelScans] | None:
         """

@@ -14,44 +14,58 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops import causal_convolution, selective_scan
-from ..parameters import has_hook_of_accelerate
+from ...ops import causal_convolution, causal_convolution_step, selective_scan, selective_step
+from .cached_states import CachedStates, states_for_step
 from .convolution import ACTIVATIONS
+from .mixer_forms import MixerForm, SingleForm
 from .switch import current_observer, fast_cpu_scan_enabled, is_packed, plain_eager_call, register_companions
 
-_PARTS = ("A_log", "D", "activation", "in_proj", "out_proj", "ssm_state_size", "time_step_rank", "x_proj")
-_NORMS = ("dt_layernorm", "b_layernorm", "c_layernorm")
-# Modules whose weights the forward pass reads, instead of calling them.
-_READ = {"conv1d": nn.Conv1d, "dt_proj": nn.Linear}
 
-
-def register_mixer(module_name: str, mixer: str) -> None:
+def register_mixer(module_name: str, mixer: str, form: type[MixerForm] = SingleForm) -> None:
     """
     Make known a mixer whose forward pass is that of Mamba.
 
     Args:
         module_name (`str`): The module that the mixer is written in.
         mixer (`str`): The name of its class.
+        form (`type`, *optional*): How it holds its projections, a [`~architectures.scans.mixer_forms.MixerForm`];
+            that of Mamba when unset.
     """
-    register_companions(module_name, {f"{mixer}.forward": mixer_replacement})
+    register_companions(module_name, {f"{mixer}.forward": functools.partial(mixer_replacement, form=form())})
 
 
-def mixer_replacement(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What replaces the mixer's `forward`. A call with a cache, and all else that it doesn't know, is for the stock."""
+def mixer_replacement(stock: Callable[..., Tensor], form: MixerForm) -> Callable[..., Tensor]:
+    """
+    What replaces the mixer's `forward`: of whole sequences without a cache, and of single steps from a cached state.
+
+    All else that it doesn't know is for the stock.
+
+    Args:
+        stock (`Callable`): What it replaces.
+        form ([`~architectures.scans.mixer_forms.MixerForm`]): How the mixer holds its projections.
+    """
     masked = _masking_of(stock)
 
     @functools.wraps(stock)
     def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if masked is None or args or not _fused_mixer_applies(self, hidden_states, **kwargs):
+        if masked is None or args or not _fused_mixer_applies(form, self, hidden_states, **kwargs):
             return stock(self, hidden_states, *args, **kwargs)
-        return _fused_forward(
-            self, hidden_states, functools.partial(masked, attention_mask=kwargs.get("attention_mask"))
-        )
+        cache, mask, states = _cache_in(**kwargs), kwargs.get("attention_mask"), None
+        if cache is not None:
+            if form.takes_steps:
+                states = states_for_step(cache, self, form.parameters_read(self), hidden_states, mask)
+            if states is None:
+                return stock(self, hidden_states, *args, **kwargs)
+        return _fused_forward(form, self, hidden_states, functools.partial(masked, attention_mask=mask), states)
 
     return forward
+
+
+def _cache_in(cache: Any = None, cache_params: Any = None, **_: Any) -> Any:
+    """The cache among the arguments of a mixer; its name has changed."""
+    return cache_params if cache is None else cache
 
 
 def _masking_of(forward: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
@@ -60,55 +74,34 @@ def _masking_of(forward: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
     return inspect.unwrap(forward).__globals__.get("apply_mask_to_padding_states")
 
 
-def _fused_mixer_applies(
-    mixer: nn.Module, hidden_states: Tensor, cache: Any = None, cache_params: Any = None, **kwargs: Any
-) -> bool:
+def _fused_mixer_applies(form: MixerForm, mixer: nn.Module, hidden_states: Tensor, **kwargs: Any) -> bool:
     if torch.compiler.is_compiling() or not fast_cpu_scan_enabled() or current_observer() is not None:
         return False
-    if cache is not None or cache_params is not None or is_packed(**kwargs) or not _is_known(mixer):
+    if is_packed(**kwargs) or not form.matches(mixer) or hidden_states.ndim != 3:
         return False
-    parameters = list(mixer.parameters(recurse=False))
-    parameters += [parameter for name in _READ for parameter in getattr(mixer, name).parameters()]
-    if not plain_eager_call(hidden_states, *parameters):
-        return False
-    return hidden_states.ndim == 3 and all(tensor.device.type == "cpu" for tensor in (hidden_states, *parameters))
+    tensors = (hidden_states, *form.parameters_read(mixer))
+    return plain_eager_call(*tensors) and all(tensor.device.type == "cpu" for tensor in tensors)
 
 
-def _is_known(mixer: nn.Module) -> bool:
-    """Whether the mixer has the parts of a Mamba mixer, and those whose weights are read are no wrappers of others."""
-    if not all(hasattr(mixer, name) for name in _PARTS) or _is_quantised(mixer):
-        return False
-    has_norms = [hasattr(mixer, name) for name in _NORMS]
-    if any(has_norms) != all(has_norms) or mixer.activation not in ACTIVATIONS:
-        return False
-    read = [getattr(mixer, name, None) for name in _READ]
-    # A hook of accelerate brings weights to the device before they are read, which the stock forward pass sees to.
-    return all(type(part) is cls and not has_hook_of_accelerate(part) for part, cls in zip(read, _READ.values()))
-
-
-def _is_quantised(mixer: nn.Module) -> bool:
-    # Private API of transformers.
-    return hasattr(mixer.config, "_is_quantized")
-
-
-def _fused_forward(mixer: nn.Module, hidden_states: Tensor, masked: Callable[[Tensor], Tensor]) -> Tensor:
-    x, gate = mixer.in_proj(masked(hidden_states)).chunk(2, dim=-1)
-    convolution, dt_proj = mixer.conv1d, mixer.dt_proj
-    x = causal_convolution(x, convolution.weight.squeeze(1), convolution.bias, silu=ACTIVATIONS[mixer.activation])
-    x = masked(x)
-    n_states = mixer.ssm_state_size
-    time_step, B, C = mixer.x_proj(x).split([mixer.time_step_rank, n_states, n_states], dim=-1)
-    if hasattr(mixer, _NORMS[0]):
-        time_step, B, C = (getattr(mixer, name)(tensor) for name, tensor in zip(_NORMS, (time_step, B, C)))
-    output, _ = selective_scan(
-        x,
-        F.linear(time_step, dt_proj.weight),
-        -torch.exp(mixer.A_log.float()),
-        B,
-        C,
-        D=mixer.D.float(),
-        z=gate,
-        delta_bias=None if dt_proj.bias is None else dt_proj.bias.float(),
-        delta_softplus=True,
-    )
+def _fused_forward(
+    form: MixerForm,
+    mixer: nn.Module,
+    hidden_states: Tensor,
+    masked: Callable[[Tensor], Tensor],
+    states: CachedStates | None,
+) -> Tensor:
+    x, gate = form.input_and_gate(mixer.in_proj(masked(hidden_states)))
+    convolve, scan = _recurrences(states)
+    convolution, silu = mixer.conv1d, ACTIVATIONS[mixer.activation]
+    x = masked(convolve(x, convolution.weight.squeeze(1), convolution.bias, silu=silu))
+    outputs = [scan(**each._asdict(), delta_softplus=True) for each in form.scans(mixer, x, gate)]
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
     return mixer.out_proj(output.to(hidden_states.dtype))
+
+
+def _recurrences(states: CachedStates | None) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The convolution and the scan of a sequence, or those of one step from cached states."""
+    if states is None:
+        return causal_convolution, lambda *args, **kwargs: selective_scan(*args, **kwargs)[0]
+    convolve = functools.partial(causal_convolution_step, states.convolution)
+    return convolve, functools.partial(selective_step, states.recurrent)

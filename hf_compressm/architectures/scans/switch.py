@@ -141,11 +141,11 @@ def enable_fast_cpu_scan() -> None:
     """
     Let supported layers on a CPU run through the kernels of this library, until [`disable_fast_cpu_scan`].
 
-    These are the scan and the convolution in front of it; Mamba, FalconMamba and Jamba without a cache run through one
-    for all that stands between two projections. Layers on other devices, calls under `torch.compile`, `torch.export` or
-    a transform of `torch.func`, forward-mode differentiation, and calls with arguments that the kernels do not know
-    keep running through transformers' own code. A second derivative, as of a gradient penalty, is computed through the
-    plain recurrence.
+    These are the scan and the convolution in front of it; Mamba, FalconMamba, Jamba and Zamba run through one for all
+    that stands between two projections, and the first three in the single steps that write to a cache too. Layers on
+    other devices, calls under `torch.compile`, `torch.export` or a transform of `torch.func`, forward-mode
+    differentiation, and calls with arguments that the kernels do not know keep running through transformers' own code.
+    A second derivative, as of a gradient penalty, is computed through the plain recurrence.
     """
     global _enabled_for_good
     with _lock:

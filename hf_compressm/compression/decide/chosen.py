@@ -108,17 +108,39 @@ class Chosen:
 
     def limits(self, config: CompreSSMConfig) -> CompreSSMConfig:
         """
-        The settings with a `multiple_of` that the kernels take which the layers run on here; a target stays as it is.
+        The settings with a `multiple_of` that the caches of the layers take, and the kernels that they run on here.
+
+        For kernels a target stays as it is.
 
         Args:
             config ([`CompreSSMConfig`]): The settings.
+
+        Raises:
+            [`~errors.ConfigurationError`]: a cache does not take the target.
         """
+        config = self._with_sizes_of_caches(config)
         multiples = [size_multiple(layer) for layer in self._with_smaller_convolution() if runs_on_kernels(layer)]
         multiple = math.lcm(config.multiple_of, *multiples)
         if multiple == config.multiple_of or config.strategy == "target":
             return config
         logger.info(
             "state sizes are rounded up to multiples of %d, for causal-conv1d's kernels take no others.", multiple
+        )
+        return replace(config, multiple_of=multiple)
+
+    def _with_sizes_of_caches(self, config: CompreSSMConfig) -> CompreSSMConfig:
+        multiple = math.lcm(config.multiple_of, *(layer.cache_multiple for layer in self.layers))
+        if multiple == config.multiple_of:
+            return config
+        family = next(layer.family for layer in self.layers if layer.cache_multiple > 1)
+        target = config.target_state_size
+        if target is not None and target % multiple:
+            raise ConfigurationError(
+                f"the state size to get is {target}, but the cache of this model ({family}) takes multiples of "
+                f"{multiple} only. Give one of these."
+            )
+        logger.info(
+            "state sizes are rounded up to multiples of %d, for the cache of %s takes no others.", multiple, family
         )
         return replace(config, multiple_of=multiple)
 

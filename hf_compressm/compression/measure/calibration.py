@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...architectures import StateSpaceLayer, SumOverProcesses
+from ...architectures import ScanObserver, StateSpaceLayer, SumOverProcesses
 from ...errors import CalibrationError, ConfigurationError
 from ...systems import DiagonalLTI
 from .layer_gramians import ClosedFormGramians, LayerGramians
@@ -29,6 +29,7 @@ from .model_pass import (
 )
 from .observers import LOSS_SCALE, GramianObserver, make_observer
 from .reach import reached_everywhere, watched_reach
+from .state_bytes import StateBytesObserver, state_bytes_of
 from .system_observer import SystemObserver
 
 logger = logging.getLogger(__name__)
@@ -44,12 +45,15 @@ class Calibration:
         loss (`float`, *optional*): Mean loss of the batches; unset where there is none and none was needed.
         left_out (`frozenset[int]`): Places of the batches whose loss is NaN; they count for nothing.
         unreached (`dict[str, str]`): Why a layer's Gramians are unknown, by the name of each such layer.
+        state_bytes (`dict[str, int]`): Memory of the recurrent state of one sequence in each layer, by name; None for
+            a selective layer that was never run.
     """
 
     gramians: dict[str, LayerGramians]
     loss: float | None
     left_out: frozenset[int] = frozenset()
     unreached: dict[str, str] = field(default_factory=dict)
+    state_bytes: dict[str, int | None] = field(default_factory=dict)
 
 
 def calibrate(
@@ -89,17 +93,16 @@ def calibrate(
         [`~errors.CalibrationError`]: there is no batch, a batch gives no loss or an infinite one, the loss of all
             batches is NaN, no layer was reached, or a layer's Gramians are not finite.
     """
-    device = next(model.parameters()).device
-    total = sum_over_processes or (lambda tensor: tensor)
+    device, total = next(model.parameters()).device, sum_over_processes or (lambda tensor: tensor)
     systems = {layer.name: layer.system() for layer in layers}
     trigger = torch.zeros((), device=device, requires_grad=True)
     generator = torch.Generator().manual_seed(seed)
     observers = _observers(layers, systems, gramians, generator, trigger, fit_readout)
+    measuring = {name: StateBytesObserver(known) for name, known in observers.items() if systems[name] is None}
     losses: list[tuple[float, int] | None] = []
-    disable = None if progress is None else not progress
-    with evaluation_mode(model), _watched(layers, observers) as idle:
+    with evaluation_mode(model), _watched(layers, {**observers, **measuring}) as idle:
         one_batch = _BatchPass(model, list(observers.values()), trigger, loss_function, gramians == "loss_gradient")
-        for batch in tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=disable):
+        for batch in _with_progress(batches, progress):
             losses.append(one_batch(move_to_device(batch, device)))
     _require_batches(layers, systems, losses)
     left_out = _left_out(losses)
@@ -110,12 +113,18 @@ def calibrate(
         for name, system in systems.items()
         if name not in unreached
     }
-    kept = [loss for number, loss in enumerate(losses) if number not in left_out]
-    return Calibration(results, _mean_over_processes(kept, total, device), left_out, unreached)
+    mean = _mean_over_processes([x for n, x in enumerate(losses) if n not in left_out], total, device)
+    state_bytes = {layer.name: state_bytes_of(layer, measuring.get(layer.name)) for layer in layers}
+    return Calibration(results, mean, left_out, unreached, state_bytes)
+
+
+def _with_progress(batches: Iterable[Any], progress: bool | None) -> Iterable[Any]:
+    disable = None if progress is None else not progress
+    return tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=disable)
 
 
 @contextmanager
-def _watched(layers: Sequence[StateSpaceLayer], observers: dict[str, GramianObserver]) -> Iterator[Collection[str]]:
+def _watched(layers: Sequence[StateSpaceLayer], observers: dict[str, ScanObserver]) -> Iterator[Collection[str]]:
     """Let the observers see their layers; yields the names of those without an observer that have not run so far."""
     with ExitStack() as stack:
         for layer in layers:

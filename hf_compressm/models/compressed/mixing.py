@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .mixed_delta_rule import MixedDeltaRule
 from .mixed_kimi_delta import MixedKimiDelta
+from .mixed_lightning import MixedLightning
 from .mixed_multi_head import MixedMultiHead
 from .mixed_scan import MixedScan
 from .stock_families import family_of, family_of_mixer
@@ -86,6 +87,7 @@ def _mixin(name: str) -> type | None:
     kinds = {
         "delta_rule": MixedDeltaRule,
         "kimi_delta": MixedKimiDelta,
+        "lightning": MixedLightning,
         "multi_head": MixedMultiHead,
         "scan": MixedScan,
     }

@@ -45,7 +45,8 @@ class StockFamily(NamedTuple):
             it. `"normed"`: the norms of B and C combine states. `"multi_head"`: the forward pass of Mamba-2 does.
             `"scan"`: the arguments of the calls in `scans` are combined, whatever the forward pass is. `"delta_rule"`:
             so are those of gated DeltaNet, behind the norm of keys and queries. `"kimi_delta"`: and so are those of
-            Kimi delta attention, whose decays are combined too.
+            Kimi delta attention, whose decays are combined too. `"lightning"`: the forward pass of lightning attention
+            does.
         norm (`str`, *optional*): Name of the class of the norms of B and C.
         has_fused_training (`bool`, *optional*, defaults to `False`): Whether the mixer trains through one kernel for
             all of its steps, which knows no mixing.
@@ -183,6 +184,15 @@ STOCK_FAMILIES = {
     "kimi_linear": _kimi_delta("KimiLinearDeltaAttention", "kimi_linear", "KimiLinearConfig", nested_size=_NESTED_SIZE),
     "mamba2": _multi_head("Mamba2Mixer", "mamba2", "Mamba2Config", "state_size"),
     "mamba": StockFamily("MambaMixer", "mamba", "MambaConfig", "state_size", "folded"),
+    "minimax": StockFamily(
+        "MiniMaxLightningAttention",
+        "minimax",
+        "MiniMaxConfig",
+        "head_dim",
+        "lightning",
+        size_name="head_dim",
+        groups_name="num_attention_heads",
+    ),
     "nemotron_h": _multi_head("NemotronHMamba2Mixer", "nemotron_h", "NemotronHConfig", "ssm_state_size"),
     "olmo_hybrid": _gated_delta_net("OlmoHybridGatedDeltaNet", "olmo_hybrid", "OlmoHybridConfig"),
     "qwen3_5": _gated_delta_net("Qwen3_5GatedDeltaNet", "qwen3_5", "Qwen3_5TextConfig", "Qwen3_5Config"),

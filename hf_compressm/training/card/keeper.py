@@ -70,8 +70,7 @@ def keep_card(owner: TrainerCallback) -> None:
     """
     Have a callback's Trainer write the model card of a compression with everything that it saves or pushes.
 
-    The Trainer is looked up by the callback that it holds, which takes about a tenth of a second; asking again changes
-    nothing.
+    To be called in an event of the callback; asking again changes nothing.
 
     Args:
         owner ([`CompreSSMCallback`]): The callback that cuts; its settings and records fill the card.

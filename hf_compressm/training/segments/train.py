@@ -242,7 +242,7 @@ def _check(
         model,
         # The training goes on, though one process alone has the optimizer.
         replace(callback.config, fit_readout=bool(callback.config.fit_readout)),
-        loss_function=callback.loss_function or trainer_loss(callback),
+        loss_function=callback.loss_function or trainer_loss([trainer]),
         optimizer=optimizer,
         processes=processes,
         progress=None if show else False,

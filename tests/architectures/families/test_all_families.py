@@ -227,7 +227,8 @@ def recurrent_states(model: nn.Module, prompt: Tensor) -> list[Tensor]:
         states = list(states.values()) if isinstance(states, dict) else states
         states = states if isinstance(states, (list, tuple)) else [states]
         found += [state for state in states if isinstance(state, Tensor)]
-    return found
+    # The cache of MiniMax has them in a list of their own.
+    return found + [state for state in getattr(cache, "linear_cache", []) if isinstance(state, Tensor)]
 
 
 @every_family

@@ -31,6 +31,13 @@ def test_sizes() -> None:
     assert inputs.B.requires_grad and not detached.B.requires_grad and detached.part == 3
 
 
+def test_a_batch_without_rows_has_sizes_and_no_sampled_step() -> None:
+    inputs = multi_head_inputs(batch=0)
+    assert (inputs.states_per_sequence, inputs.rows, inputs.channel_count) == (4 * 3 * 5, 0, 6)
+    times = inputs.sample_times(torch.Generator())
+    assert times.shape[0] == 0 and not inputs.detached().state_gramian(times)[0].any()
+
+
 def test_the_averaged_systems_of_a_multi_head_scan() -> None:
     """One system a head, with the means of its time step and of its group's B and C."""
     inputs = multi_head_inputs()

@@ -12,25 +12,31 @@ from transformers import DynamicCache
 from transformers.models.falcon_mamba import modeling_falcon_mamba
 from transformers.models.jamba import modeling_jamba
 from transformers.models.mamba import modeling_mamba
+from transformers.models.zamba import modeling_zamba
 
 import hf_compressm
 from hf_compressm.architectures import find_layers
 from hf_compressm.architectures.scans import mixer as mixer_switch
+from hf_compressm.architectures.scans.mixer_forms import SingleForm
 from hf_compressm.ops import selective_scan_reference
 from tests.cases import tiny_mamba, token_batch
-from tests.selective_models import tiny_falcon_mamba, tiny_jamba
+from tests.selective_models import tiny_falcon_mamba, tiny_jamba, tiny_zamba
 
-BUILD = {"mamba": tiny_mamba, "falcon_mamba": tiny_falcon_mamba, "jamba": tiny_jamba}
+BUILD = {"mamba": tiny_mamba, "falcon_mamba": tiny_falcon_mamba, "jamba": tiny_jamba, "zamba": tiny_zamba}
+# Of each model: one a layer, and in Zamba one a head.
+SCANS = {"mamba": 2, "falcon_mamba": 2, "jamba": 2, "zamba": 4}
 CLASSES = {
     "mamba": modeling_mamba.MambaMixer,
     "falcon_mamba": modeling_falcon_mamba.FalconMambaMixer,
     "jamba": modeling_jamba.JambaMambaMixer,
+    "zamba": modeling_zamba.ZambaMambaMixer,
 }
 # How these families call the size of the filter, and whether it has a bias.
 FILTER = {
     "mamba": ("conv_kernel", "use_conv_bias"),
     "falcon_mamba": ("conv_kernel", "use_conv_bias"),
     "jamba": ("mamba_d_conv", "mamba_conv_bias"),
+    "zamba": ("mamba_d_conv", "mamba_conv_bias"),
 }
 FORWARD = {name: vars(cls)["forward"] for name, cls in CLASSES.items()}
 families = pytest.mark.parametrize("family", BUILD)
@@ -47,9 +53,9 @@ def fused_calls(monkeypatch):
     calls = []
     real = mixer_switch.selective_scan
 
-    def counted(*args, **kwargs):
-        calls.append(args[0].shape)
-        return real(*args, **kwargs)
+    def counted(**kwargs):
+        calls.append(kwargs["u"].shape)
+        return real(**kwargs)
 
     monkeypatch.setattr(mixer_switch, "selective_scan", counted)
     return calls
@@ -71,11 +77,15 @@ def loss_and_gradients(model: nn.Module, fast: bool, **batch) -> dict[str, Tenso
     return {"logits": output.logits, **found}
 
 
-def require_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+def require_equal(
+    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, least: float = 1e-12
+) -> None:
+    """Relative errors; what is smaller than `least` times the largest value has no digits to compare."""
     assert found.keys() == expected.keys()
+    least = least * max(value.double().norm() for value in expected.values())
     for name, value in expected.items():
         assert found[name].dtype == value.dtype, name
-        error = (found[name].double() - value.double()).norm() / value.double().norm().clamp_min(1e-12)
+        error = (found[name].double() - value.double()).norm() / value.double().norm().clamp_min(least)
         assert error < tolerance, f"{name} differs by {float(error):.1e}"
 
 
@@ -95,8 +105,10 @@ def test_values_and_gradients_are_those_of_transformers(family, batch, fused_cal
     expected = loss_and_gradients(model, False, **batch)
     assert not fused_calls
     found = loss_and_gradients(model, True, **batch)
-    assert len(fused_calls) == len(mixers(model)) == 2
-    require_equal(found, expected, 1e-4)
+    assert len(mixers(model)) == 2 and len(fused_calls) == SCANS[family]
+    # The gradient of attention's queries is zero but for rounding where there is one key.
+    one_key = family == "zamba" and batch["input_ids"].shape[1] == 1
+    require_equal(found, expected, 1e-4, least=1e-3 if one_key else 1e-12)
 
 
 @families
@@ -176,7 +188,7 @@ def test_layers_that_are_cut_and_mix_states_run_through_it_too(family, fused_cal
     assert [mixer.A_log.shape[-1] for mixer in mixers(model)] == [4, 4]
     assert not fused_calls
     expected, found = (loss_and_gradients(model, fast, **token_batch()) for fast in (False, True))
-    assert len(fused_calls) == 2
+    assert len(fused_calls) == SCANS[family]
     require_equal(found, expected, 1e-4)
 
 
@@ -193,7 +205,7 @@ def test_a_call_with_a_cache(family, fused_calls) -> None:
             found = model(ids, use_cache=True)
             assert not fused_calls
             without = model(ids, use_cache=False)
-            assert len(fused_calls) == 2
+            assert len(fused_calls) == SCANS[family]
     for logits in (found.logits, without.logits):
         torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-5)
 
@@ -286,6 +298,6 @@ def test_a_class_without_a_known_mask_is_left_alone() -> None:
     def forward(self, hidden_states):
         return hidden_states + 1
 
-    replaced = mixer_switch.mixer_replacement(forward)
+    replaced = mixer_switch.mixer_replacement(forward, SingleForm())
     with hf_compressm.fast_cpu_scan():
         assert torch.equal(replaced(nn.Identity(), torch.zeros(1, 2, 3)), torch.ones(1, 2, 3))

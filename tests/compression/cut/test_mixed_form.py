@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 
 import pytest
@@ -19,10 +20,11 @@ from hf_compressm.errors import UnsupportedModelError
 from tests import selective_models
 from tests.cases import logits_of, token_batch
 from tests.delta_rule_models import GATED_CONFIGS, KIMI_CONFIGS, tiny_gated_delta_net, tiny_kimi_delta
+from tests.lightning_models import tiny_minimax
 
 FAMILIES = [
     "mamba2", "zamba2", "bamba", "falcon_h1", "granite_moe_hybrid", "nemotron_h", "falcon_mamba", "jamba",
-    *GATED_CONFIGS, *KIMI_CONFIGS,
+    *GATED_CONFIGS, *KIMI_CONFIGS, "minimax",
 ]  # fmt: skip
 HALF = CompreSSMConfig(strategy="fixed", keep_ratio=0.5)
 TAKEN_BACK = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, rollback_tolerance=0.0)
@@ -31,8 +33,12 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 def trained(family: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A model after a step of AdamW, in the Trainer's two groups."""
-    linear = {**dict.fromkeys(GATED_CONFIGS, tiny_gated_delta_net), **dict.fromkeys(KIMI_CONFIGS, tiny_kimi_delta)}
-    model = linear[family](family) if family in linear else getattr(selective_models, f"tiny_{family}")()
+    makers = {
+        **{name: functools.partial(tiny_gated_delta_net, name) for name in GATED_CONFIGS},
+        **{name: functools.partial(tiny_kimi_delta, name) for name in KIMI_CONFIGS},
+        "minimax": tiny_minimax,
+    }
+    model = (makers.get(family) or getattr(selective_models, f"tiny_{family}"))()
     optimizer = torch.optim.AdamW(trainer_groups(model), lr=1e-2)
     train(model, optimizer)
     return model, optimizer
@@ -155,7 +161,7 @@ def test_a_failure_in_the_middle_leaves_everything_as_it_was(family: str) -> Non
     assert [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups] == identities
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in KIMI_CONFIGS])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in (*KIMI_CONFIGS, "minimax")])
 def test_stock_keeps_the_stock_class(family: str) -> None:
     model, optimizer = trained(family)
     classes = [type(module) for module in model.modules()]

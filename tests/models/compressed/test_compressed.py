@@ -25,11 +25,12 @@ from tests import selective_models
 from tests.architectures.families.test_all_families import recurrent_states
 from tests.cases import logits_of, tiny_mamba
 from tests.delta_rule_models import GATED_CONFIGS, KIMI_CONFIGS, tiny_gated_delta_net, tiny_kimi_delta
+from tests.lightning_models import tiny_minimax
 from tests.models.test_remote_code import WITHOUT_THE_LIBRARY
 
 N, HALF, LENGTH = 8, 4, 11
 MULTI_HEAD = ("mamba2", "zamba2", "bamba", "falcon_h1", "granite_moe_hybrid", "nemotron_h")
-MIXED = (*MULTI_HEAD, "falcon_mamba", "jamba", *GATED_CONFIGS, *KIMI_CONFIGS)
+MIXED = (*MULTI_HEAD, "falcon_mamba", "jamba", *GATED_CONFIGS, *KIMI_CONFIGS, "minimax")
 every_mixed = pytest.mark.parametrize("family", MIXED)
 
 
@@ -38,6 +39,8 @@ def build(family: str, **overrides) -> PreTrainedModel:
         return tiny_gated_delta_net(family, N, **overrides)
     if family in KIMI_CONFIGS:
         return tiny_kimi_delta(family, **overrides)
+    if family == "minimax":
+        return tiny_minimax(**overrides)
     maker = tiny_mamba if family == "mamba" else getattr(selective_models, f"tiny_{family}")
     return maker(N, **overrides).eval()
 
@@ -245,6 +248,10 @@ def duplicate_states(mixer: nn.Module) -> None:
     if hasattr(mixer, "forget_gate"):
         # A second channel of the same key would erase, too.
         mixer.k_proj.weight[1::2] = 0
+        return
+    if hasattr(mixer, "qkv_proj"):
+        queries_and_keys = mixer.qkv_proj.weight.unflatten(0, (mixer.num_attention_heads, 3, N))[:, :2]
+        queries_and_keys[:, :, 1::2] = queries_and_keys[:, :, ::2]
         return
     if hasattr(mixer, "head_k_dim"):
         [layer] = find_layers(mixer)
