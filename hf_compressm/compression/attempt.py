@@ -195,6 +195,7 @@ def prepare_cut(
     costs = cuts_that_do_not_pay(made.reductions, maker.state_bytes, together=maker.config.uniform)
     if not costs:
         return made
+    maker.processes.agree("how to cut", {"failures": made.failures, "does not pay": sorted(costs)})
     cost = total_cost(list(costs.values()))
     why = (
         f"a cut to {size_range(plan[name].new_size for name in costs)} states would add {cost.added_bytes:,} bytes of "
@@ -202,7 +203,7 @@ def prepare_cut(
         "allow_growth=True"
     )
     if len(costs) == len(made.reductions):
-        return Attempt("kept", f"left as it was: {why}", loss)
+        return Attempt("kept", f"left as it was: {'; '.join([why, *made.failures])}", loss)
     return replace(made.without(costs), failures=[*made.failures, *(f"{name}: {why}" for name in costs)])
 
 

@@ -46,12 +46,18 @@ def require_sizes(sizes: Sequence[int], layers: Sequence[StateSpaceLayer]) -> No
         layers (`Sequence[StateSpaceLayer]`): The layers that would be cut.
 
     Raises:
-        [`~errors.ConfigurationError`]: a size is not a whole number below the present one.
+        [`~errors.ConfigurationError`]: a size is not a whole number below the present one, or none that the model's
+            cache takes.
     """
+    multiple = math.lcm(*(layer.cache_multiple for layer in layers))
     largest = max(layer.state_size for layer in layers)
     for size in sizes:
         if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < largest:
             raise ConfigurationError(f"sizes has {size!r}; the model has {largest} states, so give 1 to {largest - 1}.")
+        if size % multiple:
+            raise ConfigurationError(
+                f"sizes has {size}, and the model's cache takes only multiples of {multiple}."
+            )
 
 
 def measure_sizes(

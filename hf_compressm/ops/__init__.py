@@ -1,6 +1,6 @@
 """Fast recurrences, each with its slow reference beside it."""
 
-from ._derivatives import is_transformed
+from ._derivatives import is_transformed, plain_eager_call
 from ._validation import double_device
 from .causal_convolution import causal_convolution, causal_convolution_reference, causal_convolution_step
 from .delta_rule import delta_rule, delta_rule_reference
@@ -45,6 +45,7 @@ __all__ = [
     "multi_head_scan",
     "multi_head_scan_reference",
     "multi_head_state_gramian",
+    "plain_eager_call",
     "sample_times",
     "sampled_diagonal_states",
     "sampled_states",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 
@@ -19,6 +19,26 @@ def is_transformed() -> bool:
         return False
     # Private API of torch.
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def plain_eager_call(*tensors: Tensor) -> bool:
+    """
+    Whether a call is an ordinary eager one on ordinary tensors, which is all that a kernel can be called in.
+
+    Args:
+        tensors (`torch.Tensor`): The arguments.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
+        return False
+    if _runs_under_a_mode():
+        return False
+    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+
+
+def _runs_under_a_mode() -> bool:
+    """Whether a mode records or replaces operations (`make_fx`, a counter of operations): it sees into no kernel."""
+    # Private API of torch.
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def needs_graph(*grads: Tensor | None) -> bool:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DimensionError
-from ._derivatives import is_transformed
+from ._derivatives import plain_eager_call
 from ._validation import compute_dtype, require_shapes
 from .selective_scan import selective_scan
 
@@ -61,16 +61,14 @@ def multi_head_scan(
         state = initial_state.to(dtype).unflatten(1, (groups, -1))
         if sizes["length"] == 0:
             return torch.zeros_like(u), state.flatten(1, 2)
-        scan = _scan_by_steps if _steps_are_faster(u, sizes["N"]) else _scan_in_chunks
+        scan = _scan_by_steps if _steps_are_faster(u, delta, A, B, C, state) else _scan_in_chunks
         y, state = scan(u, delta, A, B, C, state)
         return y, state.flatten(1, 2)
 
 
-def _steps_are_faster(u: Tensor, n_states: int) -> bool:
-    if u.device.type != "cpu" or n_states > _FEW_STATES:
-        return False
-    # The kernel knows no transforms, and what is traced sees into no kernel.
-    return not (torch.compiler.is_compiling() or is_transformed())
+def _steps_are_faster(*tensors: Tensor) -> bool:
+    state = tensors[-1]
+    return state.device.type == "cpu" and state.shape[-1] <= _FEW_STATES and plain_eager_call(*tensors)
 
 
 def _scan_by_steps(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
@@ -30,13 +31,12 @@ def _callers(kind: type[_Found]) -> list[_Found]:
 
 def find_trainers(callback: TrainerCallback) -> list[Trainer]:
     """
-    The Trainers that hold a callback and have called it (one, as a rule). An event does not say whose it is.
+    The Trainers that hold a callback (one, as a rule). An event does not say whose it is.
 
     Args:
         callback (`transformers.TrainerCallback`): A callback of the Trainer, in one of its events.
     """
-    # `on_init_end` comes before the Trainer's own attributes are complete, but not before its callbacks are there.
-    return [trainer for trainer in _callers(Trainer) if _holds(trainer.callback_handler, callback)]
+    return _holding(Trainer, callback, lambda trainer: getattr(trainer, "callback_handler", None))
 
 
 def neighbours(callback: TrainerCallback) -> list[TrainerCallback]:
@@ -46,12 +46,24 @@ def neighbours(callback: TrainerCallback) -> list[TrainerCallback]:
     Args:
         callback (`transformers.TrainerCallback`): A callback of the Trainer, in one of its events.
     """
-    handlers = [handler for handler in _callers(CallbackHandler) if _holds(handler, callback)]
+    handlers = _holding(CallbackHandler, callback, lambda handler: handler)
     return [other for handler in handlers for other in handler.callbacks if other is not callback]
 
 
-def _holds(handler: CallbackHandler, callback: TrainerCallback) -> bool:
-    return any(held is callback for held in handler.callbacks)
+def _holding(
+    kind: type[_Found], callback: TrainerCallback, handler_of: Callable[[_Found], CallbackHandler | None]
+) -> list[_Found]:
+    """The callers with a handler that holds a callback; where none calls, as in a loop of a user's own, all of them."""
+    for candidates in (_callers, _alive):
+        pairs = [(thing, handler_of(thing)) for thing in candidates(kind)]
+        found = [
+            thing
+            for thing, handler in pairs
+            if handler is not None and any(held is callback for held in handler.callbacks)
+        ]
+        if found:
+            return found
+    return []
 
 
 def _alive(kind: type[_Found]) -> list[_Found]:

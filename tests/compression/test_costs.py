@@ -19,6 +19,7 @@ from hf_compressm.systems import Truncation
 from tests.cases import tiny_lru, tiny_mamba, token_batch
 from tests.delta_rule_models import tiny_gated_delta_net
 from tests.selective_models import tiny_mamba2
+from tests.xlstm_models import tiny_xlstm
 
 MODELS = {
     "mamba": (tiny_mamba, {}),
@@ -122,6 +123,21 @@ def test_a_size_that_was_named_is_made_with_a_warning(caplog) -> None:
     assert "the cut adds 384 parameters" in caplog.text
     with pytest.raises(ConfigurationError, match="allow_growth is True, which the strategy 'target' ignores"):
         CompreSSMConfig(state_size=6, allow_growth=True)
+
+
+def test_a_cut_pays_or_not_whatever_the_calibration_computes_in() -> None:
+    """Under autocast a state is seen in a short type, as the weights are not stored."""
+    model = tiny_mamba2()
+    seen = [calibrate(model, find_layers(model), batches()).state_bytes]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        seen.append(calibrate(model, find_layers(model), batches()).state_bytes)
+    seen.append(calibrate(model.bfloat16(), find_layers(model), batches()).state_bytes)
+    assert seen[0] == seen[1] == {name: 2 * size for name, size in seen[2].items()}
+
+
+def test_a_table_of_sizes_that_the_cache_cannot_have_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="sizes has 12, and the model's cache takes only multiples of 8"):
+        analyze(tiny_xlstm(), batches(), sizes=[8, 12])
 
 
 def test_a_cut_that_pays_is_made() -> None:

@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
 from hf_compressm.errors import DimensionError
@@ -41,6 +42,14 @@ def test_few_states_go_step_by_step_where_a_kernel_may_stand(monkeypatch) -> Non
     _, tangent = torch.func.jvp(lambda u: multi_head_scan(u, **arguments)[0], (u,), (u,))
     assert not calls, "forward-mode differentiation goes through the products"
     torch.testing.assert_close(tangent, multi_head_scan_reference(u, **arguments)[0])
+
+
+def test_what_is_recorded_goes_through_the_products() -> None:
+    """A kernel writes to memory that no recorder sees."""
+    arguments = arguments_of((2, 9, 4, 3, 2, 5))
+    recorded = make_fx(lambda u: multi_head_scan(u, **arguments)[0])
+    u = arguments.pop("u")
+    torch.testing.assert_close(recorded(u)(2 * u), multi_head_scan_reference(2 * u, **arguments)[0])
 
 
 def gradients(outputs: tuple[Tensor, ...], weights: list[Tensor], arguments: list[Tensor]) -> tuple[Tensor, ...]:

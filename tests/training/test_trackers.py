@@ -48,6 +48,13 @@ def test_a_training_inside_of_another_does_not_mix_them_up(tmp_path) -> None:
     assert len(trackers_among(outer.neighbours)) == 1
 
 
+def test_a_loop_of_a_users_own_finds_them_too(tmp_path) -> None:
+    mine = Asking()
+    trainer = trainer_with(mine, tmp_path, ["tensorboard"])
+    mine.on_log(trainer.args, trainer.state, trainer.control)
+    assert trackers_among(mine.neighbours) == trackers_among(trainer.callback_handler.callbacks)
+
+
 def test_without_trackers_there_are_none(tmp_path) -> None:
     mine = Asking()
     trainer_with(mine, tmp_path, "none").log({"loss": 1.0})

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .switch import plain_eager_call
+from ...ops import plain_eager_call
 
 
 class CachedStates(NamedTuple):

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ...ops import causal_convolution
-from .switch import fast_cpu_scan_enabled, is_packed, plain_eager_call, register_companions
+from ...ops import causal_convolution, plain_eager_call
+from .switch import fast_cpu_scan_enabled, is_packed, register_companions
 
 # What the fused convolution knows to do after the filter, by transformers' names, and whether it is a SiLU.
 ACTIVATIONS = {None: False, "silu": True, "swish": True}

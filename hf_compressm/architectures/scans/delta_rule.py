@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ...errors import DimensionError
-from ...ops import delta_rule, delta_rule_adjoint_gramian, delta_rule_state_gramian, sample_times
+from ...ops import delta_rule, delta_rule_adjoint_gramian, delta_rule_state_gramian, plain_eager_call, sample_times
 from .convolution import register_convolution
 from .inputs import ScanInputs
-from .switch import current_observer, fast_cpu_scan_enabled, is_packed, plain_eager_call, register_scan, warn_of_packing
+from .switch import current_observer, fast_cpu_scan_enabled, is_packed, register_scan, warn_of_packing
 
 # What the norms of transformers and of fla (flash-linear-attention) add to a squared length.
 _NORM_EPS = 1e-6

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops import causal_convolution, causal_convolution_step, selective_scan, selective_step
+from ...ops import causal_convolution, causal_convolution_step, plain_eager_call, selective_scan, selective_step
 from .cached_states import CachedStates, states_for_step
 from .convolution import ACTIVATIONS
 from .mixer_forms import MixerForm, SingleForm
-from .switch import current_observer, fast_cpu_scan_enabled, is_packed, plain_eager_call, register_companions
+from .switch import current_observer, fast_cpu_scan_enabled, is_packed, register_companions
 
 
 def register_mixer(module_name: str, mixer: str, form: type[MixerForm] = SingleForm) -> None:

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops import selective_scan
+from ...ops import plain_eager_call, selective_scan
 from ...ops.selective_gramians import adjoint_gramian, state_gramian
 from ...systems.lti import DiagonalLTI
 from .convolution import register_convolution
 from .inputs import ChannelScans, ScanInputs, TimeAverages, _sums
-from .switch import current_observer, fast_cpu_scan_enabled, is_packed, plain_eager_call, register_scan, warn_of_packing
+from .switch import current_observer, fast_cpu_scan_enabled, is_packed, register_scan, warn_of_packing
 
 
 def register_selective_scan(module_name: str) -> None:

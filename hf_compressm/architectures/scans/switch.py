@@ -246,21 +246,6 @@ def calls_registered_scan(module: nn.Module) -> bool:
     return bool(_replacements_in(_forward_globals(module)))
 
 
-def plain_eager_call(*tensors: torch.Tensor) -> bool:
-    """Whether a call is an ordinary eager one on ordinary tensors, which is all that the replacements handle."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
-        return False
-    if _runs_under_a_mode():
-        return False
-    return all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
-
-
-def _runs_under_a_mode() -> bool:
-    """Whether a mode records or replaces operations (`make_fx`, a counter of operations): it sees into no kernel."""
-    # Private API of torch.
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
 def _forward_globals(module: nn.Module) -> dict[str, Any]:
     # A subclass that inherits `forward` resolves names where `forward` was written, not where the subclass was; one
     # whose `forward` calls that of `super()` leaves the scan to a class further up.

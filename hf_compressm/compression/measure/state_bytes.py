@@ -10,7 +10,7 @@ from .observers import GramianObserver
 
 class StateBytesObserver:
     """
-    Shows the scans of a selective layer to another observer, and notes how large their states are.
+    Shows the scans of a selective layer to another observer, and counts the numbers in their states.
 
     Args:
         observer ([`~compression.measure.observers.GramianObserver`]): The other one.
@@ -18,29 +18,33 @@ class StateBytesObserver:
 
     def __init__(self, observer: GramianObserver) -> None:
         self._observer = observer
-        self._bytes: dict[int | None, int] = {}
+        self._states: dict[int | None, int] = {}
 
     def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
         """Look at a scan; what the other observer makes of its output goes on."""
-        self._bytes[inputs.part] = inputs.states_per_sequence * inputs.u.element_size()
+        self._states[inputs.part] = inputs.states_per_sequence
         return self._observer.observe(inputs, output)
 
     @property
-    def state_bytes(self) -> int | None:
-        """Bytes of the state of one sequence, where a scan was seen."""
-        return sum(self._bytes.values()) or None
+    def states_per_sequence(self) -> int | None:
+        """How many numbers the state of one sequence holds, where a scan was seen."""
+        return sum(self._states.values()) or None
 
 
 def state_bytes_of(layer: StateSpaceLayer, observer: StateBytesObserver | None) -> int | None:
     """
-    Memory of the recurrent state of one sequence; None for a selective layer that was never run.
+    Memory of the recurrent state of one sequence, in the precision of the layer's weights, whatever a calibration under
+    autocast computes in; None for a selective layer that was never run.
 
     Args:
         layer (`StateSpaceLayer`): The layer.
         observer ([`StateBytesObserver`], *optional*): What has watched it, where it is selective.
     """
+    # Decays are often kept in a higher precision than the rest.
+    size = min(parameter.element_size() for parameter in layer.state_parameters().values())
     system = layer.system()
-    if system is None:
-        return None if observer is None else observer.state_bytes
-    # One complex number of the weights' precision for each pole.
-    return system.lam.numel() * 2 * next(iter(layer.state_parameters().values())).element_size()
+    if system is not None:
+        # One complex number for each pole.
+        return system.lam.numel() * 2 * size
+    states = None if observer is None else observer.states_per_sequence
+    return None if states is None else states * size
