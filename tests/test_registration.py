@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def test_the_auto_classes_find_the_models(imports: str) -> None:
     run(imports + FINDS_THEM, *registered_model_types())
 
 
+@functools.cache
 def registered_model_types() -> list[str]:
     """The model types that importing the models registers."""
     code = "import hf_compressm.models\nfrom transformers import CONFIG_MAPPING\nprint(*CONFIG_MAPPING._extra_content)"
