@@ -21,7 +21,7 @@ from .compression.spectrum import Spectrum
 from .config import CompreSSMConfig
 from .errors import ConfigurationError
 from .saving import follow_saves, provenance_of
-from .validation import require_batches, require_function
+from .validation import require_batches, require_bool, require_function
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,10 @@ def analyze(
     ```
     """
     config, batches = _checked(config, batches, loss_function)
+    require_bool("timed", timed)
+    if not isinstance(sizes, Iterable):
+        raise ConfigurationError(f"sizes is {sizes!r}; give several state sizes, as in sizes=[8, 16].")
+    sizes = list(sizes)
     compressor = Compressor(model, config, loss_function=loss_function, progress=progress)
     spectrum = compressor.measure(list(batches), sizes, timed)
     _tell_of_chance(model, spectrum.loss, loss_function)

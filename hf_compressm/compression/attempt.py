@@ -185,7 +185,8 @@ def prepare_cut(
     if not any(layer.is_cut for layer in plan.values()):
         wanted, size = max(layer.wanted for layer in plan.values()), max(layer.size for layer in plan.values())
         asks = "the loss asks" if maker.config.strategy == "loss" else "the spectra ask"
-        return Attempt("kept", f"{asks} for {wanted} of {size} states", loss)
+        step = "" if maker.config.multiple_of == 1 else f", in multiples of {maker.config.multiple_of}"
+        return Attempt("kept", f"{asks} for {wanted} of {size} states{step}", loss)
     made = maker.make(plan, alternative)
     if made.failures and (maker.config.uniform or not made.reductions):
         maker.processes.agree("how to cut", {"failures": made.failures})

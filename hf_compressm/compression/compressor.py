@@ -21,6 +21,7 @@ from ..errors import (
     UnstableSystemError,
 )
 from .attempt import CutMaker, attempt_cut
+from .costs import step_timer
 from .cut.pending_cut import PendingCut
 from .cut.snapshot import Snapshot
 from .cut.training_state import Follow, TrainingState
@@ -158,7 +159,7 @@ class Compressor:
         measured = {"loss_before": calibration.loss, "loss_after": result.loss_after}
         what = (result.outcome, result.reason, step, parameters, start)
         record = self._record(*what, layers=layers, trials=trials.records, **measured)
-        warn_of_added_parameters(record)
+        warn_of_added_parameters(record, all(layer.reductors(stock=True) for layer in self._chosen.layers))
         return self._judged(record)
 
     def measure(self, batches: Sequence[Any], sizes: Sequence[int] = (), timed: bool = True) -> Spectrum:
@@ -184,9 +185,9 @@ class Compressor:
             if sizes:
                 seen = self._see(self._calibrate(half, seed))
                 layers = [layer for layer in self._chosen.layers if layer.name in seen.gramians]
-                timed_on = others[0] if timed and isinstance(others[0], Mapping) else None
                 maker = self._maker(seen, self.config, half, seed)
-                rows = measure_sizes(maker, layers, sizes, lambda: self._loss_on(others), timed_on)
+                time_step = step_timer(self.model, others[0], self._loss_function) if timed else None
+                rows = measure_sizes(maker, layers, sizes, lambda: self._loss_on(others), time_step)
         return Spectrum(spectra, calibration.loss, tuple(rows))
 
     def _calibrate(self, batches: Sequence[Any], seed: int) -> Calibration:

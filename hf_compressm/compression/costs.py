@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from ..architectures import LayerReduction, fast_cpu_scan
-from .measure.model_pass import evaluation_mode, model_loss, move_to_device
+from .measure.model_pass import LossFunction, evaluation_mode, model_loss, move_to_device
 
 _WARM_UP_STEPS = 2
 
@@ -111,23 +112,44 @@ def cuts_that_do_not_pay(
     return {name: cost for name, cost in costs.items() if not cost.pays}
 
 
-def training_step_seconds(model: nn.Module, batch: Mapping[str, Any], repetitions: int = 5) -> float:
+def step_timer(
+    model: nn.Module, batch: Any, loss_function: LossFunction | None = None
+) -> Callable[[], float | None] | None:
     """
-    Median duration of a forward and a backward pass, after two for warming up. The gradients are as before after it.
+    What times a training step of a model as it is by then; None for a batch that is no mapping.
 
     Args:
-        model (`torch.nn.Module`): Returns a loss for the batch.
-        batch (`Mapping`): One batch with labels.
+        model (`torch.nn.Module`): The model.
+        batch (`Any`): One batch.
+        loss_function (`Callable`, *optional*): As in [`training_step_seconds`].
+    """
+    return functools.partial(training_step_seconds, model, batch, loss_function) if isinstance(batch, Mapping) else None
+
+
+def training_step_seconds(
+    model: nn.Module, batch: Mapping[str, Any], loss_function: LossFunction | None = None, repetitions: int = 5
+) -> float | None:
+    """
+    Median duration of a forward and a backward pass, after two for warming up; None for a model of which nothing is
+    trained. The gradients are as before after it.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        batch (`Mapping`): One batch.
+        loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss; the model's own
+            when unset, for a batch with labels.
         repetitions (`int`, *optional*, defaults to 5): Passes that are timed.
     """
     device = next(model.parameters()).device
     batch = move_to_device(batch, device)
-    seconds = []
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return None
+    seconds, loss_of = [], loss_function or model_loss
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     with evaluation_mode(model), torch.enable_grad(), fast_cpu_scan():
         for _ in range(_WARM_UP_STEPS + repetitions):
             start = time.perf_counter()
-            model_loss(model, batch).backward()
+            loss_of(model, batch).backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - start)

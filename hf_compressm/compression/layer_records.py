@@ -113,18 +113,19 @@ def records_of_return(layers: Sequence[StateSpaceLayer], sizes_before: Mapping[s
     ]
 
 
-def warn_of_added_parameters(record: CheckRecord) -> None:
+def warn_of_added_parameters(record: CheckRecord, has_stock_form: bool) -> None:
     """
     Warn where a cut made a model larger, as a mixed form can.
 
     Args:
         record ([`CheckRecord`]): The record of a check.
+        has_stock_form (`bool`): Whether the stock class of every layer can hold a cut.
     """
     added = record.parameters_after - record.parameters_before
     if record.outcome == "cut" and added > 0:
         logger.warning(
             "the cut adds %s parameters: the projections have to stay as wide as they were, and two small matrices a "
             "layer bring what they give to fewer states. The recurrent state and the scan are smaller, the weights are "
-            "not; a smaller state size adds fewer, and stock=True adds none.",
-            f"{added:,}",
-        )
+            "not; a smaller state size adds fewer%s.",
+            f"{added:,}", ", and stock=True adds none" if has_stock_form else "",
+        )  # fmt: skip

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ..architectures import StateSpaceLayer
 from ..errors import ConfigurationError
 from .attempt import CutMaker
-from .costs import state_bytes_at, training_step_seconds
+from .costs import state_bytes_at
 from .decide.plan import plan_of_ranks
 from .decide.progress import Stage
 
@@ -55,9 +54,7 @@ def require_sizes(sizes: Sequence[int], layers: Sequence[StateSpaceLayer]) -> No
         if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < largest:
             raise ConfigurationError(f"sizes has {size!r}; the model has {largest} states, so give 1 to {largest - 1}.")
         if size % multiple:
-            raise ConfigurationError(
-                f"sizes has {size}, and the model's cache takes only multiples of {multiple}."
-            )
+            raise ConfigurationError(f"sizes has {size}, and the model's cache takes only multiples of {multiple}.")
 
 
 def measure_sizes(
@@ -65,7 +62,7 @@ def measure_sizes(
     layers: Sequence[StateSpaceLayer],
     sizes: Sequence[int],
     loss_now: Callable[[], float],
-    timed_on: Mapping[str, Any] | None,
+    time_step: Callable[[], float | None] | None,
 ) -> list[SizeRow]:
     """
     Cut a model to several sizes, measure each and take each back; the first row is the model as it is.
@@ -75,7 +72,7 @@ def measure_sizes(
         layers (`Sequence[StateSpaceLayer]`): The layers that are cut.
         sizes (`Sequence[int]`): State sizes, as [`require_sizes`] wants them.
         loss_now (`Callable`): Returns the loss of the model as it is, on batches that no truncation was made with.
-        timed_on (`Mapping`, *optional*): One batch to time a step with.
+        time_step (`Callable`, *optional*): Returns the seconds of a training step of the model as it is.
     """
     present = {layer.name: layer.state_size for layer in layers}
     model, largest = maker.state.model, max(present.values())
@@ -88,7 +85,7 @@ def measure_sizes(
             loss=loss if math.isfinite(loss) else None,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             state_bytes=None if None in known else sum(known),
-            step_seconds=None if timed_on is None else training_step_seconds(model, timed_on),
+            step_seconds=None if time_step is None else time_step(),
         )
 
     rows = [row(largest)]

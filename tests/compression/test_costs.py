@@ -18,6 +18,7 @@ from hf_compressm.errors import ConfigurationError
 from hf_compressm.systems import Truncation
 from tests.cases import tiny_lru, tiny_mamba, token_batch
 from tests.delta_rule_models import tiny_gated_delta_net
+from tests.lightning_models import tiny_minimax
 from tests.selective_models import tiny_mamba2
 from tests.xlstm_models import tiny_xlstm
 
@@ -138,6 +139,37 @@ def test_a_cut_pays_or_not_whatever_the_calibration_computes_in() -> None:
 def test_a_table_of_sizes_that_the_cache_cannot_have_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="sizes has 12, and the model's cache takes only multiples of 8"):
         analyze(tiny_xlstm(), batches(), sizes=[8, 12])
+
+
+def test_a_table_of_sizes_times_the_loss_that_was_given() -> None:
+    unlabelled = [{"input_ids": batch["input_ids"]} for batch in batches()]
+    rows = analyze(tiny_mamba(), unlabelled, loss_function=lambda m, b: m(**b).logits.square().mean(), sizes=(4,)).sizes
+    assert [row.state_size for row in rows] == [8, 4] and all(row.step_seconds > 0 for row in rows)
+
+
+def test_nothing_is_timed_where_nothing_is_trained() -> None:
+    rows = analyze(tiny_mamba().requires_grad_(False), batches(), sizes=(size for size in (4, 2))).sizes
+    assert [(row.state_size, row.step_seconds) for row in rows] == [(8, None), (4, None), (2, None)]
+    assert all(row.loss > 0 for row in rows)
+
+
+@pytest.mark.parametrize("wrong", [{"sizes": 4}, {"sizes": None}, {"timed": "no"}], ids=str)
+def test_arguments_of_the_table_are_checked_first(wrong: dict) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+        analyze(tiny_mamba(), batches(), **wrong)
+
+
+def test_no_stock_form_is_offered_where_there_is_none(caplog) -> None:
+    for build, offered in ((tiny_mamba2, True), (tiny_minimax, False)):
+        caplog.clear()
+        size = find_layers(build())[0].state_size
+        assert compress(build(), batches(), CompreSSMConfig(state_size=size - 1, minimum_reduction=0)).outcome == "cut"
+        assert "the cut adds" in caplog.text and ("stock=True" in caplog.text) is offered
+
+
+def test_a_size_that_comes_of_multiples_is_told_with_them() -> None:
+    record = compress(tiny_xlstm(8), batches(), CompreSSMConfig(strategy="fixed"))
+    assert record.outcome == "kept" and record.reason == "the spectra ask for 8 of 8 states, in multiples of 8"
 
 
 def test_a_cut_that_pays_is_made() -> None:
