@@ -38,7 +38,8 @@ class LayerRecord:
         state_scores (`list[float]`): Score of each state that stays, in the layer's own order, for the comparison with
             the next check.
         lost_energy (`float`, *optional*): For a layer whose Gramians are measured, the share of the observable energy
-            (the sum of the squared Hankel singular values) that the cut lost, as far as the calibration data show.
+            (the sum of the squared Hankel singular values) that the cut lost, as far as the calibration data show and
+            before a readout was fitted.
         reductor (`str`, *optional*): The reductor that made the cut; not the one that was asked for where that one
             failed its checks. Unset where nothing was cut.
         gramians (`str`, *optional*): The form of the Gramians behind the cut of a time-invariant layer, a value of

@@ -50,7 +50,7 @@ class Seen:
         """
         for name, item in cut.items():
             self.scores[name] = self.gramians[name].scores_after(item.truncation).flatten()
-            self.lost_energy[name] = self.gramians[name].lost_energy(item.truncation)
+            self.lost_energy[name] = self.gramians[name].lost_energy(item.by_gramians)
         self.scores = {name: scores.cpu() for name, scores in self.scores.items()}
         self.output_errors = output_errors
 

@@ -305,6 +305,17 @@ def test_scores_after_a_fold_are_those_that_the_next_check_finds() -> None:
     assert min(layer.rank_correlation for layer in second.layers) > 0.9
 
 
+def test_the_lost_energy_is_that_of_the_gramians_whatever_is_fitted() -> None:
+    """A fitted readout gives the outputs better, and what the Gramians hold of them worse."""
+    lost = []
+    for fitted in (True, False):
+        config = CompreSSMConfig(strategy="fixed", fit_readout=fitted)
+        record = Compressor(tiny_mamba(state_size=16), config, progress=False).check([token_batch(batch=16, length=40)])
+        assert all(layer.readout_fitted is fitted for layer in record.layers)
+        lost.append([layer.lost_energy for layer in record.layers])
+    assert lost[0] == pytest.approx(lost[1]) and min(lost[0]) > 0
+
+
 def test_every_reductor_and_its_default_are_checked_when_the_compressor_is_made() -> None:
     assert Compressor(tiny_mamba(), CompreSSMConfig(), progress=False)
     with pytest.raises(UnsupportedModelError, match="cannot hold what the reductor 'balanced' gives"):

@@ -26,12 +26,19 @@ class Found(NamedTuple):
         reductor (`str`): The reductor that gave it; not the one that was asked for where that one failed its checks.
         gramians (`str`): The form of the Gramians behind it; see [`LayerGramians`].
         is_fitted (`bool`): Whether what reads its states was fitted to the layer's outputs.
+        unfitted ([`~systems.Truncation`], *optional*): The truncation before that, as the Gramians made it.
     """
 
     truncation: Truncation
     reductor: str
     gramians: str
     is_fitted: bool = False
+    unfitted: Truncation | None = None
+
+    @property
+    def by_gramians(self) -> Truncation:
+        """The truncation as the Gramians made it, which they can judge: a fit knows more of the outputs than they do."""
+        return self.unfitted or self.truncation
 
 
 def find_truncations(
@@ -105,7 +112,8 @@ def _with_fitted_readouts(
             logger.info("the readout of %s stays as its Gramians make it: %s", name, error)
             continue
         if truncation.fingerprint() != found[name].truncation.fingerprint():
-            results[name] = found[name]._replace(truncation=truncation, is_fitted=True)
+            before = found[name]
+            results[name] = before._replace(truncation=truncation, is_fitted=True, unfitted=before.truncation)
     return results
 
 
