@@ -311,7 +311,7 @@ def test_the_lost_energy_is_that_of_the_gramians_whatever_is_fitted() -> None:
     for fitted in (True, False):
         config = CompreSSMConfig(strategy="fixed", fit_readout=fitted)
         record = Compressor(tiny_mamba(state_size=16), config, progress=False).check([token_batch(batch=16, length=40)])
-        assert all(layer.readout_fitted is fitted for layer in record.layers)
+        assert any(layer.readout_fitted for layer in record.layers) is fitted
         lost.append([layer.lost_energy for layer in record.layers])
     assert lost[0] == pytest.approx(lost[1]) and min(lost[0]) > 0
 
