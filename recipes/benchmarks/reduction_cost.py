@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from common import make_mamba, median_seconds, parser, token_batch, training_step, write_result
+from delta_rule_models import make_delta_rule_model
 from selective_models import make_model
 
 from hf_compressm import CompreSSMConfig, compress, fast_cpu_scan
@@ -25,6 +26,15 @@ CASES |= {
     f"{name}, 2 layers of width 128, N = {size}": (partial(make_model, family, VOCABULARY, size, width=128), (16, 256))
     for family, name in (("mamba2", "Mamba2"), ("falcon_mamba", "FalconMamba"), ("jamba", "Jamba"), ("bamba", "Bamba"))
     for size in (64, 128)
+}
+CASES |= {
+    f"{name}, 2 layers of width 64, N = 64": (partial(make_delta_rule_model, family, VOCABULARY, 64), (16, 256))
+    for family, name in {
+        "gated_delta_net": "gated DeltaNet",
+        "kimi_delta": "Kimi delta attention",
+        "minimax": "lightning attention",
+        "xlstm": "xLSTM",
+    }.items()
 }
 
 

@@ -161,7 +161,12 @@ def test_a_failure_in_the_middle_leaves_everything_as_it_was(family: str) -> Non
     assert [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups] == identities
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in (*KIMI_CONFIGS, "minimax")])
+with_a_stock_form = pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family not in (*KIMI_CONFIGS, "minimax")]
+)
+
+
+@with_a_stock_form
 def test_stock_keeps_the_stock_class(family: str) -> None:
     model, optimizer = trained(family)
     classes = [type(module) for module in model.modules()]
@@ -170,6 +175,24 @@ def test_stock_keeps_the_stock_class(family: str) -> None:
     assert [type(module) for module in model.modules()] == classes and size_of(model) == 4
     with pytest.raises(UnsupportedModelError, match="its own state size"):
         Compressor(model, CompreSSMConfig(strategy="tolerance", uniform=False, stock=True))
+
+
+@with_a_stock_form
+def test_a_mixed_cut_after_a_stock_one_has_narrower_projections(family: str, tmp_path) -> None:
+    sizes = {}
+    for ways in ([0.25], [0.5, 0.5]):
+        model, optimizer = trained(family)
+        for number, keep_ratio in enumerate(ways, start=1):
+            config = CompreSSMConfig(strategy="fixed", keep_ratio=keep_ratio, stock=number < len(ways))
+            check = Compressor(model, config, optimizer=optimizer, progress=False).check
+            assert check([token_batch()]).outcome == "cut"
+        train(model, optimizer)
+        sizes[len(ways)] = sum(parameter.numel() for parameter in model.parameters())
+        assert {layer.form for layer in find_layers(model)} == {(2, 8 // len(ways))}
+    assert sizes[2] < sizes[1]
+    model.eval().save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits_of(again, token_batch()), logits_of(model, token_batch()))
 
 
 def test_matrices_beside_a_frozen_projection_are_frozen_too() -> None:
