@@ -37,7 +37,7 @@ class Found(NamedTuple):
 
     @property
     def by_gramians(self) -> Truncation:
-        """The truncation as the Gramians made it, which they can judge: a fit knows more of the outputs than they do."""
+        """The truncation as the Gramians made it, which they can judge; a fit knows more of the outputs."""
         return self.unfitted or self.truncation
 
 
