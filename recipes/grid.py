@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from experiments.data import load_data
 from experiments.grids import Grid
+from experiments.long_convolution import lru_by_convolution
 from experiments.report import table, write_report
 from experiments.runs import ResultsFile, execute_all
 
@@ -44,7 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
         if not runs:
             raise SystemExit(f"{results.path} has no run of this grid.")
     data = None if options.report_only else load_data(runs[0].experiment.data)
-    found = execute_all(runs, data, options.output_dir / grid.name, results)
+    with lru_by_convolution() if grid.by_convolution else nullcontext():
+        found = execute_all(runs, data, options.output_dir / grid.name, results)
     command = " ".join(["python", "recipes/grid.py", "--config", options.config])
     page = write_report(found, options.results / f"{grid.name}.md", grid.title, command, grid.panels, grid.timed)
     print(f"\n{table(found, grid.timed)}\n\n{page}")

@@ -4,7 +4,8 @@ What a tolerance of 1, 2 and 4% of the Hankel energy does to each family: the st
     python recipes/benchmarks/tolerance.py [--processes 2] [--families mamba lru] [--seeds 3]
     python recipes/benchmarks/tolerance.py --data text --data-files FILE ...
 
-The table is written anew after every model and seed; families that are left out keep the figures of an earlier run.
+The table is written anew after every model and seed. Models that it has are not trained again: move the JSON file away
+for figures of the present code.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, parser, write_result
-from selective_accuracy import append, make_task, train
+from selective_accuracy import append, make_task, missing, train
 from selective_models import FAMILIES, STATE_SIZE, TIME_INVARIANT
 
 from hf_compressm import CompreSSMConfig, compress, fast_cpu_scan
@@ -60,11 +61,10 @@ def main() -> None:
     if options.data == "text" and not options.data_files:
         raise SystemExit("--data text needs --data-files")
     path = RESULTS / f"tolerance_{options.data}.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    figures = {family: found for family, found in known.items() if family not in options.families}
-    work = [(family, seed) for seed in range(options.seeds) for family in options.families]
+    figures = json.loads(path.read_text()) if path.exists() else {}
     with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
-        for family, found in pool.imap_unordered(partial(measure, options=options), work):
+        # In order, so that the number of figures says which seeds are there.
+        for family, found in pool.imap(partial(measure, options=options), missing(figures, options)):
             append(figures.setdefault(family, {}), found)
             write(options, {name: figures[name] for name in ALL if name in figures})
 

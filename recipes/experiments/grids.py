@@ -33,6 +33,12 @@ class Grid:
         panels (`list[dict]`, *optional*): See [`report.picture`].
         timed (`bool`, *optional*, defaults to `True`): Whether the table has times, for which the machine must have
             nothing else to do.
+        by_convolution (`bool`, *optional*, defaults to `False`): Whether LRU layers are computed by convolution, which
+            gives the same figures up to rounding, sooner where layers are narrow and sequences long, and times that
+            do not depend on the state size.
+
+    Raises:
+        `ValueError`: `timed` with `by_convolution`, whose times are not those of the library.
     """
 
     name: str
@@ -44,6 +50,11 @@ class Grid:
     settings: dict[str, Any] = field(default_factory=dict)
     panels: list[dict[str, Any]] = field(default_factory=list)
     timed: bool = True
+    by_convolution: bool = False
+
+    def __post_init__(self) -> None:
+        if self.timed and self.by_convolution:
+            raise ValueError(f"the grid {self.name} is by_convolution, whose times say nothing; set timed: false.")
 
     @classmethod
     def from_file(cls, path: str | Path) -> Grid:
