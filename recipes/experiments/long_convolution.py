@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_compressm.models.sequence import modeling_lru
-from hf_compressm.ops import convolution_kernel, diagonal_recurrence
+from hf_compressm.ops import diagonal_recurrence
 
 # Below it, the scan is the quicker of the two on a CPU (8 channels, 784 steps).
 _FEWEST_STATES = 48
@@ -38,11 +39,22 @@ def recurrence_by_convolution(
         return diagonal_recurrence(u, lam, B, C, initial_state)
     length, outputs, inputs = u.shape[1], C.shape[0], B.shape[1]
     pairs = (C.unsqueeze(1) * B.mT).flatten(0, 1)
-    responses = convolution_kernel(lam.unsqueeze(0), pairs, length).to(u.dtype).unflatten(0, (outputs, inputs))
+    responses = _impulse_responses(lam, pairs, length).to(u.dtype).unflatten(0, (outputs, inputs))
     size = 2 * length
     # One product of (batch, inputs) and (inputs, outputs) for each frequency.
     frequencies = torch.fft.rfft(u.mT, size).movedim(-1, 0) @ torch.fft.rfft(responses, size).movedim(-1, 0).mT
     return torch.fft.irfft(frequencies.movedim(0, -1), size)[..., :length].mT, None
+
+
+def _impulse_responses(lam: Tensor, weights: Tensor, length: int) -> Tensor:
+    """`Re sum_n weights_n lam_n^t` of shape (pairs, length), in float32; powers of a pole that is not zero."""
+    steps = math.isqrt(length - 1) + 1
+    times = torch.arange(steps, dtype=torch.float64, device=lam.device).unsqueeze(-1)
+    inner, outer = (torch.exp(torch.log(lam) * spacing * times).to(torch.complex64) for spacing in (1, steps))
+    late = weights.to(torch.complex64).unsqueeze(1) * outer
+    # Real products only: Re(a b) = Re(a) Re(b) - Im(a) Im(b).
+    left, right = torch.view_as_real(late).flatten(-2), torch.view_as_real(inner.conj().resolve_conj()).flatten(-2)
+    return (left @ right.mT).flatten(1)[:, :length]
 
 
 @contextmanager
