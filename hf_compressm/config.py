@@ -19,6 +19,7 @@ from .validation import (
     require_choice,
     require_integer,
     require_pattern,
+    require_rows,
     require_share,
     require_window,
     settings_in,
@@ -109,6 +110,11 @@ class CompreSSMConfig:
         allow_growth (`bool`, *optional*, defaults to `False`):
             Whether `"tolerance"` and `"loss"` make a mixed cut whose two small matrices a layer take more bytes than
             the recurrent state of one sequence loses. The other strategies name a size and always cut.
+        projection_rows (`float` or `int`, *optional*):
+            How many rows the projections of B and C keep each in a layer that mixes its states, or gets mixed at this
+            check: a share of what they have at the start of the run (strictly between 0 and 1), or a number. The rows
+            that the mixing hardly reads go, and the matrices are fitted to what is left; there are always more rows
+            than states. All rows stay when unset.
         optimizer_moments (`str`, *optional*, defaults to `"carry"`):
             What happens to the optimizer's moments of a cut parameter. `"carry"` moves them as the gradients move,
             `"slice"` keeps the entries of the kept states (of the leading ones, where states are mixed), `"reset"`
@@ -209,6 +215,7 @@ class CompreSSMConfig:
     fit_readout: bool | None = None
     compare_truncations: bool = False
     allow_growth: bool = False
+    projection_rows: float | int | None = None
     state_size: InitVar[int | None] = None
     ratio: InitVar[float | None] = None
 
@@ -239,6 +246,7 @@ class CompreSSMConfig:
             )
         for name in ("target_layers", "exclude_layers"):
             require_pattern(name, getattr(self, name))
+        require_rows("projection_rows", self.projection_rows)
         require_window("window", self.window)
         require_consistent(self)
 

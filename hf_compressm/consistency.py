@@ -75,6 +75,12 @@ def require_consistent(settings: Any) -> None:
         [`~errors.ConfigurationError`]: two of them contradict each other, or one has no effect.
     """
     _require_no_ignored(settings)
+    if settings.projection_rows is not None and settings.stock:
+        raise ConfigurationError(
+            f"projection_rows is {settings.projection_rows!r}, which narrows the projections of layers that mix "
+            "states; with stock=True none does, and a cut makes the projections as small as the state. Leave one "
+            "of them out."
+        )
     _require_consistent_budget(settings)
     _require_consistent_target(settings)
     _require_consistent_rollback(settings)

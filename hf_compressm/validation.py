@@ -64,6 +64,16 @@ def require_bool(name: str, value: Any) -> None:
         raise ConfigurationError(f"{name} is {value!r}; give True or False.")
 
 
+def require_rows(name: str, value: Any) -> None:
+    """Raise [`~errors.ConfigurationError`] unless the value is unset, a share, or a whole number of at least 2."""
+    is_share = isinstance(value, float) and is_number(value) and 0 < value < 1
+    if value is not None and not is_share and not (is_integer(value) and value >= 2):
+        raise ConfigurationError(
+            f"{name} is {value!r}; give a share strictly between 0 and 1, for example 0.5, or a whole number of rows, "
+            "for example 32."
+        )
+
+
 def require_window(name: str, window: Any) -> None:
     """Raise [`~errors.ConfigurationError`] unless it is a pair of shares, or a pair of steps, with start < end."""
     if not isinstance(window, tuple) or len(window) != 2 or not all(is_number(edge) for edge in window):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,12 +29,14 @@ from .cut.training_state import Follow, TrainingState
 from .decide.chosen import Chosen, free_to_change, split_in_half
 from .decide.plan import LayerPlan, plan_reduction
 from .decide.progress import Stage, check_number, combined_seed, is_finished, score_correlation, stage_of
+from .decide.rows import RowChoice
 from .history import CheckRecord
 from .layer_records import Seen, layer_records, records_of_return, warn_of_added_parameters
 from .measure.calibration import Calibration, calibrate
 from .measure.model_pass import LossFunction, evaluate_loss
 from .measure.output_error import OutputsOf
 from .measure.output_fit import ReadoutFit
+from .measure.projected_entries import sample_projections
 from .processes import Processes, SingleProcess
 from .size_table import measure_sizes, require_sizes
 from .spectrum import Spectrum
@@ -138,6 +141,7 @@ class Compressor:
 
     def _check(self, batches: Sequence[Any], step: int | None, number: int, total: int) -> CheckRecord:
         start, parameters = time.perf_counter(), self._count_parameters()
+        rows = {layer.name: layer.projected_size for layer in self.layers if layer.narrows}
         config, seed = self.config, combined_seed(self.config.seed, step)
         with torch.inference_mode(False), fast_cpu_scan(config.fast_cpu_scan):
             batches, others = self._chosen.split(batches, config)
@@ -155,11 +159,13 @@ class Compressor:
             self.pending = result.pending or self.pending
             seen.note_cut(result.found, outputs.errors(self._processes.sum) if result.outcome == "cut" else {})
         self._scores.update(seen.scores)
-        layers = layer_records(self.layers, plan, seen, result.found)
+        layers = layer_records(self.layers, plan, seen, result.found, rows)
         measured = {"loss_before": calibration.loss, "loss_after": result.loss_after}
         what = (result.outcome, result.reason, step, parameters, start)
         record = self._record(*what, layers=layers, trials=trials.records, **measured)
-        warn_of_added_parameters(record, all(layer.reductors(stock=True) for layer in self._chosen.layers))
+        chosen = self._chosen.layers
+        stock, narrows = all(layer.reductors(stock=True) for layer in chosen), all(layer.narrows for layer in chosen)
+        warn_of_added_parameters(record, stock, narrows)
         return self._judged(record)
 
     def measure(self, batches: Sequence[Any], sizes: Sequence[int] = (), timed: bool = True) -> Spectrum:
@@ -213,7 +219,17 @@ class Compressor:
         shared = (self._processes, seed)
         fit = ReadoutFit(self._chosen.layers, self.model, batches, self._loss_function, *shared)
         parts = (self._state, seen.gramians, self._chosen.reductors, config, *shared, self._progress)
-        return CutMaker(*parts, fit if self._fits_readouts else None, seen.state_bytes)
+        rows = self._row_choice(batches, seed)
+        return CutMaker(*parts, fit if self._fits_readouts else None, seen.state_bytes, rows)
+
+    def _row_choice(self, batches: Sequence[Any], seed: int) -> RowChoice | None:
+        """What chooses the rows of projections, where the settings ask for fewer."""
+        wanted, layers = self.config.projection_rows, self._chosen.layers
+        if wanted is None:
+            return None
+        sample = functools.partial(sample_projections, self.model, layers, batches, self._loss_function, seed)
+        by_name = {layer.name: layer for layer in layers}
+        return RowChoice(by_name, wanted, self._chosen.reductors, list(self.records), sample)
 
     def _see(self, calibration: Calibration) -> Seen:
         """What the calibration says of the layers that may change, the same in every process."""
@@ -292,11 +308,12 @@ class Compressor:
         if self.pending is None:
             raise RuntimeError("no cut is pending, so that there is no snapshot to go back to")
         start, parameters, sizes = time.perf_counter(), self._count_parameters(), self.sizes
+        rows = {layer.name: layer.projected_size for layer in self.layers if layer.narrows}
         self.pending.take_back(self._state)
         for name in self.pending.model.forms:
             self._scores.pop(name, None)
         self.pending = None
-        layers = records_of_return(self.layers, sizes)
+        layers = records_of_return(self.layers, sizes, rows)
         return self._record("rolled_back", reason, step, parameters, start, layers=layers)
 
     def restore(self, records: Sequence[CheckRecord], pending: PendingCut | None = None) -> None:

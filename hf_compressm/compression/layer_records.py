@@ -56,7 +56,11 @@ class Seen:
 
 
 def layer_records(
-    layers: Sequence[StateSpaceLayer], plan: Mapping[str, LayerPlan], seen: Seen, cut: Mapping[str, Found]
+    layers: Sequence[StateSpaceLayer],
+    plan: Mapping[str, LayerPlan],
+    seen: Seen,
+    cut: Mapping[str, Found],
+    rows_before: Mapping[str, int],
 ) -> list[LayerRecord]:
     """
     The record of every layer that the check planned for.
@@ -66,6 +70,7 @@ def layer_records(
         plan (`Mapping[str, LayerPlan]`): What the check wanted of each.
         seen ([`Seen`]): What it measured.
         cut (`Mapping[str, Found]`): What the layers that were cut were cut with.
+        rows_before (`Mapping[str, int]`): Rows of the projections before the check, of layers that can give some up.
     """
     records = []
     for layer in [layer for layer in layers if layer.name in plan]:
@@ -92,40 +97,56 @@ def layer_records(
                 readout_fitted=cut[layer.name].is_fitted if layer.name in cut else None,
                 state_bytes_before=state_bytes,
                 state_bytes_after=state_bytes_at(size_after, layer_plan.size, state_bytes),
+                rows_before=rows_before.get(layer.name),
+                rows_after=layer.projected_size if layer.name in rows_before else None,
             )
         )
     return records
 
 
-def records_of_return(layers: Sequence[StateSpaceLayer], sizes_before: Mapping[str, int]) -> list[LayerRecord]:
+def records_of_return(
+    layers: Sequence[StateSpaceLayer], sizes_before: Mapping[str, int], rows_before: Mapping[str, int]
+) -> list[LayerRecord]:
     """
     The record of every layer after a cut was taken back, when nothing was measured.
 
     Args:
         layers (`Sequence[StateSpaceLayer]`): The layers, at the sizes that they have again.
         sizes_before (`Mapping[str, int]`): Their state sizes while the cut stood.
+        rows_before (`Mapping[str, int]`): Rows of their projections then, of layers that can give some up.
     """
     return [
         LayerRecord(
-            layer.name, layer.family, sizes_before[layer.name], layer.state_size, layer.state_size, [], 0.0, 0.0
-        )
+            layer.name,
+            layer.family,
+            sizes_before[layer.name],
+            layer.state_size,
+            layer.state_size,
+            [],
+            0.0,
+            0.0,
+            rows_before=rows_before.get(layer.name),
+            rows_after=layer.projected_size if layer.name in rows_before else None,
+        )  # fmt: skip
         for layer in layers
     ]
 
 
-def warn_of_added_parameters(record: CheckRecord, has_stock_form: bool) -> None:
+def warn_of_added_parameters(record: CheckRecord, has_stock_form: bool, narrows: bool) -> None:
     """
     Warn where a cut made a model larger, as a mixed form can.
 
     Args:
         record ([`CheckRecord`]): The record of a check.
         has_stock_form (`bool`): Whether the stock class of every layer can hold a cut.
+        narrows (`bool`): Whether the projections of every layer can give up rows.
     """
     added = record.parameters_after - record.parameters_before
     if record.outcome == "cut" and added > 0:
         logger.warning(
-            "the cut adds %s parameters: the projections have to stay as wide as they were, and two small matrices a "
-            "layer bring what they give to fewer states. The recurrent state and the scan are smaller, the weights are "
-            "not; a smaller state size adds fewer%s.",
-            f"{added:,}", ", and stock=True adds none" if has_stock_form else "",
+            "the cut adds %s parameters: two small matrices a layer bring what the projections give to fewer states. "
+            "The recurrent state and the scan are smaller, the weights are not; a smaller state size adds fewer%s%s.",
+            f"{added:,}",
+            ", a smaller projection_rows takes some from the projections" if narrows else "",
+            ", and stock=True adds none" if has_stock_form else "",
         )  # fmt: skip
