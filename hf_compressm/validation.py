@@ -32,6 +32,12 @@ def require_share(name: str, value: Any) -> None:
         raise ConfigurationError(f"{name} is {value!r}; give a number strictly between 0 and 1, for example 0.01.")
 
 
+def require_share_or_zero(name: str, value: Any) -> None:
+    """Raise [`~errors.ConfigurationError`] unless the value is at least 0 and below 1."""
+    if not is_number(value) or not 0 <= value < 1:
+        raise ConfigurationError(f"{name} is {value!r}; give a number in [0, 1), for example 0.05.")
+
+
 def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """
     Raise [`~errors.ConfigurationError`] unless the value is one of the choices.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,12 +30,11 @@ from .decide.plan import LayerPlan, plan_reduction
 from .decide.progress import Stage, check_number, combined_seed, is_finished, score_correlation, stage_of
 from .decide.rows import RowChoice
 from .history import CheckRecord
-from .layer_records import Seen, layer_records, records_of_return, warn_of_added_parameters
+from .layer_records import Seen, forms_of, layer_records, records_of_return, warn_of_added_parameters
 from .measure.calibration import Calibration, calibrate
 from .measure.model_pass import LossFunction, evaluate_loss
 from .measure.output_error import OutputsOf
 from .measure.output_fit import ReadoutFit
-from .measure.projected_entries import sample_projections
 from .processes import Processes, SingleProcess
 from .size_table import measure_sizes, require_sizes
 from .spectrum import Spectrum
@@ -141,7 +139,6 @@ class Compressor:
 
     def _check(self, batches: Sequence[Any], step: int | None, number: int, total: int) -> CheckRecord:
         start, parameters = time.perf_counter(), self._count_parameters()
-        rows = {layer.name: layer.projected_size for layer in self.layers if layer.narrows}
         config, seed = self.config, combined_seed(self.config.seed, step)
         with torch.inference_mode(False), fast_cpu_scan(config.fast_cpu_scan):
             batches, others = self._chosen.split(batches, config)
@@ -159,13 +156,11 @@ class Compressor:
             self.pending = result.pending or self.pending
             seen.note_cut(result.found, outputs.errors(self._processes.sum) if result.outcome == "cut" else {})
         self._scores.update(seen.scores)
-        layers = layer_records(self.layers, plan, seen, result.found, rows)
+        layers = layer_records(self.layers, plan, seen, result.found)
         measured = {"loss_before": calibration.loss, "loss_after": result.loss_after}
         what = (result.outcome, result.reason, step, parameters, start)
         record = self._record(*what, layers=layers, trials=trials.records, **measured)
-        chosen = self._chosen.layers
-        stock, narrows = all(layer.reductors(stock=True) for layer in chosen), all(layer.narrows for layer in chosen)
-        warn_of_added_parameters(record, stock, narrows)
+        warn_of_added_parameters(record, self._chosen.layers)
         return self._judged(record)
 
     def measure(self, batches: Sequence[Any], sizes: Sequence[int] = (), timed: bool = True) -> Spectrum:
@@ -216,20 +211,10 @@ class Compressor:
         return calibration
 
     def _maker(self, seen: Seen, config: CompreSSMConfig, batches: Sequence[Any], seed: int) -> CutMaker:
-        shared = (self._processes, seed)
-        fit = ReadoutFit(self._chosen.layers, self.model, batches, self._loss_function, *shared)
-        parts = (self._state, seen.gramians, self._chosen.reductors, config, *shared, self._progress)
-        rows = self._row_choice(batches, seed)
+        fit = ReadoutFit(self._chosen.layers, self.model, batches, self._loss_function, self._processes, seed)
+        parts = (self._state, seen.gramians, self._chosen.reductors, config, self._processes, seed, self._progress)
+        rows = RowChoice.of(self._chosen, config, self.records, self.model, batches, self._loss_function, seed)
         return CutMaker(*parts, fit if self._fits_readouts else None, seen.state_bytes, rows)
-
-    def _row_choice(self, batches: Sequence[Any], seed: int) -> RowChoice | None:
-        """What chooses the rows of projections, where the settings ask for fewer."""
-        wanted, layers = self.config.projection_rows, self._chosen.layers
-        if wanted is None:
-            return None
-        sample = functools.partial(sample_projections, self.model, layers, batches, self._loss_function, seed)
-        by_name = {layer.name: layer for layer in layers}
-        return RowChoice(by_name, wanted, self._chosen.reductors, list(self.records), sample)
 
     def _see(self, calibration: Calibration) -> Seen:
         """What the calibration says of the layers that may change, the same in every process."""
@@ -238,7 +223,7 @@ class Compressor:
         scores = {name: known.state_scores().flatten() for name, known in gramians.items()}
         spectra, scores = self._processes.first((spectra, scores))
         correlations = {name: score_correlation(self._scores.get(name), scores[name]) for name in scores}
-        return Seen(gramians, spectra, scores, correlations, calibration.state_bytes)
+        return Seen(gramians, spectra, scores, correlations, calibration.state_bytes, forms_of(self.layers))
 
     def _decide(self, trials: Trials, spectra: dict[str, Tensor], stage: Stage) -> tuple[dict[str, LayerPlan], str]:
         """The new size of each layer, and the way to truncate them."""
@@ -307,13 +292,12 @@ class Compressor:
         """
         if self.pending is None:
             raise RuntimeError("no cut is pending, so that there is no snapshot to go back to")
-        start, parameters, sizes = time.perf_counter(), self._count_parameters(), self.sizes
-        rows = {layer.name: layer.projected_size for layer in self.layers if layer.narrows}
+        start, parameters, forms = time.perf_counter(), self._count_parameters(), forms_of(self.layers)
         self.pending.take_back(self._state)
         for name in self.pending.model.forms:
             self._scores.pop(name, None)
         self.pending = None
-        layers = records_of_return(self.layers, sizes, rows)
+        layers = records_of_return(self.layers, forms)
         return self._record("rolled_back", reason, step, parameters, start, layers=layers)
 
     def restore(self, records: Sequence[CheckRecord], pending: PendingCut | None = None) -> None:

@@ -70,7 +70,12 @@ class MultiHeadLayer(NarrowableLayer):
 
     @contextmanager
     def projections_shown(self, show: ShowProjections) -> Iterator[None]:
-        """While the context is open, each forward pass shows B and C behind their activation, before they are mixed."""
+        """
+        While the context is open, each forward pass shows B and C behind their activation, before they are mixed.
+
+        Args:
+            show (`Callable`): Gets both, `(batch, length, groups, N)`.
+        """
         if not self.is_mixed:
             with self.observed(_ShownScan(show)):
                 yield
@@ -92,7 +97,14 @@ class MultiHeadLayer(NarrowableLayer):
             del module._mix
 
     def entries_of(self, projected: Tensor, side: int, kept: Tensor | None = None) -> Tensor:
-        """Those of the kept rows, `(groups, K, M)`: nothing couples the rows behind the projections."""
+        """
+        Those of the kept rows, `(groups, K, M)`: nothing couples the rows behind the projections.
+
+        Args:
+            projected (`torch.Tensor` of shape `(K, groups, N)`): What all rows give.
+            side (`int`): 0 for B, 1 for C.
+            kept (`torch.Tensor` of shape `(groups, M)`, int64, *optional*): The rows; all when unset.
+        """
         entries = projected.movedim(0, -2)
         return entries if kept is None else entries.take_along_dim(kept.to(entries.device).unsqueeze(-2), dim=-1)
 

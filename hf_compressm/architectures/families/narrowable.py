@@ -38,7 +38,12 @@ class NarrowableLayer(MixableLayer):
 
     @abstractmethod
     def projections_shown(self, show: ShowProjections) -> AbstractContextManager[None]:
-        """While the context is open, each forward pass of the layer shows what it projects, before it is mixed."""
+        """
+        While the context is open, each forward pass of the layer shows what it projects, before it is mixed.
+
+        Args:
+            show (`Callable`): Gets what is projected for B and for C.
+        """
 
     @abstractmethod
     def entries_of(self, projected: Tensor, side: int, kept: Tensor | None = None) -> Tensor:

@@ -72,7 +72,12 @@ class NormedMambaLayer(NarrowableLayer, MambaLayer):
 
     @contextmanager
     def projections_shown(self, show: ShowProjections) -> Iterator[None]:
-        """While the context is open, each forward pass shows what `x_proj` gives to the norms of B and C."""
+        """
+        While the context is open, each forward pass shows what `x_proj` gives to the norms of B and C.
+
+        Args:
+            show (`Callable`): Gets both, `(batch, length, N)`.
+        """
         found = []
 
         def enters(module: nn.Module, inputs: tuple) -> None:
@@ -88,7 +93,14 @@ class NormedMambaLayer(NarrowableLayer, MambaLayer):
             yield
 
     def entries_of(self, projected: Tensor, side: int, kept: Tensor | None = None) -> Tensor:
-        """What the norm of the kept rows alone makes of them, `(K, M)`."""
+        """
+        What the norm of the kept rows alone makes of them, `(K, M)`.
+
+        Args:
+            projected (`torch.Tensor` of shape `(K, N)`): What all rows give.
+            side (`int`): 0 for B, 1 for C.
+            kept (`torch.Tensor` of shape `(M)`, int64, *optional*): The rows; all when unset.
+        """
         norm = copy.deepcopy(getattr(self.module, _NORMS[side]))
         norm.__class__ = getattr(type(norm), "stock_class", type(norm))
         projected = projected.to(norm.weight.device)

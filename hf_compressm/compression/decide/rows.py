@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...architectures import (
     KeptRows,
@@ -18,11 +19,14 @@ from ...architectures import (
     StateSpaceLayer,
     row_multiple,
 )
+from ...config import CompreSSMConfig
 from ...errors import TruncationError
 from ...systems import Truncation, interpolative_truncation, reconstruction, registered_reductors
 from ..history import CheckRecord
 from ..measure.layer_gramians import LayerGramians
-from ..measure.projected_entries import ProjectedEntries
+from ..measure.model_pass import LossFunction
+from ..measure.projected_entries import ProjectedEntries, sample_projections
+from .chosen import Chosen
 from .plan import LayerPlan
 
 
@@ -120,6 +124,32 @@ class RowChoice:
     @cached_property
     def _entries(self) -> Mapping[str, ProjectedEntries]:
         return self.sample()
+
+    @classmethod
+    def of(
+        cls,
+        chosen: Chosen,
+        config: CompreSSMConfig,
+        records: Sequence[CheckRecord],
+        model: nn.Module,
+        batches: Sequence[Any],
+        loss_function: LossFunction | None,
+        seed: int,
+    ) -> RowChoice | None:
+        """
+        What chooses rows where the settings ask for fewer; None where they do not.
+
+        Args:
+            chosen ([`Chosen`]): The layers that may be cut, and their reductors.
+            config ([`CompreSSMConfig`]): Its `projection_rows` is used.
+            records (`Sequence[CheckRecord]`): What happened before in the run.
+            model, batches, loss_function, seed: As in [`sample_projections`].
+        """
+        if config.projection_rows is None:
+            return None
+        sample = partial(sample_projections, model, chosen.layers, batches, loss_function, seed)
+        layers = {layer.name: layer for layer in chosen.layers}
+        return cls(layers, config.projection_rows, chosen.reductors, list(records), sample)
 
     def count(self, name: str, state_size: int) -> int | None:
         """The rows that a layer keeps at a state size; None where all stay, or it would not mix its states."""

@@ -85,12 +85,7 @@ def find_truncations(
         problems = []
         for measured, reductor in _attempts(gramians[name], reductors[name], alternative):
             try:
-                whole = sizes[name] == measured.P.shape[-1]
-                truncation = (
-                    _identity(measured)
-                    if whole
-                    else measured.truncate(sizes[name], reductor, config, seed=seed + number)
-                )
+                truncation = _truncated(measured, sizes[name], reductor, config, seed + number)
                 require_writable(name, truncation)
             except TruncationError as error:
                 problems.append(str(error))
@@ -100,15 +95,8 @@ def find_truncations(
         else:
             failed[name] = " Then: ".join(problems)
     found = _with_fitted_readouts(found, gramians, require_writable)
-    for name in list(found) if finish is not None else ():
-        try:
-            truncation = finish(name, found[name].truncation)
-            require_writable(name, truncation)
-        except TruncationError as error:
-            failed[name] = str(error)
-            del found[name]
-        else:
-            found[name] = found[name]._replace(truncation=truncation)
+    if finish is not None:
+        found = _finished(found, failed, finish, require_writable)
     return processes.first((found, failed))
 
 
@@ -135,10 +123,31 @@ def _with_fitted_readouts(
     return results
 
 
-def _identity(gramians: LayerGramians) -> Truncation:
-    """That of a layer that keeps its state, and changes in another way."""
+def _finished(
+    found: Mapping[str, Found],
+    failed: dict[str, str],
+    finish: Callable[[str, Truncation], Truncation],
+    require_writable: Callable[[str, Truncation], object],
+) -> dict[str, Found]:
+    """The same with what else each cut does; a layer that cannot hold that goes to those that failed."""
+    results = {}
+    for name, item in found.items():
+        try:
+            truncation = finish(name, item.truncation)
+            require_writable(name, truncation)
+        except TruncationError as error:
+            failed[name] = str(error)
+        else:
+            results[name] = item._replace(truncation=truncation)
+    return results
+
+
+def _truncated(gramians: LayerGramians, size: int, reductor: str, config: CompreSSMConfig, seed: int) -> Truncation:
+    """The truncation to a size; the identity for a layer that keeps its state, and changes in another way."""
     *batch, N, _ = gramians.P.shape
-    return Truncation.from_indices(torch.arange(N).expand(*batch, N), N)
+    if size == N:
+        return Truncation.from_indices(torch.arange(N).expand(*batch, N), N)
+    return gramians.truncate(size, reductor, config, seed=seed)
 
 
 def _attempts(gramians: LayerGramians, reductor: str, alternative: str) -> list[tuple[LayerGramians, str]]:
