@@ -131,6 +131,14 @@ class CheckRecord:
         after = [layer.state_bytes_after for layer in self.layers]
         return None if None in before or not before else (sum(before), sum(after))
 
+    @property
+    def narrowed(self) -> str:
+        """What rows the projections gave up, in short; empty where they gave up none."""
+        rows = [(layer.rows_before, layer.rows_after) for layer in self.layers if layer.rows_after is not None]
+        if not any(after < before for before, after in rows):
+            return ""
+        return f"rows of B and C {size_range(before for before, _ in rows)} -> {size_range(after for _, after in rows)}"
+
     def to_dict(self) -> dict[str, Any]:
         """The record as a dictionary that JSON can hold."""
         return asdict(self)
@@ -163,10 +171,7 @@ class CheckRecord:
         if self.loss_before is not None and self.loss_after is not None:
             loss = f", calibration loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
         share = max(layer.tail_share for layer in self.layers)
-        rows = [(layer.rows_before, layer.rows_after) for layer in self.layers if layer.rows_after is not None]
-        narrower = ""
-        if any(after < before for before, after in rows):
-            narrower = f"rows of B and C {size_range(b for b, _ in rows)} -> {size_range(a for _, a in rows)}, "
+        narrower = f"{self.narrowed}, " if self.narrowed else ""
         lost = [layer.lost_energy for layer in self.layers if layer.lost_energy is not None]
         measured = f", at most {max(lost):.2%} of the observable energy lost" if lost else ""
         return (

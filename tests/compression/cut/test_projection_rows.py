@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from transformers import AutoModelForCausalLM
 
-from hf_compressm import CompreSSMConfig, compress
+from hf_compressm import CompreSSMConfig, compress, load_cut_layers
 from hf_compressm.architectures import StateForm, find_layers
 from hf_compressm.compression import Compressor, PendingCut
 from hf_compressm.errors import ConfigurationError, UnsupportedModelError
@@ -321,6 +322,21 @@ def test_an_adapter_on_the_projection_is_refused() -> None:
     lora = peft.LoraConfig(r=2, target_modules=["in_proj"], task_type="CAUSAL_LM")
     with pytest.raises(UnsupportedModelError, match="Leave in_proj out of the adapter's target modules"):
         compress(peft.get_peft_model(model, lora), [BATCH], NARROW, progress=False)
+
+
+def test_layers_below_an_adapter_come_back_with_their_rows(tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    base = build("bamba")
+    base.save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(base, lora)
+    assert compress(model, [BATCH], NARROW, progress=False).outcome == "cut"
+    model.eval().save_pretrained(tmp_path / "adapter")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    load_cut_layers(again, tmp_path / "adapter")
+    assert forms(again) == {(2, 4)}
+    loaded = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits_of(loaded, BATCH), logits_of(model, BATCH))
 
 
 def test_an_optimizer_that_does_not_train_the_projections_is_refused_and_nothing_changes() -> None:
