@@ -14,12 +14,12 @@ from .errors import ConfigurationError
 from .files import replace_file
 from .systems.reductors.reductor import SelectionRule, SelectionScore, registered_reductors
 from .validation import (
-    is_number,
     require_bool,
     require_choice,
     require_integer,
     require_pattern,
     require_share,
+    require_share_or_zero,
     require_window,
     settings_in,
 )
@@ -109,6 +109,10 @@ class CompreSSMConfig:
         allow_growth (`bool`, *optional*, defaults to `False`):
             Whether `"tolerance"` and `"loss"` make a mixed cut whose two small matrices a layer take more bytes than
             the recurrent state of one sequence loses. The other strategies name a size and always cut.
+        projection_rows (`float` or `int`, *optional*):
+            Rows that the projections of B and C each keep where states are mixed, now or before: a number, or a share
+            of those at the start of the run. The rows that the mixing hardly reads go; there are always more than
+            states. All stay when unset.
         optimizer_moments (`str`, *optional*, defaults to `"carry"`):
             What happens to the optimizer's moments of a cut parameter. `"carry"` moves them as the gradients move,
             `"slice"` keeps the entries of the kept states (of the leading ones, where states are mixed), `"reset"`
@@ -209,6 +213,7 @@ class CompreSSMConfig:
     fit_readout: bool | None = None
     compare_truncations: bool = False
     allow_growth: bool = False
+    projection_rows: float | int | None = None
     state_size: InitVar[int | None] = None
     ratio: InitVar[float | None] = None
 
@@ -226,17 +231,12 @@ class CompreSSMConfig:
         for name in ("interval", "target_state_size"):
             if getattr(self, name) is not None:
                 require_integer(name, getattr(self, name), minimum=1)
-        for name in ("multiple_of", "min_state_size", "calibration_batches"):
-            require_integer(name, getattr(self, name), minimum=1)
-        for name in ("seed", "rollback_after"):
-            require_integer(name, getattr(self, name), minimum=0)
+        for name in ("multiple_of", "min_state_size", "calibration_batches", "seed", "rollback_after"):
+            require_integer(name, getattr(self, name), minimum=int(name not in ("seed", "rollback_after")))
         for name in ("uniform", "stock", "fast_cpu_scan", "fit_readout", "compare_truncations", "allow_growth"):
             if not (name == "fit_readout" and self.fit_readout is None):
                 require_bool(name, getattr(self, name))
-        if not is_number(self.minimum_reduction) or not 0 <= self.minimum_reduction < 1:
-            raise ConfigurationError(
-                f"minimum_reduction is {self.minimum_reduction!r}; give a number in [0, 1), for example 0.05."
-            )
+        require_share_or_zero("minimum_reduction", self.minimum_reduction)
         for name in ("target_layers", "exclude_layers"):
             require_pattern(name, getattr(self, name))
         require_window("window", self.window)

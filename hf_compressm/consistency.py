@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import ConfigurationError
-from .validation import is_number
+from .validation import is_number, require_rows
 
 CALIBRATION_LOSS = "calibration_loss"
 
@@ -75,6 +75,13 @@ def require_consistent(settings: Any) -> None:
         [`~errors.ConfigurationError`]: two of them contradict each other, or one has no effect.
     """
     _require_no_ignored(settings)
+    require_rows("projection_rows", settings.projection_rows)
+    if settings.projection_rows is not None and settings.stock:
+        raise ConfigurationError(
+            f"projection_rows is {settings.projection_rows!r}, which narrows the projections of layers that mix "
+            "states; with stock=True none does, and a cut makes the projections as small as the state. Leave one "
+            "of them out."
+        )
     _require_consistent_budget(settings)
     _require_consistent_target(settings)
     _require_consistent_rollback(settings)

@@ -32,6 +32,12 @@ def require_share(name: str, value: Any) -> None:
         raise ConfigurationError(f"{name} is {value!r}; give a number strictly between 0 and 1, for example 0.01.")
 
 
+def require_share_or_zero(name: str, value: Any) -> None:
+    """Raise [`~errors.ConfigurationError`] unless the value is at least 0 and below 1."""
+    if not is_number(value) or not 0 <= value < 1:
+        raise ConfigurationError(f"{name} is {value!r}; give a number in [0, 1), for example 0.05.")
+
+
 def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """
     Raise [`~errors.ConfigurationError`] unless the value is one of the choices.
@@ -62,6 +68,16 @@ def require_bool(name: str, value: Any) -> None:
     """Raise [`~errors.ConfigurationError`] unless the value is True or False."""
     if not isinstance(value, bool):
         raise ConfigurationError(f"{name} is {value!r}; give True or False.")
+
+
+def require_rows(name: str, value: Any) -> None:
+    """Raise [`~errors.ConfigurationError`] unless the value is unset, a share, or a whole number of at least 2."""
+    is_share = isinstance(value, float) and is_number(value) and 0 < value < 1
+    if value is not None and not is_share and not (is_integer(value) and value >= 2):
+        raise ConfigurationError(
+            f"{name} is {value!r}; give a share strictly between 0 and 1, for example 0.5, or a whole number of rows, "
+            "for example 32."
+        )
 
 
 def require_window(name: str, window: Any) -> None:

@@ -13,12 +13,14 @@ from .changes import (
 from .compressed_forms import all_changes, can_hold_forms, take_forms
 from .contract import ScanObserver, StateSpaceLayer, SumOverProcesses
 from .families.mixable import MixableLayer
+from .families.narrowable import NarrowableLayer
 from .families.time_invariant import TimeInvariantLayer
-from .kernel_limits import refused_size, runs_on_kernels, size_multiple
-from .measured_truncation import MeasuredTruncation
+from .kernel_limits import refused_size, row_multiple, runs_on_kernels, size_multiple
+from .measured_truncation import MeasuredTruncation, rows_of
 from .moment_maps.axis import AxisMap, AxisSelection, Rescaling
 from .moment_maps.modal import ModalMap
 from .parameters import successor
+from .projection_rows import KeptRows, ProjectionRows
 from .registry import config_changes, find_layers, register, registered_families
 from .scans.delta_rule import DeltaRuleInputs
 from .scans.inputs import ChannelScans, ScanInputs, TimeAverages
@@ -48,10 +50,14 @@ __all__ = [
     "AxisSelection",
     "ChannelScans",
     "DeltaRuleInputs",
+    "KeptRows",
     "LayerReduction",
     "MixableLayer",
     "MeasuredTruncation",
     "ModalMap",
+    "NarrowableLayer",
+    "ProjectionRows",
+    "rows_of",
     "MultiHeadScanInputs",
     "ParameterChange",
     "Rescaling",
@@ -76,6 +82,7 @@ __all__ = [
     "find_layers",
     "per_head",
     "refused_size",
+    "row_multiple",
     "register",
     "register_scan",
     "registered_families",

@@ -88,6 +88,15 @@ class StateSpaceLayer(ABC):
         """How many entries B and C have where they are projected; more than the state size where a layer mixes them."""
         return self.state_size
 
+    narrows: ClassVar[bool] = False
+    """Whether the projections of a layer that mixes states can give rows up; see [`NarrowableLayer`]."""
+
+    projections_may_differ: ClassVar[bool] = True
+    """Whether a checkpoint can hold layers of the family whose projections are of different sizes."""
+
+    is_mixed: bool = False
+    """Whether the layer mixes states now."""
+
     @property
     def cache_multiple(self) -> int:
         """The number whose multiples are the state sizes that the model's own cache takes."""
@@ -110,6 +119,10 @@ class StateSpaceLayer(ABC):
     def rescaled_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that a cut may multiply by a number and whose shape stays, by their names in the module."""
         return {}
+
+    def replaceable_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters that a cut may replace, by their names inside the module."""
+        return {**self.state_parameters(), **self.rescaled_parameters()}
 
     def saved_state_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
         """
@@ -266,19 +279,22 @@ class StateSpaceLayer(ABC):
             [`~errors.UnsupportedModelError`]: a parameter is sharded, quantised, empty, on the meta device,
                 parametrised, or wrapped by an adapter, or its shape disagrees with the layer's state size.
         """
-        for name, parameter in {**self.state_parameters(), **self.rescaled_parameters()}.items():
-            problem = why_not_reducible(parameter)
-            if problem:
-                raise UnsupportedModelError(
-                    f"{self.name}.{name} {problem}. Load the model in a plain floating-point form on one device, "
-                    "compress it, and apply that treatment afterwards."
-                )
+        self._require_plain({**self.state_parameters(), **self.rescaled_parameters()})
         n_states, expected = self.state_size, self.state_shapes(self.state_size)
         for name, parameter in self.state_parameters().items():
             if tuple(parameter.shape) != expected[name]:
                 raise UnsupportedModelError(
                     f"{self.name}.{name} has shape {tuple(parameter.shape)}; a state size of {n_states} needs "
                     f"{expected[name]}. The parameter may be sharded or flattened by a wrapper."
+                )
+
+    def _require_plain(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            problem = why_not_reducible(parameter)
+            if problem:
+                raise UnsupportedModelError(
+                    f"{self.name}.{name} {problem}. Load the model in a plain floating-point form on one device, "
+                    "compress it, and apply that treatment afterwards."
                 )
 
     def require_own_size(self, truncation: Truncation) -> None:

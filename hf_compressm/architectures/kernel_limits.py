@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 
+from .changes import StateForm
 from .contract import StateSpaceLayer
 
 # Of causal-conv1d's kernels, in the layout in which transformers calls them.
@@ -19,8 +21,7 @@ def convolution_channels(layer: StateSpaceLayer, size: int) -> int | None:
         layer ([`StateSpaceLayer`]): The layer, in a form whose convolution a cut makes smaller.
         size (`int`): A state size.
     """
-    shape = layer.state_shapes(size).get(_CONVOLUTION)
-    return None if shape is None else shape[0]
+    return _channels(layer.state_shapes(size))
 
 
 def size_multiple(layer: StateSpaceLayer) -> int:
@@ -30,10 +31,28 @@ def size_multiple(layer: StateSpaceLayer) -> int:
     Args:
         layer ([`StateSpaceLayer`]): The layer.
     """
-    none, one = convolution_channels(layer, 0), convolution_channels(layer, 1)
+    return _multiple(convolution_channels(layer, 0), convolution_channels(layer, 1))
+
+
+def _channels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    shape = shapes.get(_CONVOLUTION)
+    return None if shape is None else shape[0]
+
+
+def _multiple(none: int | None, one: int | None) -> int:
     if none is None or one is None or none % _CHANNELS:
         return 1
     return next(multiple for multiple in range(1, _CHANNELS + 1) if multiple * (one - none) % _CHANNELS == 0)
+
+
+def row_multiple(layer: StateSpaceLayer) -> int:
+    """
+    The number whose multiples are the rows of projections that causal-conv1d's kernels take, whatever the layer's form.
+
+    Args:
+        layer ([`StateSpaceLayer`]): The layer.
+    """
+    return _multiple(*(_channels(layer.shapes_of_form(StateForm(rows, rows))) for rows in (0, 1)))
 
 
 def refused_size(layer: StateSpaceLayer, size: int) -> str | None:

@@ -112,6 +112,11 @@ class StateAxis:
                 "number of its other axes."
             )
 
+    @property
+    def roles(self) -> list[str]:
+        """The roles of its runs of states, in order."""
+        return list(dict.fromkeys(entry.role for entry in self.entries if isinstance(entry, States)))
+
     def length(self, size: int) -> int:
         """How many entries the axis has at a state size."""
         return _length(self.entries, size)
@@ -124,27 +129,29 @@ class StateAxis:
         """The state size that a shape of the parameter implies, or None where no size has it."""
         return _size(self.entries, shape[self.axis]) if len(shape) == len(self.others) + 1 else None
 
-    def kept(self, states: Tensor, size: int) -> Tensor:
+    def kept(self, states: Tensor | Mapping[str, Tensor], size: int) -> Tensor:
         """
         The entries that stay when some states are kept.
 
         Args:
             states (`torch.Tensor` of shape `(r,)` or `(groups, r)`, int64): The kept states, one row for all groups or
-                one for each.
+                one for each; or, where runs of different roles keep different ones, such tensors by role.
             size (`int`): The present state size N.
 
         Returns:
             `torch.Tensor`: `(length,)` int64, or `(groups, length)` for a batched axis.
         """
         parts, start = [], 0
+        by_role = states if isinstance(states, Mapping) else dict.fromkeys(self.roles, states)
+        like = by_role[self.roles[0]]
         for entry in self.entries:
             if isinstance(entry, States):
-                found = states if states.ndim == 1 or self.batched else states[entry.group]
-                parts.append(start + found)
+                of_role = by_role[entry.role]
+                parts.append(start + (of_role if of_role.ndim == 1 or self.batched else of_role[entry.group]))
                 start += size
             else:
-                stays = torch.arange(start, start + entry, device=states.device)
-                parts.append(stays.expand(*states.shape[:-1], -1) if self.batched else stays)
+                stays = torch.arange(start, start + entry, device=like.device)
+                parts.append(stays.expand(*like.shape[:-1], -1) if self.batched else stays)
                 start += entry
         return torch.cat(parts, dim=-1)
 
@@ -187,7 +194,7 @@ class StateAxis:
         shape[0], shape[self.axis] = entries.shape
         return tensor.take_along_dim(entries.reshape(shape), dim=self.axis)
 
-    def selection(self, states: Tensor, size: int) -> AxisMap | AxisSelection:
+    def selection(self, states: Tensor | Mapping[str, Tensor], size: int) -> AxisMap | AxisSelection:
         """How a gradient moves when the parameter keeps the entries of some states, as [`~StateAxis.kept`] has them."""
         entries, length = self.kept(states, size), self.length(size)
         if entries.ndim == 1:
@@ -275,13 +282,14 @@ class StateLayout:
         """The values of the attributes at a state size."""
         return [attribute.change(module, size) for attribute in self.attributes]
 
-    def selected(self, module: nn.Module, states: Tensor, size: int) -> list[ParameterChange]:
+    def selected(self, module: nn.Module, states: Tensor | Mapping[str, Tensor], size: int) -> list[ParameterChange]:
         """
         The changes of all parameters when a layer keeps some states as they are.
 
         Args:
             module (`torch.nn.Module`): The layer's module.
-            states (`torch.Tensor` of shape `(r,)` or `(groups, r)`, int64): The kept states.
+            states (`torch.Tensor` of shape `(r,)` or `(groups, r)`, int64): The kept states; by role where runs of
+                different roles keep different ones.
             size (`int`): The present state size N.
         """
         return [

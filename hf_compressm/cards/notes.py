@@ -27,12 +27,17 @@ def form_note(provenance: Provenance) -> str:
     Args:
         provenance ([`Provenance`]): The facts.
     """
+    if provenance.narrowed_layers():
+        return (
+            "two small trained matrices a layer bring what the projections give to fewer states, and the rows of the "
+            "projections that these matrices hardly read were cut out of the weights"
+        )
     if (provenance.model_class or "").startswith("Compressed") and any(
         cut.parameters_after > cut.parameters_before for cut in provenance.cuts
     ):
         return (
-            "the projections stay as wide as they were, and two small trained matrices a layer bring what they give "
-            "to fewer states: the recurrent state and the scan are smaller, the weights are not"
+            "two small trained matrices a layer bring what the projections give to fewer states: the recurrent state "
+            "and the scan are smaller, the weights are not"
         )
     return "the rest was cut out of the weights"
 

@@ -96,6 +96,15 @@ class Provenance:
                 last[layer.name] = layer
         return [(first[name], layer) for name, layer in last.items()]
 
+    def narrowed_layers(self) -> list[str]:
+        """The layers, by name, whose projections have given rows up since the first check."""
+        first: dict[str, int] = {}
+        for record in self.records:
+            for layer in record.layers:
+                if layer.rows_before is not None:
+                    first.setdefault(layer.name, layer.rows_before)
+        return [layer.name for _, layer in self.layers() if (layer.rows_after or 0) < first.get(layer.name, 0)]
+
     def sizes(self) -> dict[str, int]:
         """The state size that each layer has after the last check, by its name."""
         return {layer.name: layer.size_after for _, layer in self.layers()}

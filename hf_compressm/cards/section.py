@@ -234,6 +234,8 @@ def _settings(provenance: Provenance) -> str:
     }
     amounts = [(name, getattr(config, name)) for name in names.get(config.strategy, ["keep_ratio"])]
     stated = [f"{name.replace('_', ' ')} {value:g}" for name, value in amounts if value is not None]
+    if config.projection_rows is not None:
+        stated.append(f"projection rows {config.projection_rows:g}")
     stated += [f"reductor `{config.reductor}`", f"Gramians `{config.gramians}`", f"seed {config.seed}"]
     return ", ".join(stated)
 

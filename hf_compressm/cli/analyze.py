@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import GRAMIANS_HELP, Debug, Quiet, Revision, TrustRemoteCode, command, in_flags, quiet_libraries, say
+from .console import (
+    GRAMIANS_HELP,
+    ROWS_HELP,
+    Debug,
+    Quiet,
+    Revision,
+    TrustRemoteCode,
+    command,
+    in_flags,
+    quiet_libraries,
+    rows_of,
+    say,
+)
 from .data import DataSource, read_batches, require_tokenizer, told_how_to_give_data
 
 if TYPE_CHECKING:
@@ -19,16 +31,19 @@ if TYPE_CHECKING:
 
 _ENERGIES = (0.9, 0.95, 0.99, 0.999)
 
+_Sizes = Annotated[
+    str | None, typer.Option(help="Cut to each of these state sizes, measure, and put back: for example 8,16,32.")
+]
+
 
 @command
 def analyze(
     model: Annotated[str, typer.Argument(help="A folder, or a model on the Hub (user/name).")],
     source: DataSource,
     tolerance: Annotated[float, typer.Option(help="Share of the Hankel energy that a cut might drop.")] = 0.01,
-    sizes: Annotated[
-        str | None, typer.Option(help="Cut to each of these state sizes, measure, and put back: for example 8,16,32.")
-    ] = None,
+    sizes: _Sizes = None,
     gramians: Annotated[str, typer.Option(help=GRAMIANS_HELP)] = "loss_gradient",
+    projection_rows: Annotated[str | None, typer.Option(help=ROWS_HELP)] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the spectra into this file, for example spectrum.png.")
     ] = None,
@@ -62,7 +77,8 @@ def analyze(
     from ..hub import fetch, load_model
 
     timed = not no_timing
-    config, tried = CompreSSMConfig(tolerance=tolerance, gramians=gramians), _sizes(sizes)
+    settings = {"tolerance": tolerance, "gramians": gramians, "projection_rows": rows_of(projection_rows)}
+    config, tried = CompreSSMConfig(**settings), _sizes(sizes)
     folder = fetch(model, revision, trust_remote_code=trust_remote_code)
     require_tokenizer(folder, source)
     loaded = load_model(folder, trust_remote_code)
@@ -130,6 +146,8 @@ def _measure(
                 "kept_at_tolerance": seen.size_after,
                 "state_parameters": state_parameters,
                 "state_parameters_at_tolerance": state_parameters + _count_all(layer) - whole,
+                "rows": seen.rows_before,
+                "rows_at_tolerance": seen.rows_after,
                 "state_bytes": seen.state_bytes_before,
                 "state_bytes_at_tolerance": seen.state_bytes_after,
                 "hankel_singular_values": spectrum.sigma[layer.name].tolist(),
@@ -146,6 +164,7 @@ def _measure(
         "parameters_at_tolerance": record.parameters_after,
         "loss": record.loss_before,
         "loss_at_tolerance": record.loss_after if record.outcome == "cut" else record.loss_before,
+        "narrowed": record.narrowed,
         "outcome": record.outcome,
         "reason": in_flags(record.reason),
         "layers": entries,
@@ -193,7 +212,8 @@ def _table(result: dict[str, Any]) -> str:
     if cut:
         loss = "" if result["loss"] is None else f", loss {result['loss']:.4f} -> {result['loss_at_tolerance']:.4f}"
         parameters = f"{result['parameters']:,} -> {result['parameters_at_tolerance']:,} parameters"
-        lines.append(f"`compress` at this tolerance: {parameters}{loss}.")
+        narrowed = f", {result['narrowed']}" if result["narrowed"] else ""
+        lines.append(f"`compress` at this tolerance: {parameters}{narrowed}{loss}.")
     else:
         lines.append(f"`compress` would leave the model as it is: {result['reason'].removeprefix('left as it was: ')}.")
     step = result["training_step"]

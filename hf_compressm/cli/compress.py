@@ -15,6 +15,7 @@ import typer
 from .console import (
     GRAMIANS_HELP,
     NOTHING_TO_CUT,
+    ROWS_HELP,
     Debug,
     Quiet,
     Revision,
@@ -22,6 +23,7 @@ from .console import (
     command,
     in_flags,
     quiet_libraries,
+    rows_of,
     say,
 )
 from .data import DataSource, load_tokenizer, read_batches, require_tokenizer, told_how_to_give_data
@@ -50,6 +52,7 @@ class CutOptions:
         per_layer (`bool`): Give each layer a size of its own.
         stock (`bool`): Only make what the model's class in transformers holds.
         allow_growth (`bool`): Cut where the weights grow by more than the state saves, too.
+        projection_rows (`str`, *optional*): How many rows the projections of layers that mix states keep, or the share.
         multiple_of (`int`): Round sizes up to a multiple of this.
         gramians (`str`): How selective layers are measured.
         seed (`int`): Seed of the calibration.
@@ -80,6 +83,7 @@ class CutOptions:
             "--allow-growth", help="Cut even where the weights grow by more than the recurrent state shrinks."
         ),
     ] = False
+    projection_rows: Annotated[str | None, typer.Option(help=ROWS_HELP)] = None
     multiple_of: Annotated[int, typer.Option(min=1, help="Round sizes up to a multiple of this.")] = 1
     gramians: Annotated[str, typer.Option(help=GRAMIANS_HELP)] = "loss_gradient"
     seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration.")] = 0
@@ -96,9 +100,7 @@ class CutOptions:
 
         amounts = (self.tolerance, self.state_size, self.ratio, self.max_loss_increase)
         if sum(value is not None for value in amounts) > 1:
-            raise ConfigurationError(
-                "give one of --tolerance, --state-size, --ratio and --max-loss-increase, not several."
-            )
+            raise ConfigurationError("give --tolerance, --state-size, --ratio or --max-loss-increase, not several.")
         if self.state_size is not None and self.per_layer:
             raise ConfigurationError("--state-size gives every layer the same size; leave out --per-layer.")
         amount: dict[str, Any] = {"tolerance": 0.01 if self.tolerance is None else self.tolerance}
@@ -114,6 +116,7 @@ class CutOptions:
             amount["allow_growth"] = True
         if self.method is not None:
             amount["reductor"] = self.method
+        amount["projection_rows"] = rows_of(self.projection_rows)
         same = {name: getattr(self, name) for name in ("stock", "multiple_of", "gramians", "seed")}
         return CompreSSMConfig(**amount, uniform=not self.per_layer, **same)
 
@@ -237,7 +240,8 @@ def _show_plan(model: Any, batches: list, config: CompreSSMConfig, quiet: bool) 
     rows = [[layer.name, layer.size_before, layer.wanted_size, layer.size_after] for layer in record.layers]
     asks = "the loss allows" if config.strategy == "loss" else "its spectrum asks for"
     typer.echo(tabulate(rows, headers=["layer", "N", asks, "would become"]))
-    typer.echo(f"{record.parameters_before:,} -> {record.parameters_after:,} parameters")
+    narrowed = record.narrowed and f", {record.narrowed}"
+    typer.echo(f"{record.parameters_before:,} -> {record.parameters_after:,} parameters{narrowed}")
     if record.state_bytes is not None:
         before, after = record.state_bytes
         typer.echo(f"{before:,} -> {after:,} bytes of recurrent state a sequence")

@@ -27,6 +27,7 @@ _FLAGS = {
     "uniform=False": "--per-layer",
     "stock=True": "--stock",
     "set allow_growth=True": "give --allow-growth",
+    "projection_rows": "--projection-rows",
     "target_state_size": "--state-size",
     "state_size": "--state-size",
     "target_ratio": "--ratio",
@@ -43,6 +44,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no r
 GRAMIANS_HELP = (
     "How states are measured: loss_gradient, white_noise or averaged; for LRU and S4D also input_weighted (no labels "
     "needed) or closed_form (no data needed)."
+)
+ROWS_HELP = (
+    "Where layers mix their states, keep this many rows of the projections of B and of C, or this share of them: 32 or "
+    "0.5."
 )
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 TrustRemoteCode = Annotated[
@@ -118,6 +123,26 @@ def explanation(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f'{text}. Install it with `pip install "hf_compressm[recipes]"`.'
     return f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"
+
+
+def rows_of(text: str | None) -> float | int | None:
+    """
+    The value of --projection-rows.
+
+    Args:
+        text (`str`, *optional*): What was typed: a number, or a share.
+
+    Raises:
+        [`~errors.ConfigurationError`]: it is neither.
+    """
+    if text is None:
+        return None
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"projection_rows is {text!r}; give a share such as 0.5, or a number of rows such as 32."
+        ) from error
 
 
 def in_flags(text: str) -> str:

@@ -17,6 +17,7 @@ from .cut.reductions import build_reductions
 from .cut.training_state import TrainingState
 from .cut.weight_averages import WeightCopy
 from .decide.plan import LayerPlan
+from .decide.rows import RowChoice
 from .decide.truncations import Found, find_truncations
 from .history import size_range
 from .measure.layer_gramians import LayerGramians
@@ -89,6 +90,7 @@ class CutMaker:
         progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
         readouts ([`ReadoutFit`], *optional*): Fits the readouts of time-invariant layers to their outputs.
         state_bytes (`Mapping[str, int]`): Memory of each layer's recurrent state, from a [`Calibration`].
+        rows ([`RowChoice`], *optional*): Chooses the rows that projections keep; all stay when unset.
     """
 
     state: TrainingState
@@ -100,6 +102,17 @@ class CutMaker:
     progress: bool | None = None
     readouts: ReadoutFit | None = None
     state_bytes: Mapping[str, int | None] = field(default_factory=dict)
+    rows: RowChoice | None = None
+
+    def sizes(self, plan: Mapping[str, LayerPlan]) -> dict[str, int]:
+        """
+        The state size of every layer that a plan changes, be it in the rows of its projections alone.
+
+        Args:
+            plan (`Mapping[str, LayerPlan]`): What is wanted of each layer, by name.
+        """
+        narrower = () if self.rows is None else self.rows.narrower(plan)
+        return {name: layer.new_size for name, layer in plan.items() if layer.is_cut or name in narrower}
 
     def alternatives(self) -> list[str]:
         """The names of the ways to truncate, the usual one first; see [`LayerGramians.alternatives`]."""
@@ -114,11 +127,12 @@ class CutMaker:
             plan (`Mapping[str, LayerPlan]`): What is wanted of each layer, by name.
             alternative (`str`, *optional*, defaults to `""`): The way to truncate.
         """
-        sizes = {name: layer.new_size for name, layer in plan.items() if layer.is_cut}
+        sizes = self.sizes(plan)
         layers = {layer.name: layer for layer in self.state.layers}
         found, failed = find_truncations(
             self.gramians, sizes, self.reductors, self.config, self.seed, self.processes,
             lambda name, truncation: layers[name].reduce(truncation), self.progress, alternative,
+            None if self.rows is None else self._with_rows,
         )  # fmt: skip
         truncations = {name: item.truncation for name, item in found.items()}
         reductions, unfit = build_reductions(self.state.layers, truncations)
@@ -126,6 +140,9 @@ class CutMaker:
         if self.readouts is not None and reductions:
             self.readouts.remember_outputs()
         return MadeCut(fitting, reductions, [f"{name}: {message}" for name, message in {**failed, **unfit}.items()])
+
+    def _with_rows(self, name: str, truncation: Truncation) -> Truncation:
+        return self.rows.added_to(name, truncation, self.gramians[name])
 
     def with_cut(self, made: MadeCut, measure: Callable[[], Measured]) -> Measured:
         """
@@ -182,7 +199,7 @@ def prepare_cut(
     Returns:
         [`MadeCut`] or [`Attempt`]: What is ready to be written, or why nothing is.
     """
-    if not any(layer.is_cut for layer in plan.values()):
+    if not maker.sizes(plan):
         wanted, size = max(layer.wanted for layer in plan.values()), max(layer.size for layer in plan.values())
         asks = "the loss asks" if maker.config.strategy == "loss" else "the spectra ask"
         step = "" if maker.config.multiple_of == 1 else f", in multiples of {maker.config.multiple_of}"
@@ -249,6 +266,8 @@ def attempt_cut(
     if after is not None and not math.isfinite(after):
         return Attempt("skipped", f"the loss after the cut was {after}; the cut was taken back")
     allow = "the loss allows it" if maker.config.strategy == "loss" else "the spectra allow it"
+    if not any(layer.is_cut for layer in plan.values()):
+        allow = "the mixing needs fewer rows of the projections"
     reason = allow if not made.failures else f"some layers stay as they are: {'; '.join(made.failures)}"
     if made.failures:
         logger.warning(reason)

@@ -28,8 +28,9 @@ from .cut.training_state import Follow, TrainingState
 from .decide.chosen import Chosen, free_to_change, split_in_half
 from .decide.plan import LayerPlan, plan_reduction
 from .decide.progress import Stage, check_number, combined_seed, is_finished, score_correlation, stage_of
+from .decide.rows import RowChoice
 from .history import CheckRecord
-from .layer_records import Seen, layer_records, records_of_return, warn_of_added_parameters
+from .layer_records import Seen, forms_of, layer_records, records_of_return, warn_of_added_parameters
 from .measure.calibration import Calibration, calibrate
 from .measure.model_pass import LossFunction, evaluate_loss
 from .measure.output_error import OutputsOf
@@ -159,7 +160,7 @@ class Compressor:
         measured = {"loss_before": calibration.loss, "loss_after": result.loss_after}
         what = (result.outcome, result.reason, step, parameters, start)
         record = self._record(*what, layers=layers, trials=trials.records, **measured)
-        warn_of_added_parameters(record, all(layer.reductors(stock=True) for layer in self._chosen.layers))
+        warn_of_added_parameters(record, self._chosen.layers)
         return self._judged(record)
 
     def measure(self, batches: Sequence[Any], sizes: Sequence[int] = (), timed: bool = True) -> Spectrum:
@@ -210,10 +211,10 @@ class Compressor:
         return calibration
 
     def _maker(self, seen: Seen, config: CompreSSMConfig, batches: Sequence[Any], seed: int) -> CutMaker:
-        shared = (self._processes, seed)
-        fit = ReadoutFit(self._chosen.layers, self.model, batches, self._loss_function, *shared)
-        parts = (self._state, seen.gramians, self._chosen.reductors, config, *shared, self._progress)
-        return CutMaker(*parts, fit if self._fits_readouts else None, seen.state_bytes)
+        fit = ReadoutFit(self._chosen.layers, self.model, batches, self._loss_function, self._processes, seed)
+        parts = (self._state, seen.gramians, self._chosen.reductors, config, self._processes, seed, self._progress)
+        rows = RowChoice.of(self._chosen, config, self.records, self.model, batches, self._loss_function, seed)
+        return CutMaker(*parts, fit if self._fits_readouts else None, seen.state_bytes, rows)
 
     def _see(self, calibration: Calibration) -> Seen:
         """What the calibration says of the layers that may change, the same in every process."""
@@ -222,7 +223,7 @@ class Compressor:
         scores = {name: known.state_scores().flatten() for name, known in gramians.items()}
         spectra, scores = self._processes.first((spectra, scores))
         correlations = {name: score_correlation(self._scores.get(name), scores[name]) for name in scores}
-        return Seen(gramians, spectra, scores, correlations, calibration.state_bytes)
+        return Seen(gramians, spectra, scores, correlations, calibration.state_bytes, forms_of(self.layers))
 
     def _decide(self, trials: Trials, spectra: dict[str, Tensor], stage: Stage) -> tuple[dict[str, LayerPlan], str]:
         """The new size of each layer, and the way to truncate them."""
@@ -291,12 +292,12 @@ class Compressor:
         """
         if self.pending is None:
             raise RuntimeError("no cut is pending, so that there is no snapshot to go back to")
-        start, parameters, sizes = time.perf_counter(), self._count_parameters(), self.sizes
+        start, parameters, forms = time.perf_counter(), self._count_parameters(), forms_of(self.layers)
         self.pending.take_back(self._state)
         for name in self.pending.model.forms:
             self._scores.pop(name, None)
         self.pending = None
-        layers = records_of_return(self.layers, sizes)
+        layers = records_of_return(self.layers, forms)
         return self._record("rolled_back", reason, step, parameters, start, layers=layers)
 
     def restore(self, records: Sequence[CheckRecord], pending: PendingCut | None = None) -> None:

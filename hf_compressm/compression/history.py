@@ -51,6 +51,9 @@ class LayerRecord:
         state_bytes_before (`int`, *optional*): Memory of the recurrent state of one sequence before the check; unset
             where it was not measured.
         state_bytes_after (`int`, *optional*): The same after it.
+        rows_before (`int`, *optional*): Rows that B and C have each where they are projected (in every group), before
+            the check; unset for a layer whose projections cannot give rows up.
+        rows_after (`int`, *optional*): The same after it.
     """
 
     name: str
@@ -70,6 +73,8 @@ class LayerRecord:
     readout_fitted: bool | None = None
     state_bytes_before: int | None = None
     state_bytes_after: int | None = None
+    rows_before: int | None = None
+    rows_after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,14 @@ class CheckRecord:
         after = [layer.state_bytes_after for layer in self.layers]
         return None if None in before or not before else (sum(before), sum(after))
 
+    @property
+    def narrowed(self) -> str:
+        """What rows the projections gave up, in short; empty where they gave up none."""
+        rows = [(layer.rows_before, layer.rows_after) for layer in self.layers if layer.rows_after is not None]
+        if not any(after < before for before, after in rows):
+            return ""
+        return f"rows of B and C {size_range(before for before, _ in rows)} -> {size_range(after for _, after in rows)}"
+
     def to_dict(self) -> dict[str, Any]:
         """The record as a dictionary that JSON can hold."""
         return asdict(self)
@@ -158,12 +171,13 @@ class CheckRecord:
         if self.loss_before is not None and self.loss_after is not None:
             loss = f", calibration loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
         share = max(layer.tail_share for layer in self.layers)
+        narrower = f"{self.narrowed}, " if self.narrowed else ""
         lost = [layer.lost_energy for layer in self.layers if layer.lost_energy is not None]
         measured = f", at most {max(lost):.2%} of the observable energy lost" if lost else ""
         return (
             f"{where}state size {size_range(before)} -> {size_range(after)} in {len(self.layers)} layers, "
-            f"at most {share:.2%} of the Hankel energy beyond them{measured}, parameters {self.parameters_before:,} -> "
-            f"{self.parameters_after:,}{loss}, {self.seconds:.2f} s"
+            f"at most {share:.2%} of the Hankel energy beyond them{measured}, {narrower}parameters "
+            f"{self.parameters_before:,} -> {self.parameters_after:,}{loss}, {self.seconds:.2f} s"
         )
 
     def scalars(self) -> dict[str, float]:

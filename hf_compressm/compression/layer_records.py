@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..architectures import StateSpaceLayer
+from ..architectures import StateForm, StateSpaceLayer
 from .costs import state_bytes_at
 from .decide.plan import LayerPlan
 from .decide.truncations import Found
@@ -30,6 +30,7 @@ class Seen:
         correlations (`Mapping[str, float]`): The rank correlation of the states' order with that of the check before;
             None where nothing could be compared.
         state_bytes (`Mapping[str, int]`): Memory of the recurrent state of one sequence.
+        forms (`Mapping[str, StateForm]`): State size and projected size before the cut.
     """
 
     gramians: Mapping[str, LayerGramians]
@@ -37,6 +38,7 @@ class Seen:
     scores: dict[str, Tensor]
     correlations: Mapping[str, float | None]
     state_bytes: Mapping[str, int | None] = field(default_factory=dict)
+    forms: Mapping[str, StateForm] = field(default_factory=dict)
     lost_energy: dict[str, float | None] = field(default_factory=dict, init=False)
     output_errors: Mapping[str, float] = field(default_factory=dict, init=False)
 
@@ -92,40 +94,61 @@ def layer_records(
                 readout_fitted=cut[layer.name].is_fitted if layer.name in cut else None,
                 state_bytes_before=state_bytes,
                 state_bytes_after=state_bytes_at(size_after, layer_plan.size, state_bytes),
+                **_rows(layer, seen.forms.get(layer.name)),
             )
         )
     return records
 
 
-def records_of_return(layers: Sequence[StateSpaceLayer], sizes_before: Mapping[str, int]) -> list[LayerRecord]:
+def records_of_return(layers: Sequence[StateSpaceLayer], forms_before: Mapping[str, StateForm]) -> list[LayerRecord]:
     """
     The record of every layer after a cut was taken back, when nothing was measured.
 
     Args:
         layers (`Sequence[StateSpaceLayer]`): The layers, at the sizes that they have again.
-        sizes_before (`Mapping[str, int]`): Their state sizes while the cut stood.
+        forms_before (`Mapping[str, StateForm]`): Their forms while the cut stood.
     """
     return [
         LayerRecord(
-            layer.name, layer.family, sizes_before[layer.name], layer.state_size, layer.state_size, [], 0.0, 0.0
-        )
+            layer.name,
+            layer.family,
+            forms_before[layer.name].size,
+            layer.state_size,
+            layer.state_size,
+            [],
+            0.0,
+            0.0,
+            **_rows(layer, forms_before[layer.name]),
+        )  # fmt: skip
         for layer in layers
     ]
 
 
-def warn_of_added_parameters(record: CheckRecord, has_stock_form: bool) -> None:
+def forms_of(layers: Sequence[StateSpaceLayer]) -> dict[str, StateForm]:
+    """State size and projected size of each layer, by name."""
+    return {layer.name: layer.form for layer in layers}
+
+
+def _rows(layer: StateSpaceLayer, before: StateForm | None) -> dict[str, int]:
+    """Rows of the projections before and now, of a layer that can give some up."""
+    known = layer.narrows and before is not None
+    return {"rows_before": before.projected, "rows_after": layer.projected_size} if known else {}
+
+
+def warn_of_added_parameters(record: CheckRecord, layers: Sequence[StateSpaceLayer]) -> None:
     """
     Warn where a cut made a model larger, as a mixed form can.
 
     Args:
         record ([`CheckRecord`]): The record of a check.
-        has_stock_form (`bool`): Whether the stock class of every layer can hold a cut.
+        layers (`Sequence[StateSpaceLayer]`): The layers that may be cut.
     """
     added = record.parameters_after - record.parameters_before
     if record.outcome == "cut" and added > 0:
         logger.warning(
-            "the cut adds %s parameters: the projections have to stay as wide as they were, and two small matrices a "
-            "layer bring what they give to fewer states. The recurrent state and the scan are smaller, the weights are "
-            "not; a smaller state size adds fewer%s.",
-            f"{added:,}", ", and stock=True adds none" if has_stock_form else "",
+            "the cut adds %s parameters: two small matrices a layer bring what the projections give to fewer states. "
+            "The recurrent state and the scan are smaller, the weights are not; a smaller state size adds fewer%s%s.",
+            f"{added:,}",
+            ", projection_rows takes some from the projections" if all(layer.narrows for layer in layers) else "",
+            ", and stock=True adds none" if all(layer.reductors(stock=True) for layer in layers) else "",
         )  # fmt: skip

@@ -105,7 +105,8 @@ class _FollowedSaves:
         if not holds_adapter(folder) or not self.provenance.layers():
             return
         try:
-            Snapshot.of(find_layers(self.model)).save(folder, LAYERS_NAME)
+            narrowed = self.provenance.narrowed_layers()
+            Snapshot.of(find_layers(self.model), whole=narrowed).save(folder, LAYERS_NAME)
         except UnsupportedModelError as error:
             logger.warning("%s holds the adapter without the cut layers below it: %s", folder, error)
             return

@@ -43,6 +43,7 @@ from .reductors import (
     weighted_hankel_decomposition,
     weighted_truncation,
 )
+from .regression import reconstruction
 from .time_domain import TimeDomain
 from .truncation import Truncation
 from .verification import require_error_bound, response_error, verification_frequencies
@@ -88,6 +89,7 @@ __all__ = [
     "observability_gramian",
     "project",
     "rank_correlation",
+    "reconstruction",
     "require_error_bound",
     "response_error",
     "selection_truncation",

@@ -21,6 +21,7 @@ BENCHMARKS = (
     "lti_reduction.py",
     "selective_speed.py",
     "selective_accuracy.py",
+    "projection_rows.py",
     "tolerance.py",
     "mamba_128_to_12.py",
 )

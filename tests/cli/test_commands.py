@@ -151,6 +151,27 @@ def test_a_cut_that_only_adds_is_made_on_demand(run) -> None:
     assert result.exit_code == 0 and read_history("small")[0].layers[0].size_after == 7, result.output
 
 
+def test_projections_give_up_rows_on_demand(run) -> None:
+    tiny_mamba2().save_pretrained("mamba2")
+    asked = ("--projection-rows", "0.5", *ROWS)
+    looked = run("analyze", "mamba2", "--tolerance", "0.3", "--no-timing", *asked)
+    assert looked.exit_code == 0 and "parameters, rows of B and C 8 -> " in looked.stdout, looked.output
+    dry = run("compress", "mamba2", "--state-size", "2", "--dry-run", *asked)
+    assert dry.exit_code == 0 and "rows of B and C 8 -> 4\n" in dry.stdout
+    result = run("compress", "mamba2", "-o", "small", "--state-size", "2", *asked)
+    assert result.exit_code == 0, result.output
+    [record] = read_history("small")
+    assert [(layer.rows_before, layer.rows_after) for layer in record.layers] == [(8, 4), (8, 4)]
+    assert record.parameters_after < record.parameters_before
+    card = Path("small/README.md").read_text()
+    assert "projection rows 0.5" in card and "hardly read were cut out of the weights" in card
+    for value in ("many", "1.5", "0"):
+        refused = run("compress", "mamba2", "-o", "other", "--state-size", "2", "--projection-rows", value, *ROWS)
+        assert refused.exit_code == 2 and "--projection-rows is" in refused.stderr
+    folded = run("compress", "model", "-o", "other", "--state-size", "2", *asked)
+    assert folded.exit_code != 0 and "cannot give up rows" in folded.stderr
+
+
 def test_a_cut_follows_the_loss(run) -> None:
     data = (*TEXT, "--batch-size", "4")
     told = run("compress", "model", "-o", "small", "--max-loss-increase", "50%", *data, "--dry-run")

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "benchmarks"))
 
 import floor  # noqa: E402
 import mixed_cost  # noqa: E402
+import projection_rows  # noqa: E402
 import selective_speed  # noqa: E402
 from common import token_batch  # noqa: E402
 from floor_models import FAMILIES, products_alone  # noqa: E402
@@ -58,6 +59,17 @@ def test_what_a_mixed_form_adds_and_saves_is_counted(tmp_path, monkeypatch) -> N
     assert [row["added_bytes"] for row in rows] == [2 * 2 * 8 * row["r"] * 4 for row in rows]
     assert [row["saved_bytes"] for row in rows] == [2 * 32 * (8 - row["r"]) * 4 for row in rows]
     assert (tmp_path / "mixed_cost.md").read_text().count("| no ") == 1
+
+
+def test_rows_of_projections_are_counted(tmp_path) -> None:
+    arguments = ["--families", "mamba2", "--seeds", "1", "--steps", "2", "--output-dir", str(tmp_path)]
+    projection_rows.main(arguments)
+    found = json.loads((tmp_path / "projection_rows.json").read_text())["mamba2"]
+    mixed, half, quarter = (found[name]["parameters"][0] for name in ("all", "1/2", "1/4"))
+    # Two layers: a row of B or of C is one of 32 numbers, four of the convolution with its bias, and 8 of a matrix.
+    row = 2 * 2 * (32 + 4 + 1 + 8)
+    assert (mixed - half, mixed - quarter) == (32 * row, 48 * row)
+    assert (tmp_path / "projection_rows.md").read_text().count("| mamba2") == 4
 
 
 def test_peers_that_need_more_memory_than_there_is_are_left_out(tmp_path, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.cases import logits_of, token_batch
 from tests.lightning_models import tiny_minimax
 from tests.selective_models import tiny_jamba, tiny_mamba2
 from tests.training.test_callback import STEPS, Rows, make_trainer
-from tests.training.test_resume import SAVES, TWO_CUTS
+from tests.training.test_resume import SAVES, TWO_CUTS, StopAt
 
 every_model = pytest.mark.parametrize(
     "build", [tiny_mamba2, tiny_jamba, tiny_minimax], ids=lambda build: build.__name__
@@ -83,6 +84,48 @@ def test_a_run_in_half_precision_is_cut(build, tmp_path) -> None:
     model = build()
     trainer = make_trainer(tmp_path, CompreSSMCallback(TWO_CUTS), model, Rows(token_batch(batch=64)), bf16=True)
     assert torch.isfinite(torch.tensor(trainer.train().training_loss)) and forms(model) == {(2, 8)}
+
+
+NARROWER = replace(TWO_CUTS, projection_rows=0.75)
+
+
+@pytest.mark.parametrize("build", [tiny_mamba2, tiny_jamba], ids=lambda build: build.__name__)
+def test_every_checkpoint_of_a_run_whose_projections_give_up_rows_loads(build, tmp_path) -> None:
+    model = build()
+    settings = {**SAVES, "save_steps": 4, "save_total_limit": None}
+    make_trainer(tmp_path, CompreSSMCallback(NARROWER), model, Rows(token_batch(batch=64)), **settings).train()
+    found = [forms(load_model(tmp_path / f"checkpoint-{step}")) for step in (4, 8, STEPS)]
+    assert found == [{(8, 8)}, {(4, 6)}, {(2, 6)}]
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{STEPS}").eval()
+    torch.testing.assert_close(logits_of(last, BATCH), logits_of(model, BATCH))
+
+
+@pytest.mark.parametrize("build", [tiny_mamba2, tiny_jamba], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("stop", [3, 7, 12])
+def test_a_run_whose_projections_give_up_rows_is_resumed(build, stop: int, tmp_path) -> None:
+    rows, models = Rows(token_batch(batch=64)), [build(), build(), build()]
+    trainers = [
+        make_trainer(
+            tmp_path / folder, CompreSSMCallback(NARROWER), model, rows, callbacks, **{**SAVES, "save_steps": stop}
+        )
+        for folder, model, callbacks in zip("abb", models, ([], [StopAt(stop)], []))
+    ]
+    trainers[0].train()
+    trainers[1].train()
+    trainers[2].train(resume_from_checkpoint=True)
+    assert forms(models[0]) == forms(models[2]) == {(2, 6)}
+    for (name, a), b in zip(models[0].state_dict().items(), models[2].state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_trained_mixed_model_gives_up_rows_in_its_next_training(tmp_path) -> None:
+    model = tiny_mamba2()
+    rows = Rows(token_batch(batch=64))
+    make_trainer(tmp_path / "first", CompreSSMCallback(TWO_CUTS), model, rows).train()
+    assert forms(model) == {(2, 8)}
+    callback = CompreSSMCallback(CompreSSMConfig(state_size=2, projection_rows=4, window=(0, 5)))
+    make_trainer(tmp_path / "second", callback, model, rows).train()
+    assert forms(model) == {(2, 4)} and [record.outcome for record in callback.records] == ["cut"]
 
 
 def test_layers_of_their_own_sizes_are_resumed(tmp_path) -> None:

@@ -27,6 +27,7 @@ class FalconH1Layer(MultiHeadLayer):
 
     family = "falcon_h1"
     stock = STOCK_FAMILIES[family]
+    projections_may_differ = False
 
     @classmethod
     def sizes_may_differ(cls, stock: bool, reductor: str) -> bool:

@@ -13,7 +13,6 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import DimensionError, TruncationError
@@ -142,7 +141,7 @@ class MixableLayer(SelectiveLayer):
 
     def _mixed(self, truncation: Truncation) -> LayerReduction:
         """The reduction of a stock layer that mixes its states from now on."""
-        added = self._additions((truncation.W, truncation.T))
+        added = self._additions(self._written(truncation))
         size, changes = truncation.state_size, self._changes_of_dynamics(truncation)
         return LayerReduction(self, changes, self._mixed_classes(), size, self.projected_size, added=added)
 
@@ -154,13 +153,31 @@ class MixableLayer(SelectiveLayer):
         column of W is a sum over adjoints, that of a column of T a sum over states.
         """
         changes = self._changes_of_dynamics(truncation)
-        pairs = ((truncation.W, truncation.T), (truncation.T, truncation.W))
-        for (module, name), (matrix, other) in zip(self._sites(), pairs):
+        maps = (self._grouped(M).double().mT for M in (truncation.T, truncation.W))
+        for (module, name), matrix, columns in zip(self._sites(), self._written(truncation), maps):
             old = own_parameters(module)[name]
-            matrix, other = (self._grouped(M).to(device=old.device, dtype=torch.float64) for M in (matrix, other))
-            values = successor(old, old.detach().double() @ matrix)
-            changes.append(ParameterChange(old, values, MixingMap(other.mT, old.ndim - 1)))
+            changes.append(ParameterChange(old, successor(old, matrix), MixingMap(columns, old.ndim - 1)))
         return LayerReduction(self, changes, [], truncation.state_size, self.projected_size)
+
+    def mixing_after(self, truncation: Truncation) -> list[Tensor]:
+        """
+        The matrices that would mix B and C after a truncation, of all entries that are projected now.
+
+        Args:
+            truncation ([`~systems.Truncation`]): For the layer's state size.
+
+        Returns:
+            `list[torch.Tensor]`: Two of shape `(N, r)`, or `(groups, N, r)` where the family has groups; float64.
+        """
+        new = [self._grouped(matrix).double() for matrix in (truncation.W, truncation.T)]
+        if not self.is_mixed:
+            return new
+        held = [own_parameters(module)[name].detach().double() for module, name in self._sites()]
+        return [old @ matrix.to(old.device) for old, matrix in zip(held, new)]
+
+    def _written(self, truncation: Truncation) -> list[Tensor]:
+        """The mixing matrices as they are written."""
+        return self.mixing_after(truncation)
 
     def restoration(
         self, values: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]], form: StateForm
@@ -193,12 +210,16 @@ class MixableLayer(SelectiveLayer):
                 f"the snapshot of {self.name} projects B and C to {form.projected} entries; the layer, to "
                 f"{self.projected_size}."
             )
+        matrices, dynamics = self._matrices_in(values), self._dynamics_layout()
+        changes = self._put_back(dynamics.parameters(self.module), values, states, dynamics.shapes(form.size))
+        return LayerReduction(self, changes, self._mixed_classes(), *form, added=self._additions(matrices))
+
+    def _matrices_in(self, values: Mapping[str, Tensor]) -> list[Tensor]:
+        """The mixing matrices in a snapshot."""
         matrices = [values.get(path) for path in self._site_paths()]
         if any(matrix is None for matrix in matrices):
             raise DimensionError(f"the snapshot of {self.name} has no mixing matrices.")
-        dynamics = self._dynamics_layout()
-        changes = self._put_back(dynamics.parameters(self.module), values, states, dynamics.shapes(form.size))
-        return LayerReduction(self, changes, self._mixed_classes(), *form, added=self._additions(matrices))
+        return matrices
 
     def _additions(self, matrices: Sequence[Tensor]) -> list[ParameterAddition]:
         """The mixing matrices of B and of C as parameters of a stock layer."""

@@ -11,11 +11,15 @@ Source of the layer: Dao and Gu, 2024, "Transformers are SSMs" (arXiv 2405.21060
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from torch import Tensor, nn
+
+from ..scans.inputs import ScanInputs
 from ..scans.multi_head import register_chunk_scan
 from ..state_layout import SizeAttribute, StateAxis, StateLayout, attribute_at, runs
-from .mixable import MixableLayer
+from .narrowable import NarrowableLayer, ShowProjections
 from .selective import named_size
 
 # The names of transformers and of mamba-ssm for the same sizes.
@@ -25,7 +29,7 @@ _HEADS_NAMES = ("num_heads", "nheads")
 _CHANNEL_COUNTS = ("in_channels", "out_channels", "groups")
 
 
-class MultiHeadLayer(MixableLayer):
+class MultiHeadLayer(NarrowableLayer):
     """A mixer of Mamba-2's form, seen as one state-space system a group of heads."""
 
     required_parts = ("A_log", "D", "dt_bias", "in_proj", "conv1d")
@@ -63,6 +67,57 @@ class MultiHeadLayer(MixableLayer):
             tuple(axis for axis in axes if attribute_at(module, axis.parameter) is not None),
             (self.size_attribute, *(SizeAttribute(*each) for each in counted)),
         )
+
+    @contextmanager
+    def projections_shown(self, show: ShowProjections) -> Iterator[None]:
+        """
+        While the context is open, each forward pass shows B and C behind their activation, before they are mixed.
+
+        Args:
+            show (`Callable`): Gets both, `(batch, length, groups, N)`.
+        """
+        if not self.is_mixed:
+            with self.observed(_ShownScan(show)):
+                yield
+            return
+        module, stock, found = self.module, self.module._mix, []
+
+        def mix(entries: Tensor, mixing: Tensor) -> Tensor:
+            # B first, then C.
+            found.append(entries.unflatten(-1, (self.groups, self.projected_size)))
+            if len(found) == 2:
+                show(*found)
+                found.clear()
+            return stock(entries, mixing)
+
+        module._mix = mix
+        try:
+            yield
+        finally:
+            del module._mix
+
+    def entries_of(self, projected: Tensor, side: int, kept: Tensor | None = None) -> Tensor:
+        """
+        Those of the kept rows, `(groups, K, M)`: nothing couples the rows behind the projections.
+
+        Args:
+            projected (`torch.Tensor` of shape `(K, groups, N)`): What all rows give.
+            side (`int`): 0 for B, 1 for C.
+            kept (`torch.Tensor` of shape `(groups, M)`, int64, *optional*): The rows; all when unset.
+        """
+        entries = projected.movedim(0, -2)
+        return entries if kept is None else entries.take_along_dim(kept.to(entries.device).unsqueeze(-2), dim=-1)
+
+
+class _ShownScan:
+    """Shows the B and C of a scan to a function, and leaves its output as it is."""
+
+    def __init__(self, show: ShowProjections) -> None:
+        self._show = show
+
+    def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
+        self._show(inputs.B, inputs.C)
+        return output
 
 
 # Layers of all of these families that mix states run through one forward pass of this library.

@@ -12,7 +12,10 @@ skip and the output projection do.
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
@@ -23,12 +26,13 @@ from ..parameters import successor
 from ..state_layout import SizeAttribute, StateAxis, StateLayout, rows_of_identity, runs
 from .folding import sliced_dynamics
 from .mamba import MambaLayer
-from .mixable import MixableLayer
+from .narrowable import NarrowableLayer, ShowProjections
 
 _NORMS = ("b_layernorm", "c_layernorm")
+_ROLES = {"b_layernorm": "B", "c_layernorm": "C"}
 
 
-class NormedMambaLayer(MixableLayer, MambaLayer):
+class NormedMambaLayer(NarrowableLayer, MambaLayer):
     """A Mamba mixer whose B and C pass a norm."""
 
     required_parts = (*MambaLayer.required_parts, *_NORMS)
@@ -53,7 +57,7 @@ class NormedMambaLayer(MixableLayer, MambaLayer):
         """That of a Mamba mixer, with the weights of the norms of B and C, which are constants where not trained."""
         layout = MambaLayer.layout.fget(self)
         trained = [name for name in _NORMS if isinstance(getattr(self.module, name).weight, nn.Parameter)]
-        weights = [StateAxis(f"{name}.weight", 0, runs()) for name in trained]
+        weights = [StateAxis(f"{name}.weight", 0, runs(_ROLES[name])) for name in trained]
         constants = [SizeAttribute(name, "weight", runs()) for name in _NORMS if name not in trained]
         return StateLayout((*layout.axes, *weights), (*layout.attributes, *constants))
 
@@ -65,6 +69,45 @@ class NormedMambaLayer(MixableLayer, MambaLayer):
         if not isinstance(module.out_proj, nn.Linear):
             return {}
         return {"D": module.D, "out_proj.weight": module.out_proj.weight}
+
+    @contextmanager
+    def projections_shown(self, show: ShowProjections) -> Iterator[None]:
+        """
+        While the context is open, each forward pass shows what `x_proj` gives to the norms of B and C.
+
+        Args:
+            show (`Callable`): Gets both, `(batch, length, N)`.
+        """
+        found = []
+
+        def enters(module: nn.Module, inputs: tuple) -> None:
+            # The norm of B runs first.
+            found.append(inputs[0])
+            if len(found) == 2:
+                show(*found)
+                found.clear()
+
+        with ExitStack() as stack:
+            for name in _NORMS:
+                stack.callback(getattr(self.module, name).register_forward_pre_hook(enters).remove)
+            yield
+
+    def entries_of(self, projected: Tensor, side: int, kept: Tensor | None = None) -> Tensor:
+        """
+        What the norm of the kept rows alone makes of them, `(K, M)`.
+
+        Args:
+            projected (`torch.Tensor` of shape `(K, N)`): What all rows give.
+            side (`int`): 0 for B, 1 for C.
+            kept (`torch.Tensor` of shape `(M)`, int64, *optional*): The rows; all when unset.
+        """
+        norm = copy.deepcopy(getattr(self.module, _NORMS[side]))
+        norm.__class__ = getattr(type(norm), "stock_class", type(norm))
+        projected = projected.to(norm.weight.device)
+        if kept is not None:
+            kept = kept.to(projected.device)
+            norm.weight.data, projected = norm.weight.data[kept], projected[:, kept]
+        return norm(projected)
 
     def _beside(self) -> nn.Parameter:
         # Without weight decay, as everything whose name is that of a norm.

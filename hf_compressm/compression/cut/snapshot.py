@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Snapshot:
         layers: Sequence[StateSpaceLayer],
         optimizer: Any = None,
         only: Iterable[nn.Parameter] | None = None,
+        whole: Collection[str] = (),
     ) -> Snapshot:
         """
         Take a snapshot of layers that are about to be cut.
@@ -58,12 +59,14 @@ class Snapshot:
             optimizer (`torch.optim.Optimizer`, *optional*): The optimizer, or a wrapper of it.
             only (`Iterable[torch.nn.Parameter]`, *optional*): The parameters that the cut replaces, where it leaves
                 some of the layers' in training.
+            whole (`Collection[str]`, *optional*): Layers, by name, of which everything is taken that a cut may replace,
+                such as the projections of a mixed layer.
         """
         replaced = None if only is None else {id(parameter) for parameter in only}
         held = {
             f"{layer.name}.{name}": parameter
             for layer in layers
-            for name, parameter in {**layer.state_parameters(), **layer.rescaled_parameters()}.items()
+            for name, parameter in _parameters_of(layer, everything=replaced is not None or layer.name in whole)
             if replaced is None or id(parameter) in replaced
         }
         found = {name: None if optimizer is None else state_of(optimizer, p) for name, p in held.items()}
@@ -186,6 +189,12 @@ class Snapshot:
         # Before layers could mix states, a size was all there was.
         read = {name: StateForm(*((form, form) if isinstance(form, int) else form)) for name, form in forms.items()}
         return cls(read, parameters, states)
+
+
+def _parameters_of(layer: StateSpaceLayer, everything: bool) -> Iterable[tuple[str, nn.Parameter]]:
+    if everything:
+        return layer.replaceable_parameters().items()
+    return {**layer.state_parameters(), **layer.rescaled_parameters()}.items()
 
 
 def _own_scalars(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...architectures import StateSpaceLayer, all_changes, find_layers
+from ...architectures import StateForm, StateSpaceLayer, all_changes, find_layers
 from ...errors import UnsupportedModelError
 from ...systems import Truncation
 from .changes import Change, ModelChange
@@ -68,7 +68,7 @@ class ModuleCopy:
 
     def snapshot_like(self, model: Snapshot) -> Snapshot:
         """What the copy has in the place of that which a snapshot of the model holds."""
-        own = Snapshot.of(find_layers(self._module))
+        own = Snapshot.of(find_layers(self._module), whole=model.forms)
         return Snapshot(model.forms, {name: own.parameters[name] for name in model.parameters})
 
     def restored(self, snapshot: Snapshot) -> Change:
@@ -108,8 +108,8 @@ class TensorCopy:
     def snapshot_like(self, model: Snapshot) -> Snapshot:
         """What the copy has in the place of that which a snapshot of the model holds."""
         forms = {layer.name: model.forms[layer.name] for layer in self._layers if layer.name in model.forms}
-        names = [name for layer in self._layers for name in _names_of(layer)]
-        held = {name: self._tensors[name] for name in names}
+        names = [name for layer in self._layers for name in _names_of(layer, everything=True)]
+        held = {name: self._tensors[name] for name in names if name in self._tensors}
         return Snapshot(forms, {name: held[name.lstrip(".")] for name in model.parameters if name.lstrip(".") in held})
 
     def restored(self, snapshot: Snapshot) -> Change:
@@ -121,6 +121,7 @@ class TensorCopy:
             names[id(change.old)]: change.new.detach().to(self._tensors[names[id(change.old)]])
             for reduction in reductions
             for change in reduction.parameters
+            if names[id(change.old)] in self._tensors
         }
         removed = [gone for reduction in reductions for gone in reduction.removed]
         return TensorCopyChange(self._tensors, new, [f"{paths[id(g.module)]}.{g.name}".lstrip(".") for g in removed])
@@ -155,9 +156,10 @@ class TensorCopyChange:
         self._tensors.update(self._old)
 
 
-def _names_of(layer: StateSpaceLayer) -> dict[str, nn.Parameter]:
-    """A layer's parameters by their names in the model."""
+def _names_of(layer: StateSpaceLayer, everything: bool = False) -> dict[str, nn.Parameter]:
+    """A layer's parameters by their names in the model: those of its state, or all that a cut may replace."""
     held = {**layer.state_parameters(), **layer.rescaled_parameters()}
+    held = layer.replaceable_parameters() if everything else held
     return {f"{layer.name}.{name}".lstrip("."): parameter for name, parameter in held.items()}
 
 
@@ -165,7 +167,8 @@ def _reduced_tensors(
     layer: StateSpaceLayer, tensors: Mapping[str, Tensor], truncation: Truncation
 ) -> dict[str, Tensor]:
     twin = type(layer)(layer.name, copy.deepcopy(layer.module))
-    parameters = _names_of(twin)
+    # A copy may lack what is not trained.
+    parameters = {name: parameter for name, parameter in _names_of(twin, everything=True).items() if name in tensors}
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -174,7 +177,9 @@ def _reduced_tensors(
     paths = {id(module): f"{layer.name}.{path}" for path, module in twin.module.named_modules()}
     added = {f"{paths[id(new.module)].strip('.')}.{new.name}": new.new.detach() for new in reduction.added}
     replaced = {
-        names[id(change.old)]: change.new.detach().to(tensors[names[id(change.old)]]) for change in reduction.parameters
+        names[id(change.old)]: change.new.detach().to(tensors[names[id(change.old)]])
+        for change in reduction.parameters
+        if id(change.old) in names
     }
     return {**replaced, **added}
 
@@ -189,7 +194,7 @@ def find_copies(candidates: Mapping[str, Any], model: nn.Module, layers: Sequenc
         model (`torch.nn.Module`): The model.
         layers (`Sequence[StateSpaceLayer]`): Its layers.
     """
-    sizes = {layer.name: layer.state_size for layer in layers}
+    forms = {layer.name: layer.form for layer in layers}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     seen = {id(model)}
     copies: list[WeightCopy] = []
@@ -198,7 +203,7 @@ def find_copies(candidates: Mapping[str, Any], model: nn.Module, layers: Sequenc
         for thing in held:
             if id(thing) in seen:
                 continue
-            if isinstance(thing, nn.Module) and _sizes_of(thing) == sizes:
+            if isinstance(thing, nn.Module) and _forms_of(thing) == forms:
                 copies.append(ModuleCopy(name, thing))
             elif isinstance(thing, MutableMapping) and _holds_parameters(thing, shapes):
                 copies.append(TensorCopy(name, thing, model, layers))
@@ -208,9 +213,9 @@ def find_copies(candidates: Mapping[str, Any], model: nn.Module, layers: Sequenc
     return copies
 
 
-def _sizes_of(module: nn.Module) -> dict[str, int] | None:
+def _forms_of(module: nn.Module) -> dict[str, StateForm] | None:
     try:
-        return {layer.name: layer.state_size for layer in find_layers(module)}
+        return {layer.name: layer.form for layer in find_layers(module)}
     except UnsupportedModelError:
         return None
 

@@ -9,7 +9,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...architectures import StateSpaceLayer, refused_size, runs_on_kernels, size_multiple
+from ...architectures import (
+    MixableLayer,
+    NarrowableLayer,
+    StateSpaceLayer,
+    refused_size,
+    runs_on_kernels,
+    size_multiple,
+)
 from ...config import CompreSSMConfig
 from ...errors import CalibrationError, ConfigurationError, UnsupportedModelError
 from ...systems import registered_reductors
@@ -91,7 +98,15 @@ class Chosen:
         chosen = chosen_layers(layers, config)
         stock = {layer.name: config.stock or not holds_forms(layer) for layer in chosen}
         reductors = {layer.name: reductor_of(layer, config.reductor, stock[layer.name]) for layer in chosen}
-        own = {layer.name for layer in chosen if layer.sizes_may_differ(stock[layer.name], reductors[layer.name])}
+        if config.projection_rows is not None:
+            for layer in chosen:
+                _require_narrowable(layer, stock[layer.name])
+        own = {
+            layer.name
+            for layer in chosen
+            if layer.sizes_may_differ(stock[layer.name], reductors[layer.name])
+            and (config.projection_rows is None or layer.projections_may_differ)
+        }
         for name, other in _bound_to_others(layers, reductors, own).items():
             raise UnsupportedModelError(
                 f"{name} may be cut and {other} may not, but their model class holds one state size for both. Choose "
@@ -235,6 +250,24 @@ def reductor_of(layer: StateSpaceLayer, name: str, stock: bool) -> str:
             f"choose one of {', '.join(sorted(layer.reductors(stock)))}."
         )
     return name
+
+
+def _require_narrowable(layer: StateSpaceLayer, stock: bool) -> None:
+    """Raise where the projections of a layer cannot give up rows."""
+    begin = f"projection_rows is set, but the projections of {layer.name} ({layer.family}) cannot give up rows: "
+    if not isinstance(layer, NarrowableLayer):
+        why = (
+            "other sizes, or a norm, hang on their width"
+            if isinstance(layer, MixableLayer)
+            else "a cut makes them as small as the state already"
+        )
+        raise UnsupportedModelError(f"{begin}{why}. Leave projection_rows out.")
+    if stock:
+        raise UnsupportedModelError(
+            f"{begin}the model around it is of a class of its own, which holds no layer that mixes states. Leave "
+            "projection_rows out."
+        )
+    layer.require_own_projections()
 
 
 def free_to_change(

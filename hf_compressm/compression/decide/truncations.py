@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from tqdm.auto import tqdm
 
 from ...config import CompreSSMConfig
@@ -51,6 +52,7 @@ def find_truncations(
     require_writable: Callable[[str, Truncation], object],
     progress: bool | None = None,
     alternative: str = "",
+    finish: Callable[[str, Truncation], Truncation] | None = None,
 ) -> tuple[dict[str, Found], dict[str, str]]:
     """
     Truncate every layer that gets a new size, in all processes alike.
@@ -67,6 +69,7 @@ def find_truncations(
         progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
         alternative (`str`, *optional*, defaults to `""`): Which of [`LayerGramians.alternatives`] is tried first, where
             a layer has it.
+        finish (`Callable`, *optional*): Takes a layer's name and its truncation, and adds to it what else the cut does.
 
     Returns:
         `tuple[dict[str, Found], dict[str, str]]`: The truncations by layer name, on the CPU as the
@@ -82,7 +85,7 @@ def find_truncations(
         problems = []
         for measured, reductor in _attempts(gramians[name], reductors[name], alternative):
             try:
-                truncation = measured.truncate(sizes[name], reductor, config, seed=seed + number)
+                truncation = _truncated(measured, sizes[name], reductor, config, seed + number)
                 require_writable(name, truncation)
             except TruncationError as error:
                 problems.append(str(error))
@@ -92,6 +95,8 @@ def find_truncations(
         else:
             failed[name] = " Then: ".join(problems)
     found = _with_fitted_readouts(found, gramians, require_writable)
+    if finish is not None:
+        found = _finished(found, failed, finish, require_writable)
     return processes.first((found, failed))
 
 
@@ -101,7 +106,8 @@ def _with_fitted_readouts(
     require_writable: Callable[[str, Truncation], object],
 ) -> dict[str, Found]:
     """The same, with readouts fitted to sampled outputs where there are some and the layer can hold the fit."""
-    samples = {name: gramians[name].samples_for(item.reductor) for name, item in found.items()}
+    cut = {name: item for name, item in found.items() if item.truncation.state_size < item.truncation.full_size}
+    samples = {name: gramians[name].samples_for(item.reductor) for name, item in cut.items()}
     known = {name: seen for name, seen in samples.items() if seen is not None}
     fitted = fit_readouts([found[name].truncation for name in known], list(known.values()))
     results = dict(found)
@@ -115,6 +121,33 @@ def _with_fitted_readouts(
             before = found[name]
             results[name] = before._replace(truncation=truncation, is_fitted=True, unfitted=before.truncation)
     return results
+
+
+def _finished(
+    found: Mapping[str, Found],
+    failed: dict[str, str],
+    finish: Callable[[str, Truncation], Truncation],
+    require_writable: Callable[[str, Truncation], object],
+) -> dict[str, Found]:
+    """The same with what else each cut does; a layer that cannot hold that goes to those that failed."""
+    results = {}
+    for name, item in found.items():
+        try:
+            truncation = finish(name, item.truncation)
+            require_writable(name, truncation)
+        except TruncationError as error:
+            failed[name] = str(error)
+        else:
+            results[name] = item._replace(truncation=truncation)
+    return results
+
+
+def _truncated(gramians: LayerGramians, size: int, reductor: str, config: CompreSSMConfig, seed: int) -> Truncation:
+    """The truncation to a size; the identity for a layer that keeps its state, and changes in another way."""
+    *batch, N, _ = gramians.P.shape
+    if size == N:
+        return Truncation.from_indices(torch.arange(N).expand(*batch, N), N)
+    return gramians.truncate(size, reductor, config, seed=seed)
 
 
 def _attempts(gramians: LayerGramians, reductor: str, alternative: str) -> list[tuple[LayerGramians, str]]:
