@@ -46,16 +46,19 @@ class LRULayer(TimeInvariantLayer):
 
     def written(self, reduced: DiagonalLTI) -> dict[str, Tensor]:
         r"""
-        The parameters of a reduced system: \\( \gamma = \sqrt{1 - |\lambda|^2} \\), B divided by it, angles in
-        \\( (0, 2 \pi] \\).
+        The parameters of a reduced system, angles in \\( (0, 2 \pi] \\).
 
-        A state's scale is free between its row of B and its column of C. The rows of B get the length that those of the
-        layer have on average, so that an optimizer's step means about the same for them as before.
+        A state's scale is free between gamma, its row of B and its column of C. The rows of B get the length that those
+        of the layer have on average, so that an optimizer's step means about the same for them as before. Gamma is
+        \\( g \frac{N}{r} \sqrt{1 - |\lambda|^2} \\) for r of N states, where g is the layer's mean of
+        \\( \gamma / \sqrt{1 - |\lambda|^2} \\), one at first. Adam changes each entry of C by about its learning rate,
+        and the output by the sum over all states. With the factor N / r, by which C is smaller then, r states change it
+        as N did; without it, a layer that was cut learns more slowly than before.
         """
         lam = clamped_poles(reduced.lam)
         decay = -torch.log(lam.abs())
         angle = torch.remainder(lam.angle(), 2 * math.pi)
-        gamma_log = 0.5 * torch.log(-torch.expm1(-2 * decay))
+        gamma_log = _gamma_log_of_unit_power(decay) + self._usual_gain() + math.log(self.state_size / lam.shape[0])
         B = reduced.B / torch.exp(gamma_log).unsqueeze(-1)
         scale = self._row_length(B)
         return {
@@ -75,6 +78,11 @@ class LRULayer(TimeInvariantLayer):
         usual = float(self.module.B.detach().double().square().sum((1, 2)).mean().sqrt())
         length = torch.linalg.vector_norm(B, dim=-1)
         return torch.where((length > 0) & (usual > 0), length / usual, 1.0)
+
+    def _usual_gain(self) -> float:
+        """The mean logarithm of gamma, relative to that which gives states the power of the input."""
+        decay = torch.exp(self.module.nu_log.detach().double()).clamp_min(torch.finfo(torch.float64).tiny)
+        return float((self.module.gamma_log.detach().double() - _gamma_log_of_unit_power(decay)).mean())
 
     def moment_maps(self, truncation: Truncation, values: Mapping[str, Tensor]) -> dict[str, AxisMap]:
         r"""
@@ -98,3 +106,8 @@ class LRULayer(TimeInvariantLayer):
         to_B = (scale * new_gamma).unsqueeze(-1) * truncation.T.mH / gamma
         to_C = truncation.W.mT / scale.unsqueeze(-1)
         return {"B": ModalMap(0, to_B, has_pairs=True), "C": ModalMap(1, to_C, has_pairs=True)}
+
+
+def _gamma_log_of_unit_power(decay: Tensor) -> Tensor:
+    r"""The logarithm of \\( \sqrt{1 - |\lambda|^2} \\), with which white noise gives a state its own power."""
+    return 0.5 * torch.log(-torch.expm1(-2 * decay))

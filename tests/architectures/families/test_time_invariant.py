@@ -165,12 +165,37 @@ def test_lru_angles_gamma_and_scale_are_as_promised() -> None:
     model = build("lru", trained=True)
     layer = find_layers(model)[0]
     usual = layer.module.B.detach().square().sum((1, 2)).mean().sqrt()
-    apply(model, [layer.reduce(truncation_of(layer, 7))])
-    theta, lam = layer.module.theta_log.exp(), layer.system().lam
-    assert ((theta > 0) & (theta <= 2 * math.pi + 1e-6)).all()
-    gamma = layer.module.gamma_log.double().exp()
-    torch.testing.assert_close(gamma, (1 - lam.abs() ** 2).sqrt(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(layer.module.B.square().sum((1, 2)).sqrt(), usual.expand(7), atol=1e-4, rtol=1e-4)
+
+    def gains() -> torch.Tensor:
+        return layer.module.gamma_log.detach().double().exp() / (1 - layer.system().lam.abs() ** 2).sqrt()
+
+    # Relative to what it was before, and in two cuts as in one.
+    gain = gains().log().mean().exp()
+    for kept in (12, 7):
+        apply(model, [layer.reduce(truncation_of(layer, kept))])
+        theta = layer.module.theta_log.exp()
+        assert ((theta > 0) & (theta <= 2 * math.pi + 1e-6)).all()
+        torch.testing.assert_close(gains(), (gain * 16 / kept).expand(kept), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layer.module.B.square().sum((1, 2)).sqrt(), usual.expand(kept), atol=1e-4, rtol=1e-4)
+
+
+def test_adam_moves_the_output_of_a_cut_lru_as_before() -> None:
+    """An equal step for every entry of C moves it by the sum of their gradients' absolute values."""
+    model = repeat_states(build("lru"))
+    layer = find_layers(model)[0]
+    B = layer.module.B
+    B.data.div_(torch.linalg.vector_norm(B.detach(), dim=(1, 2), keepdim=True))
+    u, weights = torch.randn(2, 3, 40, 6)
+
+    def slope() -> Tensor:
+        model.zero_grad()
+        (layer.module(u) * weights).sum().backward()
+        return layer.module.C.grad.abs().sum()
+
+    before = slope()
+    first = torch.eye(16, 8, dtype=torch.complex128)
+    apply(model, [layer.reduce(Truncation(T=first, W=first.clone()))])
+    torch.testing.assert_close(slope(), before, atol=1e-4, rtol=1e-4)
 
 
 @each_family
