@@ -49,8 +49,7 @@ def uninterrupted(request, tmp_path_factory):
     return case, trainer, notes
 
 
-@pytest.mark.parametrize("stop, size", [(3, 8), (7, 4), (12, 2)])
-@pytest.mark.parametrize("restore_callbacks", [False, True])
+@pytest.mark.parametrize("stop, size, restore_callbacks", [(3, 8, False), (7, 4, False), (7, 4, True), (12, 2, False)])
 def test_a_resumed_run_gives_the_losses_of_the_uninterrupted_one(
     uninterrupted, stop: int, size: int, restore_callbacks: bool, tmp_path
 ) -> None:
