@@ -100,9 +100,7 @@ class CutOptions:
 
         amounts = (self.tolerance, self.state_size, self.ratio, self.max_loss_increase)
         if sum(value is not None for value in amounts) > 1:
-            raise ConfigurationError(
-                "give one of --tolerance, --state-size, --ratio and --max-loss-increase, not several."
-            )
+            raise ConfigurationError("give one of --tolerance, --state-size, --ratio and --max-loss-increase.")
         if self.state_size is not None and self.per_layer:
             raise ConfigurationError("--state-size gives every layer the same size; leave out --per-layer.")
         amount: dict[str, Any] = {"tolerance": 0.01 if self.tolerance is None else self.tolerance}

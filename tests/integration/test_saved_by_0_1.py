@@ -141,17 +141,20 @@ def as_then(run: Run) -> Run:
     return replace(run, settings={**run.settings, "gramians": "closed_form"}) if run.name == "run_lru" else run
 
 
-def assert_same_course(found: dict, expected: dict) -> None:
+def assert_same_course(found: dict, expected: dict, tolerance: float = 1e-5) -> None:
     """Whether a run took the course that it took under version 0.1.0."""
     assert found["outcomes"] == expected["outcomes"] and found["form"] == expected["form"]
     for name in ("losses", "loss_after_cuts"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
-    torch.testing.assert_close(torch.tensor(found["logits"]), torch.tensor(expected["logits"]), rtol=1e-4, atol=1e-5)
+        assert found[name] == pytest.approx(expected[name], rel=tolerance), name
+    logits = torch.tensor(found["logits"]), torch.tensor(expected["logits"])
+    torch.testing.assert_close(*logits, rtol=10 * tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_a_run_goes_on_from_its_checkpoint(run, tmp_path) -> None:
-    assert_same_course(continued(as_then(run), FOLDER, tmp_path / "run", 1.0), EXPECTED[run.name]["judged_good"])
+    found = continued(as_then(run), FOLDER, tmp_path / "run", 1.0)
+    # A cut LRU has another scale between gamma and C than it had then, so that the steps behind a cut are longer.
+    assert_same_course(found, EXPECTED[run.name]["judged_good"], 1e-3 if run.name == "run_lru" else 1e-5)
 
 
 class StateAfterJudgement(TrainerCallback):
