@@ -154,7 +154,7 @@ def assert_same_course(found: dict, expected: dict, tolerance: float = 1e-5) -> 
 def test_a_run_goes_on_from_its_checkpoint(run, tmp_path) -> None:
     found = continued(as_then(run), FOLDER, tmp_path / "run", 1.0)
     # A cut LRU has another scale between gamma and C than it had then, so that the steps behind a cut are longer.
-    assert_same_course(found, EXPECTED[run.name]["judged_good"], 1e-3 if run.name == "run_lru" else 1e-5)
+    assert_same_course(found, EXPECTED[run.name]["judged_good"], 3e-3 if run.name == "run_lru" else 1e-5)
 
 
 class StateAfterJudgement(TrainerCallback):
