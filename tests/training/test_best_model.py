@@ -10,7 +10,7 @@ from hf_compressm.architectures import find_layers
 from hf_compressm.compression import CheckRecord, LayerRecord, sizes_after
 from hf_compressm.saving import require_one_model
 from hf_compressm.training.best_model import records_of_best
-from tests.cases import TRAINED_CASES, case_id
+from tests.cases import MIXED_ONLY, TRAINED_CASES, Case, case_id
 from tests.training.test_callback import Rows, make_trainer
 
 CUTS = CompreSSMConfig(strategy="fixed", keep_ratio=0.5, window=(0, 8), interval=4)
@@ -34,8 +34,18 @@ def trained(folder, best: int, case=TRAINED_CASES[0], config=CUTS):
     return trainer, callback
 
 
-@pytest.mark.parametrize("case", TRAINED_CASES, ids=case_id)
-@pytest.mark.parametrize("best, size", [(2, 8), (5, 4), (9, 2)])
+# Every family returns to the form between its cuts, a folded and a mixed one also to the first and to the last form.
+RETURNS = [
+    *((case, 5, 4) for case in TRAINED_CASES),
+    *((case, best, size) for case in (TRAINED_CASES[0], MIXED_ONLY) for best, size in ((2, 8), (9, 2))),
+]
+
+
+def _id(value: Case | int) -> str:
+    return case_id(value) if isinstance(value, Case) else str(value)
+
+
+@pytest.mark.parametrize("case, best, size", RETURNS, ids=_id)
 def test_history_card_and_push_know_of_the_return(case, best: int, size: int, tmp_path) -> None:
     trainer, callback = trained(tmp_path / "run", best, case)
     assert {layer.state_size for layer in find_layers(trainer.model)} == {size}
