@@ -19,6 +19,9 @@ from .reductor import KnownGramians, Reductor, StateChoice, register_reductor
 
 _MOST_STEPS = 300
 
+# After so many steps from every start, only the best one of each pair goes on.
+_SCOUTING_STEPS = 8
+
 # The iteration ends when this many steps in a row have gained less than this share of what is lost; what is lost counts
 # as this share of all energy at least.
 _PATIENCE, _GAIN, _NEGLIGIBLE = 5, 1e-4, 1e-5
@@ -39,8 +42,9 @@ def orthonormal_truncation(
     It is the energy that [`interpolation_residual`] measures, and no less than the \\( \sum_{i>r} \sigma_i^2 \\) of
     balanced coordinates, which are oblique. From the spans of the balanced `W` and `T` and of the largest eigenvectors
     of P + Q on, conjugate gradients descend on the subspaces of the state (Polak-Ribiere; QR as the way back to an
-    orthonormal basis). No step is taken that does not gain, and the best of the three ends counts: there are local
-    minima. Source: Edelman, Arias and Smith, 1998, "The geometry of algorithms with orthogonality constraints".
+    orthonormal basis). No step is taken that does not gain. After some steps the best of the three goes on to the end:
+    there are local minima. Source: Edelman, Arias and Smith, 1998, "The geometry of algorithms with orthogonality
+    constraints".
 
     With \\( V \\) the dropped directions and a step \\( U + V X \\), two terms of the second derivative,
     \\( Q_{VV} X P_{UU} + P_{VV} X Q_{UU} \\), hold most of it; they are inverted by diagonalising both pairs at once.
@@ -89,16 +93,17 @@ def orthonormal_truncation(
 
 
 def _best(pairs: _Pairs, starts: list[torch.Tensor]) -> torch.Tensor:
-    """Of each pair, the end with the least loss of the descents from some bases and from one more."""
+    """Of each pair, the end of a descent from the best of some bases and one more, after some steps of each."""
     starts = [
         *starts,
         eigh(pairs.L_P @ pairs.L_P.mT + pairs.L_Q @ pairs.L_Q.mT).eigenvectors[..., -starts[0].shape[-1] :],
     ]
     count = len(starts)
-    ends = _descend(_Pairs(pairs.L_P.repeat(count, 1, 1), pairs.L_Q.repeat(count, 1, 1)), torch.cat(starts))
-    ends = ends.unflatten(0, (count, -1))
+    several = _Pairs(pairs.L_P.repeat(count, 1, 1), pairs.L_Q.repeat(count, 1, 1))
+    ends = _descend(several, torch.cat(starts), _SCOUTING_STEPS).unflatten(0, (count, -1))
     losses = torch.stack([pairs.lost(U).flatten() for U in ends])
-    return ends[losses.argmin(0), torch.arange(losses.shape[1], device=losses.device)]
+    best = ends[losses.argmin(0), torch.arange(losses.shape[1], device=losses.device)]
+    return _descend(pairs, best)
 
 
 def _of_unit_trace(factor: torch.Tensor) -> torch.Tensor:
@@ -177,13 +182,13 @@ def _diagonalising(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Ten
     return turn.mT @ inverse, ratios.clamp_min(0)
 
 
-def _descend(pairs: _Pairs, U: torch.Tensor) -> torch.Tensor:
+def _descend(pairs: _Pairs, U: torch.Tensor, most_steps: int = _MOST_STEPS) -> torch.Tensor:
     """Conjugate gradients, all pairs side by side; each pair's loss only ever falls."""
     lost, idle = pairs.lost(U), 0
     floor = _NEGLIGIBLE * pairs.lost(torch.zeros_like(U))
     direction = gradient = torch.zeros_like(U)
     slope_before = torch.ones_like(lost)
-    for _ in range(_MOST_STEPS):
+    for _ in range(most_steps):
         before, gradient = gradient, pairs.gradient(U)
         steepest = pairs.preconditioned(U, gradient)
         slope = _dot(gradient, steepest)
