@@ -16,7 +16,10 @@ Source of the layer: Beck et al., 2024, "xLSTM: Extended Long Short-Term Memory"
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -109,9 +112,11 @@ class XLSTMLayer(SelectiveLayer):
         counted = [SizeAttribute(name, "out_features", entries) for name, entries in rows.items()]
         return StateLayout(tuple(axes), (SizeAttribute("", "qk_dim", runs("q", self.heads)), *counted))
 
-    def observed(self, observer: ScanObserver) -> AbstractContextManager[None]:
+    @contextmanager
+    def observed(self, observer: ScanObserver) -> Iterator[None]:
         """While the context is open, each forward pass of the layer shows its recurrence to the observer."""
-        return watching_mlstm(self.module, observer)
+        with _sequences_in_one_piece(self.module.config), watching_mlstm(self.module, observer):
+            yield
 
     def _rows(self) -> dict[str, tuple]:
         """The rows of each projection that makes queries or keys."""
@@ -142,3 +147,17 @@ class XLSTMLayer(SelectiveLayer):
             moments = AxisMap(axis.axis, axis.matrix({"q": W / scale, "k": T}), axis.kept(leading, N))
             changes.append(ParameterChange(old, successor(old, weights @ old.detach().double()), moments))
         return LayerReduction(self, changes, self.size_changes(r), r)
+
+
+@contextmanager
+def _sequences_in_one_piece(config: Any) -> Iterator[None]:
+    """While the context is open, no sequence is too long: transformers runs long ones in pieces, without a gradient."""
+    longest = getattr(config, "max_inference_chunksize", None)
+    if longest is None:
+        yield
+        return
+    config.max_inference_chunksize = sys.maxsize
+    try:
+        yield
+    finally:
+        config.max_inference_chunksize = longest

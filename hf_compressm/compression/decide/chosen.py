@@ -108,10 +108,12 @@ class Chosen:
             and (config.projection_rows is None or layer.projections_may_differ)
         }
         for name, other in _bound_to_others(layers, reductors, own).items():
+            bound = next(layer for layer in chosen if layer.name == name)
+            is_free = bound.sizes_may_differ(False, bound.default_reductor(False))
+            otherwise = ", or allow another form (stock=False, reductor='auto')" if is_free else ""
             raise UnsupportedModelError(
                 f"{name} may be cut and {other} may not, but their model class holds one state size for both. Choose "
-                "both or none with target_layers and exclude_layers, or allow another form (stock=False, "
-                "reductor='auto')."
+                f"both or none with target_layers and exclude_layers{otherwise}."
             )
         fixed = [layer for layer in chosen if layer.name not in own]
         if not config.uniform and len(chosen) > 1 and fixed:

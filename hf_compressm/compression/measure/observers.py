@@ -246,8 +246,9 @@ class AveragedObserver(GramianObserver):
         """Sum the time steps of each channel, and B and C of each state."""
         if not isinstance(inputs, TimeAverages):
             raise CalibrationError(
-                f"the recurrence of {type(inputs).__name__} has no means over time that make it a time-invariant "
-                "system; use gramians='loss_gradient' or 'white_noise'."
+                "gramians='averaged' is a system of the means over time, and a recurrence of this kind "
+                f"({type(inputs).__name__.removesuffix('Inputs')}) has no means over time that make one; use "
+                "gramians='loss_gradient' or 'white_noise'."
             )
         self._systems[inputs.part] = inputs.averaged_systems()
         self._sums[inputs.part] = self._sums.get(inputs.part, 0.0) + inputs.sums()

@@ -263,6 +263,22 @@ def test_other_gramians_and_analyze() -> None:
     assert gramians.P.shape == gramians.Q.shape == (HEADS, N, N) and model.config.use_cache
 
 
+def test_sequences_that_transformers_runs_in_pieces_are_measured_whole() -> None:
+    """In pieces it takes the gradient off."""
+    whole, pieces = tiny_xlstm(), tiny_xlstm()
+    pieces.config.max_inference_chunksize = 8
+    found = [compress(model, [token_batch()], CompreSSMConfig(ratio=0.5), progress=False) for model in (whole, pieces)]
+    assert pieces.config.max_inference_chunksize == 8
+    assert [record.outcome for record in found] == ["cut", "cut"]
+    values = [record.layers[0].hankel_singular_values for record in found]
+    assert values[0] == pytest.approx(values[1])
+
+
+def test_layers_of_one_size_are_chosen_together() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"both or none with target_layers and exclude_layers\.$"):
+        halved(tiny_xlstm(), exclude_layers=".*1.*")
+
+
 def test_an_adapter_on_what_would_be_cut_is_refused() -> None:
     model = tiny_xlstm()
     model.backbone.blocks[0].mlstm_layer.k = nn.Sequential(model.backbone.blocks[0].mlstm_layer.k)
