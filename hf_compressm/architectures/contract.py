@@ -124,6 +124,16 @@ class StateSpaceLayer(ABC):
         """All parameters that a cut may replace, by their names inside the module."""
         return {**self.state_parameters(), **self.rescaled_parameters()}
 
+    def fitted_parameters(self) -> dict[str, str]:
+        """
+        What a fit to the layer's outputs may change after a cut, whether the layer has it now or not.
+
+        Returns:
+            `dict[str, str]`: By the parameter's name inside the module, what of the scan's arguments it multiplies or
+                is made of: `"u"`, `"B"` or `"C"`, as [`ScanInputs`] has them. Its state axis is one of the last two.
+        """
+        return {}
+
     def saved_state_size(self, state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
         """
         The state size of this layer in a state dict, or None where the state dict does not show it.

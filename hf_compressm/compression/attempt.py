@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from ..architectures import LayerReduction
 from ..config import CompreSSMConfig
@@ -21,12 +21,23 @@ from .decide.rows import RowChoice
 from .decide.truncations import Found, find_truncations
 from .history import size_range
 from .measure.layer_gramians import LayerGramians
-from .measure.output_fit import ReadoutFit
 from .processes import Processes
 
 logger = logging.getLogger(__name__)
 
 Measured = TypeVar("Measured")
+
+
+class OutputFit(Protocol):
+    """Fits layers that were cut to the outputs that they had before."""
+
+    def remember_outputs(self) -> None:
+        """Keep what the layers give, before anything is cut; once is enough."""
+        ...
+
+    def fit(self, names: Collection[str]) -> set[str]:
+        """Fit those of the named layers that it knows, in the cut model; returns those that have changed."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,7 @@ class CutMaker:
         processes ([`~compression.processes.Processes`]): The processes that train the model together.
         seed (`int`): Seed of random selections.
         progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
-        readouts ([`ReadoutFit`], *optional*): Fits the readouts of time-invariant layers to their outputs.
+        fits (`Sequence[OutputFit]`, *optional*, defaults to `()`): What fits cut layers to the outputs they had.
         state_bytes (`Mapping[str, int]`): Memory of each layer's recurrent state, from a [`Calibration`].
         rows ([`RowChoice`], *optional*): Chooses the rows that projections keep; all stay when unset.
     """
@@ -100,7 +111,7 @@ class CutMaker:
     processes: Processes
     seed: int
     progress: bool | None = None
-    readouts: ReadoutFit | None = None
+    fits: Sequence[OutputFit] = ()
     state_bytes: Mapping[str, int | None] = field(default_factory=dict)
     rows: RowChoice | None = None
 
@@ -137,8 +148,9 @@ class CutMaker:
         truncations = {name: item.truncation for name, item in found.items()}
         reductions, unfit = build_reductions(self.state.layers, truncations)
         fitting = {name: item for name, item in found.items() if name not in unfit}
-        if self.readouts is not None and reductions:
-            self.readouts.remember_outputs()
+        if reductions:
+            for fit in self.fits:
+                fit.remember_outputs()
         return MadeCut(fitting, reductions, [f"{name}: {message}" for name, message in {**failed, **unfit}.items()])
 
     def _with_rows(self, name: str, truncation: Truncation) -> Truncation:
@@ -146,7 +158,7 @@ class CutMaker:
 
     def with_cut(self, made: MadeCut, measure: Callable[[], Measured]) -> Measured:
         """
-        What the model would measure with a cut, its readouts fitted where that is asked for; it is taken back.
+        What the model would measure with a cut, fitted to its outputs where that is asked for; it is taken back.
 
         Args:
             made ([`MadeCut`]): The cut.
@@ -154,14 +166,14 @@ class CutMaker:
         """
 
         def fitted() -> Measured:
-            self.fit_readouts(made)
+            self.fit(made)
             return measure()
 
         return self.state.with_cut(made.reductions, fitted)
 
-    def fit_readouts(self, made: MadeCut) -> set[str]:
+    def fit(self, made: MadeCut) -> set[str]:
         """
-        Fit the readouts of the layers of a cut that is written.
+        Fit the layers of a cut that is written to the outputs that they had before.
 
         What was cut in closed form has a bound, which a fit would end, and is fitted only where that was asked for.
 
@@ -169,19 +181,16 @@ class CutMaker:
             made ([`MadeCut`]): The cut.
 
         Returns:
-            `set[str]`: The layers whose readout is another one now.
+            `set[str]`: The layers whose weights are others now.
         """
-        if self.readouts is None:
-            return set()
         reductors = registered_reductors()
-        return self.readouts.fit(
-            [
-                name
-                for name, found in made.found.items()
-                if (self.config.fit_readout or found.gramians != "closed_form")
-                and not reductors[found.reductor].only_selects
-            ]
-        )
+        names = [
+            name
+            for name, found in made.found.items()
+            if (self.config.fit_readout or found.gramians != "closed_form")
+            and not reductors[found.reductor].only_selects
+        ]
+        return set().union(*(fit.fit(names) for fit in self.fits))
 
 
 def prepare_cut(
@@ -259,7 +268,7 @@ def attempt_cut(
     fitted: set[str] = set()
 
     def fit_and_evaluate() -> float | None:
-        fitted.update(maker.fit_readouts(made))
+        fitted.update(maker.fit(made))
         return None if loss is None else evaluate()
 
     after = maker.state.commit(made.reductions, [copy.cut(truncations) for copy in copies], fit_and_evaluate)

@@ -3,6 +3,7 @@
 Nothing here knows of neural networks: only PyTorch and the errors of this library are imported.
 """
 
+from .descent import MOST_ENTRIES, descend, inverse_root
 from .gramians import (
     controllability_factor,
     controllability_gramian,
@@ -49,6 +50,9 @@ from .truncation import Truncation
 from .verification import require_error_bound, response_error, verification_frequencies
 
 __all__ = [
+    "MOST_ENTRIES",
+    "descend",
+    "inverse_root",
     "KnownGramians",
     "OutputMoments",
     "OutputSamples",

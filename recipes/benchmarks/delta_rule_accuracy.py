@@ -126,15 +126,18 @@ BESIDE_BALANCED: dict[str, Method] = {
     **CHANNELS,
     **EIGENVECTORS,
 }
-METHODS: dict[str, dict[str, Method]] = {
+# What `compress` makes of a trained model: the default with its matrices fitted to the outputs.
+FITTED = "the default, fitted to the outputs"
+METHODS: dict[str, dict[str, Method | None]] = {
     "gated_delta_net": {
         "orthonormal, mixed (the default)": ours("orthonormal"),
+        FITTED: None,
         "interpolative, mixed": ours("interpolative"),
         **CHANNELS,
         **EIGENVECTORS,
     },
-    "kimi_delta": {"interpolative, mixed (the default)": ours("interpolative"), **CHANNELS},
-    "minimax": {"balanced, mixed (the default)": ours("balanced"), **BESIDE_BALANCED},
+    "kimi_delta": {"interpolative, mixed (the default)": ours("interpolative"), FITTED: None, **CHANNELS},
+    "minimax": {"balanced, mixed (the default)": ours("balanced"), FITTED: None, **BESIDE_BALANCED},
     "xlstm": {"balanced, folded (the default)": ours("balanced"), **BESIDE_BALANCED},
 }
 # Of these families no class has fewer keys alone, so that there is no small model from scratch.
@@ -165,7 +168,9 @@ def loss_function(task: Task, seed: int) -> Loss:
     return loss_at
 
 
-def right_after(family: str, model: nn.Module, task: Task, batch: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+def right_after(
+    family: str, model: nn.Module, task: Task, batch: dict[str, Tensor], known: dict[str, dict[str, float]]
+) -> dict[str, dict[str, float]]:
     """The figure of copies of a model that are cut in every way, by method and size, with no training after it."""
     model.eval()
     layers, vectors = find_layers(model), []
@@ -176,10 +181,24 @@ def right_after(family: str, model: nn.Module, task: Task, batch: dict[str, Tens
     gramians = calibrate(model, layers, [batch], progress=False).gramians
     seen = [Seen(gramians[layer.name], each) for layer, each in zip(layers, vectors)]
     sizes = [kept for kept in KEPT if kept % layers[0].cache_multiple == 0]
-    return {
-        name: {str(kept): task.judge(cut(model, [method(each, kept) for each in seen], name)) for kept in sizes}
-        for name, method in METHODS[family].items()
-    }
+    found = dict(known)
+    for name, method in METHODS[family].items():
+        if name in found:
+            continue
+        copies = (
+            fitted(model, batch, r) if method is None else cut(model, [method(s, r) for s in seen], name) for r in sizes
+        )
+        found[name] = {str(r): task.judge(smaller) for r, smaller in zip(sizes, copies)}
+    return found
+
+
+def fitted(model: nn.Module, batch: dict[str, Tensor], size: int) -> nn.Module:
+    """A copy that is cut as a user cuts a trained model."""
+    smaller = copy.deepcopy(model)
+    record = compress(smaller, [batch], CompreSSMConfig(state_size=size), progress=False)
+    if record.outcome != "cut":
+        raise SystemExit(f"nothing was cut: {record.summary()}")
+    return smaller.eval()
 
 
 def cut(model: nn.Module, truncations: list[Truncation], name: str) -> nn.Module:
@@ -194,6 +213,11 @@ def cut(model: nn.Module, truncations: list[Truncation], name: str) -> nn.Module
     return smaller.eval()
 
 
+def is_complete(model: dict[str, Any]) -> bool:
+    """Whether all methods have a figure."""
+    return all(name in model.get("right after", ()) for name in METHODS[model["family"]])
+
+
 def results_of_model(
     family: str, task: Task, seed: int, steps: int, in_training: bool, known: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
@@ -203,8 +227,10 @@ def results_of_model(
     batch = {name: torch.stack(list(rows[name])) for name in ("input_ids", "labels")}
     copies = snapshots(new_run(family, task, seed), loss_at, MOMENTS, steps, LEARNING_RATE)
     found = {**known, "family": family, "seed": seed, "steps": steps, "uncut": task.judge(copies[1.0][0])}
-    if "right after" not in found:
-        found["right after"] = right_after(family, copies[1.0][0], task, batch)
+    if not (known and is_complete(known)):
+        # What is known of another model, as another machine trains it, says nothing of this one.
+        kept = known.get("right after", {}) if known.get("uncut") == found["uncut"] else {}
+        found["right after"] = right_after(family, copies[1.0][0], task, batch, kept)
         yield found
     if not in_training or "in training" in found:
         return
@@ -255,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in range(options.seeds):
             for family in options.families:
                 before = known.get((family, seed), {})
-                if "right after" in before and ("in training" in before or not options.in_training):
+                if before and is_complete(before) and ("in training" in before or not options.in_training):
                     continue
                 for found in results_of_model(family, task, seed, options.steps, options.in_training, before):
                     makers = dict.fromkeys([*before.get("made by", ()), provenance()])
@@ -281,7 +307,7 @@ def write(options: Namespace, task: Task, models: Sequence[dict[str, Any]]) -> N
             continue
         rows.append([family, "uncut", _mean_and_spread([model["uncut"] for model in members]), "", "", ""])
         for name in METHODS[family]:
-            figures = [[model["right after"][name].get(str(kept)) for model in members] for kept in KEPT]
+            figures = [[model["right after"].get(name, {}).get(str(kept)) for model in members] for kept in KEPT]
             cells = ["-" if None in values else _mean_and_spread(values) for values in figures]
             rows.append(["", name, *cells])
     write_result(

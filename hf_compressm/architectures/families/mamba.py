@@ -67,6 +67,10 @@ class MambaLayer(SelectiveLayer):
             axes.append(StateAxis("x_proj.bias", 0, rows))
         return StateLayout(tuple(axes), (self.size_attribute, SizeAttribute("x_proj", "out_features", rows)))
 
+    def fitted_parameters(self) -> dict[str, str]:
+        """The projection that the readout is folded into, whose input is that of the scan."""
+        return {"x_proj.weight": "u"}
+
     def _reduction(self, truncation: Truncation) -> LayerReduction:
         r"""
         The layer's tensors and sizes for a smaller state, the readout folded into `x_proj`.

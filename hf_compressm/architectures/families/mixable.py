@@ -81,6 +81,10 @@ class MixableLayer(SelectiveLayer):
         """That of the mixing matrices of a mixed layer, with what else has its state size; else the stock one."""
         return self._mixed_layout(self.projected_size) if self.is_mixed else self.stock_layout
 
+    def fitted_parameters(self) -> dict[str, str]:
+        """The mixing matrices of B and of C."""
+        return dict(zip(self._site_paths(), ("B", "C")))
+
     def saved_form(self, state_dict: Mapping[str, Tensor], prefix: str) -> StateForm | None:
         """State size and projected size of this layer in a state dict, or None where it has none."""
         paths = self._site_paths()

@@ -67,6 +67,10 @@ class ZambaLayer(SelectiveLayer):
         """While the context is open, each forward pass shows the scans of its heads, as parts, to the observer."""
         return super().observed(_HeadByHead(observer, self.heads))
 
+    def fitted_parameters(self) -> dict[str, str]:
+        """The projection that the readout is folded into, whose input is that of the scan."""
+        return {"x_proj_weight": "u"}
+
     def _reduction(self, truncation: Truncation) -> LayerReduction:
         """The tensors and sizes for a smaller state, folded and with moments as in Mamba, head by head."""
         size = truncation.state_size

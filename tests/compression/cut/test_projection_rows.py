@@ -7,6 +7,7 @@ import functools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,8 @@ def redundant(family: str) -> nn.Module:
 
 
 def cut(model: nn.Module, config: CompreSSMConfig, optimizer=None, **settings) -> Compressor:
+    """What the Gramians make, unless a configuration asks for a fit."""
+    config = replace(config, fit_readout=bool(config.fit_readout))
     compressor = Compressor(model, config, optimizer=optimizer, progress=False, **settings)
     assert compressor.check([BATCH], step=3).outcome == "cut"
     model.eval()
