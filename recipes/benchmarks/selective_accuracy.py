@@ -6,7 +6,8 @@ What a cut costs Mamba-2, FalconMamba, Jamba and a hybrid: right after it, and a
     python recipes/benchmarks/selective_accuracy.py --data text --data-files FILE ...
 
 The tables are written anew after every model and seed. Models that they have are not trained again: move the JSON file
-away for figures of the present code.
+away for figures of the present code. `--refresh FORM ...` measures some of the forms right after the cut again, in
+place of what is known of them, and nothing else.
 """
 
 from __future__ import annotations
@@ -99,14 +100,16 @@ def measure(work: tuple[str, int], options: Any) -> tuple[str, dict[str, Any]]:
     with fast_cpu_scan():
         model = train(family, task, seed, options.steps)
         figures["uncut"] = task.judge(model)
-        for form, settings in FORMS.items():
+        for form in options.refresh or FORMS:
             if ALREADY_DEFAULT.get(family) == form:
                 continue
             for kept in KEPT:
-                config = CompreSSMConfig(strategy="fixed", keep_ratio=kept / STATE_SIZE, seed=seed, **settings)
+                config = CompreSSMConfig(strategy="fixed", keep_ratio=kept / STATE_SIZE, seed=seed, **FORMS[form])
                 smaller = copy.deepcopy(model)
                 compress(smaller, [batch], config, progress=False)
                 figures["right after"].setdefault(form, {})[str(kept)] = task.judge(smaller)
+        if options.refresh:
+            return family, figures
         for form, settings in IN_TRAINING.items():
             for moment in MOMENTS:
                 found = cut_in_training(family, task, seed, options.steps, moment, settings)
@@ -122,6 +125,18 @@ def append(lists: dict[str, Any], values: dict[str, Any]) -> None:
             append(lists.setdefault(name, {}), value)
         else:
             lists.setdefault(name, []).append(value)
+
+
+def replace(known: dict[str, Any], seed: int, found: dict[str, Any]) -> None:
+    """Put the figures right after the cut of one seed in the place of those that are known of the same model."""
+    if known["uncut"][seed] != found["uncut"]:
+        raise SystemExit(
+            f"seed {seed} has {found['uncut']} before the cut, and had {known['uncut'][seed]}: this machine trains "
+            "another model. Move the JSON file away."
+        )
+    for form, by_size in found["right after"].items():
+        for kept, value in by_size.items():
+            known["right after"][form][kept][seed] = value
 
 
 def missing(figures: dict[str, Any], options: Any) -> list[tuple[str, int]]:
@@ -205,6 +220,7 @@ def main() -> None:
     options.add_argument("--data", choices=("digits", "fashion_mnist", "text"), default="digits")
     options.add_argument("--data-dir", help="folder with the IDX files, for --data fashion_mnist; default: the Hub's")
     options.add_argument("--data-files", nargs="+", default=(), help="text files, for --data text")
+    options.add_argument("--refresh", nargs="+", choices=FORMS, metavar="FORM", help="forms to measure again")
     options = options.parse_args()
     if options.data == "text" and not options.data_files:
         raise SystemExit("--data text needs --data-files")
@@ -214,8 +230,14 @@ def main() -> None:
     options.steps = options.steps or task.steps
     with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
         # In order, so that the number of figures says which seeds are there.
-        for family, found in pool.imap(partial(measure, options=options), missing(figures, options)):
-            append(figures.setdefault(family, {}), found)
+        work = missing(figures, options)
+        if options.refresh:
+            work = [(family, seed) for family in options.families for seed in range(len(figures[family]["uncut"]))]
+        for (family, seed), (_, found) in zip(work, pool.imap(partial(measure, options=options), work)):
+            if options.refresh:
+                replace(figures[family], seed, found)
+            else:
+                append(figures.setdefault(family, {}), found)
             write(options, task, {name: figures[name] for name in FAMILIES if name in figures})
 
 
