@@ -44,7 +44,7 @@ def form_note(provenance: Provenance) -> str:
 
 def fit_note(provenance: Provenance) -> str:
     """
-    That readouts were fitted after a cut; empty where none was.
+    That layers were fitted after a cut; empty where none was.
 
     Args:
         provenance ([`Provenance`]): The facts.
@@ -55,6 +55,6 @@ def fit_note(provenance: Provenance) -> str:
         return ""
     whose = "all layers" if fitted == len(layers) else f"{fitted} of {len(layers)} layers"
     return (
-        f"After the cut, what reads the kept states of {whose} was fitted to the outputs that they had before it, on "
-        "the calibration data (`fit_readout`)."
+        f"After the cut, {whose} were fitted to the outputs that they had before it, on the calibration data "
+        "(`fit_readout`)."
     )

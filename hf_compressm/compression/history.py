@@ -46,7 +46,7 @@ class LayerRecord:
             `CompreSSMConfig.gramians`; `"measured"` for a selective layer.
         output_error (`float`, *optional*): For a time-invariant layer, the relative error of its output that the cut
             made, on inputs of the layer that the truncation was not made with.
-        readout_fitted (`bool`, *optional*): Whether what reads the kept states was fitted to the layer's outputs, see
+        readout_fitted (`bool`, *optional*): Whether the layer was fitted to the outputs that it had, see
             `CompreSSMConfig.fit_readout`. Unset where nothing was cut.
         state_bytes_before (`int`, *optional*): Memory of the recurrent state of one sequence before the check; unset
             where it was not measured.

@@ -352,5 +352,5 @@ def test_the_record_and_the_card_say_whose_readouts_were_fitted(build, settings:
     assert CheckRecord.from_dict(record.to_dict()) == record
     text = render_card(Provenance([record], CompreSSMConfig(state_size=3, **settings)))
     number = sum(layer.readout_fitted for layer in record.layers)
-    told = f"kept states of {'all' if number == 2 else f'{number} of 2'} layers was fitted to the outputs"
+    told = f"{'all' if number == 2 else f'{number} of 2'} layers were fitted to the outputs"
     assert (told in text) == fitted

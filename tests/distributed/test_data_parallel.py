@@ -12,7 +12,7 @@ from .processes import largest_difference, launch, result
 TOGETHER = ("mamba", "mamba2", "lru", "no_unused", "accumulation", "static_graph", "watched", "compiled", "rolled_back")
 TOGETHER += ("own_loss", "gated")
 # One process would hold other steps out, and see the first ones judge its fit.
-FITTED = ("lru_fitted",)
+FITTED = ("lru_fitted", "mamba2_fitted")
 TROUBLED = ("without_rebuild", "different_settings", "different_versions", "broken_process", "nan_process", "saving")
 TROUBLED += ("other_rounding", "loss_in_one_process", "judged_apart", "trained_again", "power_sgd")
 
@@ -45,8 +45,9 @@ def test_they_end_as_one_process_on_the_joint_batch(folder: Path, alone: Path, c
         assert record[0] == other[0] and record[1:] == pytest.approx(other[1:], abs=1e-4)
 
 
-def test_readouts_are_fitted_to_what_all_processes_see(folder: Path) -> None:
-    fitted, plain = (result(folder, case, 2, 0)["records"][-1] for case in ("lru_fitted", "lru"))
+@pytest.mark.parametrize("case", ["lru", "mamba2"])
+def test_layers_are_fitted_to_what_all_processes_see(folder: Path, case: str) -> None:
+    fitted, plain = (result(folder, name, 2, 0)["records"][-1] for name in (f"{case}_fitted", case))
     assert fitted[:2] == pytest.approx(plain[:2]) and fitted[2] != plain[2]
 
 

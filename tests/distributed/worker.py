@@ -332,6 +332,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "own_loss": plain(tiny_mamba2, trainer_class=OwnLoss),
     "lru": plain(partial(tiny_lru, norm="layer")),
     "lru_fitted": plain(partial(tiny_lru, norm="layer"), config={"fit_readout": True}),
+    "mamba2_fitted": plain(tiny_mamba2, config={"fit_readout": True}),
     "gated": plain(partial(tiny_gated_delta_net, "qwen3_5")),
     "no_unused": plain(tiny_mamba, ddp_find_unused_parameters=False),
     "accumulation": plain(tiny_mamba, gradient_accumulation_steps=2),

@@ -67,7 +67,7 @@ def test_the_card_names_steps_and_fits(trainer) -> None:
     assert "fit_readout" not in card, "a cut in a training has no fit"
     layers = [replace(layer, readout_fitted=True) for layer in records[0].layers]
     fitted = CheckRecord(**{**vars(records[0]), "step": None, "layers": layers})
-    assert "was fitted to the outputs" in render_card(Provenance([fitted]))
+    assert "were fitted to the outputs" in render_card(Provenance([fitted]))
     larger = CheckRecord(**{**vars(records[0]), "parameters_after": records[0].parameters_before + 10})
     told = render_card(Provenance([larger], model_class="CompressedMamba2ForCausalLM"))
     assert "the weights are not" in told and "cut out of the weights" not in told
