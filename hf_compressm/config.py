@@ -149,12 +149,10 @@ class CompreSSMConfig:
         fit_readout (`bool`, *optional*):
             Fit cut layers to the outputs that they had, on the calibration batches; else they stay as the Gramians make
             them. Of time-invariant layers the readout is fitted, at the cost of a forward pass a layer and batch. Of
-            selective layers and linear attention what reads the kept states is first fitted in the model before the
-            cut, on the batches of the first process; then, one layer behind the other in the cut model, the mixing
-            matrices of B and C, or the rows of the projection that they were folded into. That costs up to some fifty
-            forward and backward passes of each layer, on at most 16,384 steps. When unset, layers are fitted where no
-            training goes on, in which a fit gains nothing, and a time-invariant layer that is cut in closed form keeps
-            its readout and with it its error bound. Without effect on `"selection"` and xLSTM.
+            selective layers and linear attention it is what makes B and C (mixing matrices, or rows of the projection
+            that they were folded into), at the cost of some fifty forward and backward passes of each layer on at most
+            16,384 steps. When unset, layers are fitted where no training goes on, in which a fit gains nothing, and one
+            cut in closed form keeps its readout and its error bound. Without effect on `"selection"` and xLSTM.
         compare_truncations (`bool`, *optional*, defaults to `False`):
             Make several truncations of the size that was found, measure the loss of each on batches that it was not
             made with, and keep the best.

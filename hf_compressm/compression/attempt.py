@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from ..architectures import LayerReduction
 from ..config import CompreSSMConfig
@@ -21,23 +21,12 @@ from .decide.rows import RowChoice
 from .decide.truncations import Found, find_truncations
 from .history import size_range
 from .measure.layer_gramians import LayerGramians
+from .measure.output_fits import OutputFit
 from .processes import Processes
 
 logger = logging.getLogger(__name__)
 
 Measured = TypeVar("Measured")
-
-
-class OutputFit(Protocol):
-    """Fits layers that were cut to the outputs that they had before."""
-
-    def remember_outputs(self) -> None:
-        """Keep what the layers give, before anything is cut; once is enough."""
-        ...
-
-    def fit(self, names: Collection[str]) -> set[str]:
-        """Fit those of the named layers that it knows, in the cut model; returns those that have changed."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,9 @@ from .decide.rows import RowChoice
 from .history import CheckRecord
 from .layer_records import Seen, forms_of, layer_records, records_of_return, warn_of_added_parameters
 from .measure.calibration import Calibration, calibrate
-from .measure.mixer_fit import MixerFit
 from .measure.model_pass import LossFunction, evaluate_loss
 from .measure.output_error import OutputsOf
-from .measure.output_fit import ReadoutFit
+from .measure.output_fits import output_fits
 from .processes import Processes, SingleProcess
 from .size_table import measure_sizes, require_sizes
 from .spectrum import Spectrum
@@ -212,11 +211,10 @@ class Compressor:
         return calibration
 
     def _maker(self, seen: Seen, config: CompreSSMConfig, batches: Sequence[Any], seed: int) -> CutMaker:
-        told = (self._chosen.layers, self.model, batches, self._loss_function, self._processes, seed)
-        fits = (ReadoutFit(*told), MixerFit(*told)) if self._fits_readouts else ()
+        fits = output_fits(self._chosen.layers, self.model, batches, self._loss_function, self._processes, seed)
         parts = (self._state, seen.gramians, self._chosen.reductors, config, self._processes, seed, self._progress)
         rows = RowChoice.of(self._chosen, config, self.records, self.model, batches, self._loss_function, seed)
-        return CutMaker(*parts, fits, seen.state_bytes, rows)
+        return CutMaker(*parts, fits if self._fits_readouts else (), seen.state_bytes, rows)
 
     def _see(self, calibration: Calibration) -> Seen:
         """What the calibration says of the layers that may change, the same in every process."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import multiprocessing
 import statistics
 from collections.abc import Callable, Sequence
@@ -129,7 +130,7 @@ def append(lists: dict[str, Any], values: dict[str, Any]) -> None:
 
 def replace(known: dict[str, Any], seed: int, found: dict[str, Any]) -> None:
     """Put the figures right after the cut of one seed in the place of those that are known of the same model."""
-    if known["uncut"][seed] != found["uncut"]:
+    if not math.isclose(known["uncut"][seed], found["uncut"], rel_tol=1e-4):
         raise SystemExit(
             f"seed {seed} has {found['uncut']} before the cut, and had {known['uncut'][seed]}: this machine trains "
             "another model. Move the JSON file away."

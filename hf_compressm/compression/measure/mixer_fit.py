@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...architectures import ScanInputs, StateAxis, StateSpaceLayer
-from ...systems import MOST_ENTRIES, descend, inverse_root
+from ...architectures import StateAxis, StateSpaceLayer
+from ...systems import descend, inverse_root
 from ..processes import Processes
+from .entry_moments import EntryMoments
 from .model_pass import LossFunction, _loss_in, _run, evaluate_loss, evaluation_mode, move_to_device
 from .output_samples import held_out_steps
 
@@ -102,7 +103,7 @@ class MixerFit:
         self._wanted = {layer.name: [] for layer in self._layers}
         if not self._layers:
             return
-        moments, missing = _Moments(self._layers), 0.0
+        moments, missing = EntryMoments(self._layers), 0.0
         for batch in self._batches:
             missing += not self._remember(batch, moments)
         # Every process has to know the same of all batches.
@@ -144,7 +145,7 @@ class MixerFit:
         loss = self._loss() if known else 0.0
         fitted = {layer.name for layer in chosen if self._fit(layer)}
         if known and fitted and not self._is_nearer(self._loss(), loss):
-            logger.info("the matrices stay as the Gramians make them: fitted ones make the calibration loss higher")
+            logger.info("nothing is fitted: the calibration loss would be higher")
             with torch.no_grad():
                 for parameter, values in before.items():
                     parameter.copy_(values)
@@ -152,7 +153,6 @@ class MixerFit:
         return fitted
 
     def _is_nearer(self, loss: float, before: float) -> bool:
-        """Whether a calibration loss is lower than one before it, or nearer to that of the uncut model."""
         return loss <= before or abs(loss - self._uncut_loss) <= abs(before - self._uncut_loss)
 
     def _loss(self) -> float:
@@ -192,7 +192,7 @@ class MixerFit:
             for call, want in zip(seen, wanted)
         ]
 
-    def _remember(self, batch: Any, moments: _Moments) -> bool:
+    def _remember(self, batch: Any, moments: EntryMoments) -> bool:
         """Keep what the layers give for one batch; returns whether there was a loss."""
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self._model))
@@ -202,6 +202,8 @@ class MixerFit:
                 stack.enter_context(layer.observed(moments.watcher(layer.name)))
             given = (self._loss_function or _run)(self._model, move_to_device(batch, _device_of(self._model)))
             loss = _loss_in(given)
+            # What a checkpoint runs again in the backward pass is seen again.
+            outputs = {name: list(found) for name, found in outputs.items()}
             flat = [output for found in outputs.values() for output in found]
             known = loss is not None and loss.requires_grad and bool(torch.isfinite(loss))
             gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True) if known else [None] * len(flat))
@@ -277,46 +279,6 @@ def _by_part(wanted: _Wanted, values: Tensor) -> Tensor:
     return torch.stack([squares[~wanted.held_out].sum(), squares[wanted.held_out].sum()]).double()
 
 
-class _Moments:
-    """Second moments of what enters the matrices of layers, by layer and by the scan's name for it."""
-
-    def __init__(self, layers: Sequence[StateSpaceLayer]) -> None:
-        self._entries = {layer.name: set(layer.fitted_parameters().values()) for layer in layers}
-        self._sums: dict[tuple[str, str], dict[int, Tensor]] = {}
-
-    def watcher(self, name: str) -> _Watcher:
-        return _Watcher(self, name)
-
-    @torch.no_grad()
-    def add(self, name: str, inputs: ScanInputs) -> None:
-        for attribute in self._entries[name]:
-            entries = getattr(inputs, attribute).detach().float()
-            if entries.shape[-1] > MOST_ENTRIES:
-                continue
-            moment = torch.einsum("bl...n,bl...m->...nm", entries, entries).double().cpu()
-            sums, part = self._sums.setdefault((name, attribute), {}), inputs.part or 0
-            sums[part] = sums[part] + moment if part in sums else moment
-
-    def of(self, name: str, attribute: str) -> Tensor | None:
-        parts = self._sums.get((name, attribute))
-        if not parts:
-            return None
-        moments = [parts[part] for part in sorted(parts)]
-        return moments[0] if len(moments) == 1 else torch.stack(moments)
-
-
-@dataclass(frozen=True)
-class _Watcher:
-    """Shows the scans of one layer to the moments and leaves them as they are."""
-
-    moments: _Moments
-    name: str
-
-    def observe(self, inputs: ScanInputs, output: Tensor) -> Tensor:
-        self.moments.add(self.name, inputs)
-        return output
-
-
 @contextmanager
 def _outputs(layers: Sequence[StateSpaceLayer]) -> Iterator[dict[str, list[Tensor]]]:
     """While the context is open, what the modules of layers give, by name, with gradients even in a frozen model."""
@@ -362,7 +324,6 @@ def _prepared(value: Any, batch: int, sequences: Tensor, dtype: torch.dtype) -> 
 
 
 def _tensor_of(output: Any) -> Tensor:
-    """What a module gives, without what it may give beside it."""
     return output[0] if isinstance(output, tuple) else output
 
 
