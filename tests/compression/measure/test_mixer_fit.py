@@ -158,7 +158,7 @@ def test_layers_that_run_otherwise_than_before_stay_as_they_are(monkeypatch) -> 
 
 
 def test_a_model_in_half_precision_is_fitted_in_single(monkeypatch) -> None:
-    model, given = tiny_mamba2().to(torch.bfloat16), batches()
+    model, given = tiny_falcon_h1().to(torch.bfloat16), [token_batch(48, 20, seed=seed) for seed in range(2)]
     wanted = layer_outputs(model, given)
     plain, fitted = (cut(copy.deepcopy(model), given, monkeypatch, fits) for fits in (False, True))
     name = find_layers(model)[0].name
@@ -190,10 +190,10 @@ def test_few_sequences_of_many_are_run_again(monkeypatch) -> None:
 
 
 def test_sequences_with_padding_are_cut_to_the_chosen_ones(monkeypatch) -> None:
-    monkeypatch.setattr(mixer_fit, "_STEPS", 160)
-    given = batches(1)
-    mask = torch.ones(12, 20, dtype=torch.long)
+    monkeypatch.setattr(mixer_fit, "_STEPS", 640)
+    given = [token_batch(48, 20)]
+    mask = torch.ones(48, 20, dtype=torch.long)
     mask[::2, :7] = 0
     given[0]["attention_mask"] = mask
-    plain, fitted = (cut(tiny_mamba2(), given, monkeypatch, fits) for fits in (False, True))
+    plain, fitted = (cut(tiny_falcon_h1(), given, monkeypatch, fits) for fits in (False, True))
     assert not torch.equal(find_layers(plain)[0].module.readout_mixing, find_layers(fitted)[0].module.readout_mixing)
