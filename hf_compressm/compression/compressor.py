@@ -211,10 +211,10 @@ class Compressor:
         return calibration
 
     def _maker(self, seen: Seen, config: CompreSSMConfig, batches: Sequence[Any], seed: int) -> CutMaker:
-        fits = output_fits(self._chosen.layers, self.model, batches, self._loss_function, self._processes, seed)
-        parts = (self._state, seen.gramians, self._chosen.reductors, config, self._processes, seed, self._progress)
+        layers, rest = self._chosen.layers, (self._processes, seed, self._progress)
         rows = RowChoice.of(self._chosen, config, self.records, self.model, batches, self._loss_function, seed)
-        return CutMaker(*parts, fits if self._fits_readouts else (), seen.state_bytes, rows)
+        fits = output_fits(layers, self.model, batches, self._loss_function, *rest) if self._fits_readouts else ()
+        return CutMaker(self._state, seen.gramians, self._chosen.reductors, config, *rest, fits, seen.state_bytes, rows)
 
     def _see(self, calibration: Calibration) -> Seen:
         """What the calibration says of the layers that may change, the same in every process."""

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
 from ...config import CompreSSMConfig
 from ...errors import TruncationError
 from ...systems import Truncation, fit_readouts
 from ..measure.layer_gramians import LayerGramians
 from ..processes import Processes
+from ..progress_bar import with_progress
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +80,7 @@ def find_truncations(
     """
     found: dict[str, Found] = {}
     failed: dict[str, str] = {}
-    disable = None if progress is None else not progress
-    for number, name in enumerate(tqdm(sizes, desc="cutting", unit="layer", leave=False, disable=disable)):
+    for number, name in enumerate(with_progress(sizes, "cutting", "layer", progress)):
         problems = []
         for measured, reductor in _attempts(gramians[name], reductors[name], alternative):
             try:

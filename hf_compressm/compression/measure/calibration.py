@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ...architectures import ScanObserver, StateSpaceLayer, SumOverProcesses
 from ...errors import CalibrationError, ConfigurationError
 from ...systems import DiagonalLTI
+from ..progress_bar import with_progress
 from .layer_gramians import ClosedFormGramians, LayerGramians
 from .model_pass import (
     LossFunction,
@@ -102,7 +102,7 @@ def calibrate(
     losses: list[tuple[float, int] | None] = []
     with evaluation_mode(model), _watched(layers, {**observers, **measuring}) as idle:
         one_batch = _BatchPass(model, list(observers.values()), trigger, loss_function, gramians == "loss_gradient")
-        for batch in _with_progress(batches, progress):
+        for batch in with_progress(batches, "calibrating", "batch", progress):
             losses.append(one_batch(move_to_device(batch, device)))
     _require_batches(layers, systems, losses)
     left_out = _left_out(losses)
@@ -116,11 +116,6 @@ def calibrate(
     mean = _mean_over_processes([x for n, x in enumerate(losses) if n not in left_out], total, device)
     state_bytes = {layer.name: state_bytes_of(layer, measuring.get(layer.name)) for layer in layers}
     return Calibration(results, mean, left_out, unreached, state_bytes)
-
-
-def _with_progress(batches: Iterable[Any], progress: bool | None) -> Iterable[Any]:
-    disable = None if progress is None else not progress
-    return tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=disable)
 
 
 @contextmanager

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from ...architectures import StateAxis, StateSpaceLayer
+from ...architectures import StateSpaceLayer
 from ...systems import descend, inverse_root
 from ..processes import Processes
+from ..progress_bar import with_progress
 from .entry_moments import EntryMoments
+from .mixer_error import Call, MixerError, Wanted, precision_of, states_are_last, tensor_of
 from .model_pass import LossFunction, _loss_in, _run, evaluate_loss, evaluation_mode, move_to_device
 from .output_samples import held_out_steps
 
@@ -26,35 +25,6 @@ logger = logging.getLogger(__name__)
 _STEPS = 2**14
 # Outputs of one layer that are kept, over all batches: 64 MB in single precision.
 _OUTPUTS = 2**24
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """
-    What a layer's module gave in one pass, for some of its sequences.
-
-    Args:
-        sequences (`torch.Tensor` of shape `(K,)`, int64): Which ones.
-        output (`torch.Tensor` of shape `(K, length, width)`): The output, single precision.
-        weight (`torch.Tensor` of shape `(K, length)`): What an error there counts.
-        held_out (`torch.BoolTensor` of shape `(K, length)`): The steps that judge a fit.
-        shape (`tuple[int, ...]`): The shape of all of the output.
-    """
-
-    sequences: Tensor
-    output: Tensor
-    weight: Tensor
-    held_out: Tensor
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """How the module of a cut layer is called, with what it should give."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    wanted: _Wanted
 
 
 class MixerFit:
@@ -75,6 +45,7 @@ class MixerFit:
             loss when unset.
         processes ([`~compression.processes.Processes`]): The processes that train the model together.
         seed (`int`): Draws the sequences.
+        progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
     """
 
     def __init__(
@@ -85,14 +56,16 @@ class MixerFit:
         loss_function: LossFunction | None,
         processes: Processes,
         seed: int,
+        progress: bool | None = None,
     ) -> None:
         self._layers = [layer for layer in layers if layer.fitted_parameters()]
         self._model = model
         self._batches = batches
         self._loss_function = loss_function
         self._processes = processes
+        self._progress = progress
         self._generator = torch.Generator().manual_seed(seed)
-        self._wanted: dict[str, list[_Wanted]] | None = None
+        self._wanted: dict[str, list[Wanted]] | None = None
         self._roots: dict[str, dict[str, Tensor | None]] = {}
         self._uncut_loss: float | None = None
 
@@ -116,7 +89,7 @@ class MixerFit:
                 moment = None if moment is None else self._processes.sum(moment)
                 root = None if moment is None else self._processes.first(inverse_root(moment))
                 held = _present(layer).get(path)
-                if root is not None and held is not None and _states_are_last(layer.layout.by_name[path]):
+                if root is not None and held is not None and states_are_last(layer.layout.by_name[path]):
                     # The scan of a layer that mixes states already shows what its matrix makes of the entries.
                     root = held.detach().to(root) @ root
                 self._roots[layer.name][path] = root
@@ -143,7 +116,8 @@ class MixerFit:
         before = {p: p.detach().clone() for layer in chosen for p in _present(layer).values()}
         known = self._uncut_loss is not None
         loss = self._loss() if known else 0.0
-        fitted = {layer.name for layer in chosen if self._fit(layer)}
+        shown = with_progress(chosen, "fitting", "layer", self._progress)
+        fitted = {layer.name for layer in shown if self._fit(layer)}
         if known and fitted and not self._is_nearer(self._loss(), loss):
             logger.info("nothing is fitted: the calibration loss would be higher")
             with torch.no_grad():
@@ -161,7 +135,7 @@ class MixerFit:
     def _fit(self, layer: StateSpaceLayer) -> bool:
         parameters = _present(layer)
         with evaluation_mode(self._model):
-            judge = _Judge(layer, parameters, self._calls(layer), self._processes)
+            judge = MixerError(layer, parameters, self._calls(layer), self._processes)
             roots = [_fitting(self._roots[layer.name][path], M) for path, M in zip(parameters, judge.start)]
             found = self._processes.first(descend(judge, judge.start, roots))
         if all(torch.equal(new.to(old), old) for new, old in zip(found, judge.start)):
@@ -171,7 +145,7 @@ class MixerFit:
                 parameter.copy_(values)
         return True
 
-    def _calls(self, layer: StateSpaceLayer) -> list[_Call] | None:
+    def _calls(self, layer: StateSpaceLayer) -> list[Call] | None:
         """How the cut model calls the layer's module; None where that is not as often and as large as before."""
         seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         hook = layer.module.register_forward_pre_hook(
@@ -186,9 +160,9 @@ class MixerFit:
         wanted = self._wanted[layer.name]
         if len(seen) != len(wanted):
             return None
-        dtype = _precision(layer.module)
+        dtype = precision_of(layer.module)
         return [
-            _Call(*(_prepared(part, want.shape[0], want.sequences, dtype) for part in call), want)
+            Call(*(_prepared(part, want.shape[0], want.sequences, dtype) for part in call), want)
             for call, want in zip(seen, wanted)
         ]
 
@@ -211,7 +185,7 @@ class MixerFit:
             self._wanted[name] += [self._kept(output.detach(), next(gradients)) for output in found]
         return known
 
-    def _kept(self, output: Tensor, gradient: Tensor | None) -> _Wanted:
+    def _kept(self, output: Tensor, gradient: Tensor | None) -> Wanted:
         batch, length, width = output.shape
         share = len(self._batches) * length
         count = max(1, min(batch, _STEPS // max(1, share), _OUTPUTS // max(1, share * width)))
@@ -224,59 +198,7 @@ class MixerFit:
             weight = 1 + (squares / squares.mean().clamp_min(torch.finfo(squares.dtype).tiny)).sqrt()
         where = sequences.to(output.device)
         parts = output[where].float(), weight[where], held_out.to(output.device)
-        return _Wanted(where, *parts, tuple(output.shape))
-
-
-class _Judge:
-    """The error of a copy of a layer's module with other matrices, over all calls and processes."""
-
-    def __init__(
-        self,
-        layer: StateSpaceLayer,
-        parameters: Mapping[str, nn.Parameter],
-        calls: list[_Call] | None,
-        processes: Processes,
-    ) -> None:
-        dtype = _precision(layer.module)
-        self._module = copy.deepcopy(layer.module).requires_grad_(False).to(dtype)
-        self._calls, self._processes = calls, processes
-        self._axes = {path: layer.layout.by_name[path] for path in parameters}
-        self._moved = [_state_entries(axis, layer.state_size) for axis in self._axes.values()]
-        written = [parameter.detach().to(dtype) for parameter in parameters.values()]
-        self.start = [M if _states_are_last(axis) else M.mT for axis, M in zip(self._axes.values(), written)]
-        energies = torch.zeros(2, dtype=torch.float64)
-        for call in calls or []:
-            energies += _by_part(call.wanted, call.wanted.output).detach().cpu()
-        self._energies = processes.sum(energies).clamp_min(torch.finfo(torch.float64).tiny)
-
-    def as_written(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Matrices as the parameters hold them: the states along the axis where these have them."""
-        return [M if _states_are_last(axis) else M.mT for axis, M in zip(self._axes.values(), matrices)]
-
-    def __call__(self, matrices: list[Tensor]) -> tuple[float, float, list[Tensor]]:
-        leaves = [matrix.detach().requires_grad_(True) for matrix in matrices]
-        errors, slopes = torch.zeros(2, dtype=torch.float64), [torch.zeros_like(leaf) for leaf in leaves]
-        if self._calls is None:
-            errors += torch.nan
-        for call in self._calls or []:
-            with torch.enable_grad():
-                values = dict(zip(self._axes, self.as_written(leaves)))
-                output = functional_call(self._module, values, call.args, call.kwargs)
-                parts = _by_part(call.wanted, _tensor_of(output) - call.wanted.output)
-                gradients = torch.autograd.grad(parts[0], leaves)
-            errors += parts.detach().cpu()
-            slopes = [total + new for total, new in zip(slopes, gradients)]
-        flat = self._processes.sum(torch.cat([errors, *(slope.double().flatten().cpu() for slope in slopes)]))
-        error, held_out = (flat[:2] / self._energies).tolist()
-        pieces = (flat[2:] / self._energies[0]).split([leaf.numel() for leaf in leaves])
-        slopes = [piece.view(leaf.shape).to(leaf) for piece, leaf in zip(pieces, leaves)]
-        return error, held_out, [slope * moved.to(slope) for slope, moved in zip(slopes, self._moved)]
-
-
-def _by_part(wanted: _Wanted, values: Tensor) -> Tensor:
-    """The weighted squares of what is fitted, and of what is held out, `(2,)` float64."""
-    squares = wanted.weight * values.float().square().sum(-1)
-    return torch.stack([squares[~wanted.held_out].sum(), squares[wanted.held_out].sum()]).double()
+        return Wanted(where, *parts, tuple(output.shape))
 
 
 @contextmanager
@@ -292,7 +214,7 @@ def _outputs(layers: Sequence[StateSpaceLayer]) -> Iterator[dict[str, list[Tenso
 
 def _keeper(kept: list[Tensor]) -> Any:
     def keep(module: nn.Module, args: Any, output: Any) -> Any:
-        tensor = _tensor_of(output)
+        tensor = tensor_of(output)
         tensor = tensor + torch.zeros((), dtype=tensor.dtype, device=tensor.device, requires_grad=True)
         kept.append(tensor)
         return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
@@ -321,27 +243,6 @@ def _prepared(value: Any, batch: int, sequences: Tensor, dtype: torch.dtype) -> 
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         return type(value)(_prepared(item, batch, sequences, dtype) for item in value)
     return value
-
-
-def _tensor_of(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _precision(module: nn.Module) -> torch.dtype:
-    """In which a module is fitted: that of its parameters, at least single."""
-    return torch.promote_types(next(module.parameters()).dtype, torch.float32)
-
-
-def _states_are_last(axis: StateAxis) -> bool:
-    """Whether the states of a matrix lie along its last axis, and what it multiplies along the one before."""
-    return axis.axis == len(axis.others)
-
-
-def _state_entries(axis: StateAxis, size: int) -> Tensor:
-    """One where an entry along an axis is a state's, zero where it belongs to something else."""
-    moved = torch.ones(axis.length(size))
-    moved[axis.kept(torch.empty(0, dtype=torch.int64), size)] = 0
-    return moved
 
 
 def _fitting(root: Tensor | None, matrix: Tensor) -> Tensor | None:

@@ -16,6 +16,7 @@ from ...architectures import StateSpaceLayer, SystemInputs, TimeInvariantLayer
 from ...ops import double_device, sample_times
 from ...systems import OutputMoments, fit_system_readout
 from ..processes import Processes
+from ..progress_bar import with_progress
 from .model_pass import LossFunction, _run, evaluation_mode, move_to_device
 from .output_samples import held_out_steps
 
@@ -52,6 +53,7 @@ class ReadoutFit:
             unset.
         processes ([`~compression.processes.Processes`]): The processes that train the model together.
         seed (`int`): Seed of the sampled steps.
+        progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
     """
 
     def __init__(
@@ -62,12 +64,14 @@ class ReadoutFit:
         loss_function: LossFunction | None,
         processes: Processes,
         seed: int,
+        progress: bool | None = None,
     ) -> None:
         self._layers = [layer for layer in layers if isinstance(layer, TimeInvariantLayer)]
         self._model = model
         self._batches = batches
         self._loss_function = loss_function
         self._processes = processes
+        self._progress = progress
         self._generator = torch.Generator().manual_seed(seed)
         self._wanted: dict[str, list[_Wanted]] | None = None
 
@@ -94,7 +98,8 @@ class ReadoutFit:
         Raises:
             [`~errors.OtherProcessError`]: another process has failed.
         """
-        return {layer.name for layer in self._layers if layer.name in names and self._fit(layer)}
+        chosen = [layer for layer in self._layers if layer.name in names]
+        return {layer.name for layer in with_progress(chosen, "fitting", "layer", self._progress) if self._fit(layer)}
 
     def _fit(self, layer: TimeInvariantLayer) -> bool:
         system = layer.system()

@@ -33,6 +33,7 @@ def output_fits(
     loss_function: LossFunction | None,
     processes: Processes,
     seed: int,
+    progress: bool | None = None,
 ) -> tuple[OutputFit, ...]:
     """
     The fits of a model's layers. Nothing is run before one of them is asked to remember outputs.
@@ -44,6 +45,7 @@ def output_fits(
         loss_function (`Callable`, *optional*): Takes the model and a batch and returns the scalar loss.
         processes ([`~compression.processes.Processes`]): The processes that train the model together.
         seed (`int`): Draws steps and sequences.
+        progress (`bool`, *optional*): Show a progress bar; when unset, only on a terminal.
     """
-    told = (layers, model, batches, loss_function, processes, seed)
+    told = (layers, model, batches, loss_function, processes, seed, progress)
     return ReadoutFit(*told), MixerFit(*told)
