@@ -148,8 +148,7 @@ class EmpiricalGramians(LayerGramians):
 
     def scores_after(self, truncation: Truncation) -> Tensor:
         """The scores of the states that are left, read as the truncation reads them, `(..., r)` float64."""
-        T, W = truncation.T.to(self.Q), truncation.W.to(self.P)
-        return diagonal_hankel_scores(W.mT @ self.P @ W, T.mT @ self.Q @ T)
+        return _scores_after(self, truncation)
 
     def lost_energy(self, truncation: Truncation) -> float | None:
         """The share of the observable energy `trace(P Q)`, summed over groups, that the truncation loses."""
@@ -270,9 +269,7 @@ class WeightedGramians(LayerGramians):
 
     def scores_after(self, truncation: Truncation) -> Tensor:
         """The scores of the states that are left, read as the truncation reads them, `(..., r)` float64."""
-        T, W = truncation.T.to(self.P), truncation.W.to(self.P)
-        P, Q = W.mH @ self.P @ W, T.mH @ self.Q @ T
-        return diagonal_hankel_scores((P + P.mH) / 2, (Q + Q.mH) / 2)
+        return _scores_after(self, truncation)
 
     def lost_energy(self, truncation: Truncation) -> float | None:
         """The share of the energy `trace(P Q)` on the data, summed over channels, that the truncation loses."""
@@ -288,6 +285,14 @@ class WeightedGramians(LayerGramians):
             return [(self, reductor)]
         closed = [] if self.measured_Q is None else [(replace(self, measured_Q=None), reductor)]
         return [(self, reductor), *closed, (self, "interpolative")]
+
+
+def _scores_after(gramians: EmpiricalGramians | WeightedGramians, truncation: Truncation) -> Tensor:
+    # Where a fitted T is large in directions that Q does not see, rounding makes T^H Q T anything but Hermitian and its
+    # diagonal negative: the entries alone are taken, and none below zero.
+    pairs = ((truncation.W, gramians.P), (truncation.T, gramians.Q))
+    variances = ((X.to(M).conj() * (M @ X.to(M))).sum(-2).real.clamp_min(0) for X, M in pairs)
+    return torch.stack([variance.sqrt() for variance in variances]).prod(dim=0)
 
 
 def _lost_energy(gramians: EmpiricalGramians | WeightedGramians, truncation: Truncation) -> float:

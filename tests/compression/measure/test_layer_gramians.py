@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hf_compressm import CompreSSMConfig
 from hf_compressm.compression.measure.layer_gramians import EmpiricalGramians
-from hf_compressm.systems import greedy_selection_truncation, hankel_singular_values
+from hf_compressm.systems import Truncation, greedy_selection_truncation, hankel_singular_values
 
 N, GROUPS = 6, 3
 
@@ -66,6 +68,22 @@ def test_balanced_truncation_loses_what_the_spectrum_says_and_keeps_the_leading_
     assert gramians.lost_energy(truncation) == pytest.approx(share, rel=1e-6)
     scores = gramians.scores_after(truncation)[0]
     torch.testing.assert_close(scores, sigma[:3])
+
+
+def test_scores_bear_a_readout_that_is_large_where_the_loss_sees_nothing() -> None:
+    """Rounding leaves `T^T Q T` far from Hermitian there, next to what the loss does see."""
+    gramians = grouped_gramians(groups=1)
+    seen = torch.zeros(N, dtype=torch.float64)
+    seen[0], seen[1] = 1.0, 0.3
+    rotation = torch.linalg.qr(torch.randn(N, N, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    blind = replace(gramians, Q=(rotation * seen @ rotation.mT)[None])
+    T = (rotation[:, :2] + 1e6 * rotation[:, 3:5])[None]
+    W = rotation[:, :2][None]
+    product = T.mT @ blind.Q @ T
+    assert (product - product.mT).abs().max() > 1e-8 * product.abs().max()
+    scores = blind.scores_after(Truncation(T=T, W=W))
+    energy = (W.mT @ gramians.P @ W).diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(scores, (energy * seen[:2]).sqrt(), rtol=1e-2, atol=0)
 
 
 def test_greedy_selection_folds_nothing() -> None:
