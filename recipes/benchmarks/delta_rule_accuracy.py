@@ -34,7 +34,7 @@ from hf_compressm.compression import ModelChange, calibrate
 from hf_compressm.systems import Truncation, greedy_selection_truncation, selection_truncation
 
 KEPT = (32, 16, 8, 4)
-IN_TRAINING_SIZES = (4,)
+IN_TRAINING_SIZES = (8, 4)
 MOMENTS = (0.1, 0.3, 0.5)
 LEARNING_RATE = 3e-3
 CALIBRATION_ROWS = 64
@@ -142,6 +142,8 @@ METHODS: dict[str, dict[str, Method | None]] = {
 }
 # Of these families no class has fewer keys alone, so that there is no small model from scratch.
 ONE_SIZE = ("kimi_delta", "minimax")
+# What a state size has to be a multiple of for the model's cache, with the heads of these models.
+CACHE_MULTIPLES = {"xlstm": 8}
 
 
 def new_run(family: str, task: Task, seed: int, key_size: int = KEY_SIZE) -> Trained:
@@ -218,6 +220,16 @@ def is_complete(model: dict[str, Any]) -> bool:
     return all(name in model.get("right after", ()) for name in METHODS[model["family"]])
 
 
+def in_training_sizes(family: str) -> list[int]:
+    """The sizes that the family's cache can have."""
+    return [size for size in IN_TRAINING_SIZES if size % CACHE_MULTIPLES.get(family, 1) == 0]
+
+
+def is_cut_in_training(model: dict[str, Any]) -> bool:
+    """Whether all sizes were cut to in the training."""
+    return all(str(size) in model.get("in training", ()) for size in in_training_sizes(model["family"]))
+
+
 def results_of_model(
     family: str, task: Task, seed: int, steps: int, in_training: bool, known: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
@@ -232,10 +244,10 @@ def results_of_model(
         kept = known.get("right after", {}) if known.get("uncut") == found["uncut"] else {}
         found["right after"] = right_after(family, copies[1.0][0], task, batch, kept)
         yield found
-    if not in_training or "in training" in found:
+    if not in_training:
         return
-    figures: dict[str, dict[str, float]] = {}
-    for size in [size for size in IN_TRAINING_SIZES if size % find_layers(copies[1.0][0])[0].cache_multiple == 0]:
+    figures = dict(known.get("in training", {})) if known.get("uncut") == found["uncut"] else {}
+    for size in [size for size in in_training_sizes(family) if str(size) not in figures]:
         figures[str(size)] = {}
         if family not in ONE_SIZE:
             run = new_run(family, task, seed, size)
@@ -248,7 +260,7 @@ def results_of_model(
                 raise SystemExit(f"{family}: nothing was cut: {record.summary()}")
             train(run, loss_at, round(moment * steps), steps, steps, LEARNING_RATE)
             figures[str(size)][f"cut at {moment:.0%}"] = task.judge(run[0])
-    yield {**found, "in training": figures}
+        yield {**found, "in training": dict(figures)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -281,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in range(options.seeds):
             for family in options.families:
                 before = known.get((family, seed), {})
-                if before and is_complete(before) and ("in training" in before or not options.in_training):
+                if before and is_complete(before) and (is_cut_in_training(before) or not options.in_training):
                     continue
                 for found in results_of_model(family, task, seed, options.steps, options.in_training, before):
                     makers = dict.fromkeys([*before.get("made by", ()), provenance()])
