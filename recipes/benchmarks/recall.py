@@ -1,11 +1,11 @@
 """
-Associative recall of gated DeltaNet by the size of its state: full, small from scratch, and cut.
+Associative recall of linear attention by the size of its state: full, small from scratch, and cut.
 
 A sequence holds pairs of a key and a value, then every key once more in another order; the model says the value of each
 (multi-query associative recall: Arora et al., 2023, "Zoology", arXiv 2312.04927). A state of d_k keys can hold about
 d_k pairs, so that here its size decides what can be recalled.
 
-    python recipes/benchmarks/recall.py [--seeds 3]
+    python recipes/benchmarks/recall.py [--family kimi_delta] [--seeds 3]
 
 The table is written anew after every run; started again, the script goes on with the runs that are missing.
 """
@@ -36,6 +36,17 @@ STOCK_MOMENTS = (1.0,)
 KEYS, VALUES = 64, 16
 PAIRS = (4, 8, 16, 32, 64)
 LEARNING_RATE = 6e-3
+NAMES = {
+    "gated_delta_net": "gated DeltaNet",
+    "kimi_delta": "Kimi delta attention",
+    "minimax": "lightning attention",
+}
+# What the models are, beside their keys: where one size is for keys and values, small ones have small values too.
+MODELS = {
+    "gated_delta_net": "Qwen3-Next with one head, values of 32 entries",
+    "kimi_delta": "Kimi Linear with one head, keys and values of one size, which a model from scratch has small both",
+    "minimax": "MiniMax with one head, keys and values of one size, which a model from scratch has small both",
+}
 # Queries of a batch, whatever the number of pairs: many short sequences at first, few long ones later.
 QUERIES = 512
 # The shares of the training after which the number of pairs grows, and after which it has grown to the largest one.
@@ -79,10 +90,10 @@ def training_batch(seed: int, step: int, steps: int) -> dict[str, Tensor]:
     return sequences(pairs, QUERIES // pairs, generator)
 
 
-def new_run(seed: int, key_size: int) -> Trained:
+def new_run(family: str, seed: int, key_size: int) -> Trained:
     """A model of one head a layer, and what trains it."""
     torch.manual_seed(seed)
-    model = make_delta_rule_model("gated_delta_net", KEYS + VALUES + 1, key_size, heads=1)
+    model = make_delta_rule_model(family, KEYS + VALUES + 1, key_size, heads=1)
     for name, parameter in model.named_parameters():
         if name.endswith("A_log"):
             # With one head the luck of the draw would decide whether anything is remembered.
@@ -111,30 +122,32 @@ def recall(model: nn.Module) -> dict[str, float]:
 Key = tuple[int, str, int, float]
 
 
-def wanted(seeds: int, sizes: Sequence[int]) -> list[Key]:
+def wanted(family: str, seeds: int, sizes: Sequence[int]) -> list[Key]:
     """What is to be run: seed, form, size, and the moment of the cut as a share of the training (0: none)."""
     runs: list[Key] = []
     for seed in range(seeds):
         runs.append((seed, "full", FULL, 0.0))
         runs += [(seed, "from scratch", size, 0.0) for size in sizes]
         runs += [(seed, "mixed", size, moment) for size in sizes for moment in MOMENTS]
-        runs += [(seed, "selection", size, moment) for size in sizes for moment in STOCK_MOMENTS]
+        if family == "gated_delta_net":
+            # The others have no stock class that holds a smaller key.
+            runs += [(seed, "selection", size, moment) for size in sizes for moment in STOCK_MOMENTS]
     return runs
 
 
-def results_of_seed(seed: int, missing: Sequence[Key], steps: int) -> Iterator[tuple[Key, dict[str, Any]]]:
+def results_of_seed(family: str, seed: int, missing: Sequence[Key], steps: int) -> Iterator[tuple[Key, dict[str, Any]]]:
     """Every missing run of one seed and what came out of it."""
     loss_at = loss_function(seed, steps)
     for key in missing:
         if key[1] == "from scratch":
-            run = new_run(seed, key[2])
+            run = new_run(family, seed, key[2])
             train(run, loss_at, 0, steps, steps, LEARNING_RATE)
             yield key, {"recall": recall(run[0])}
     cuts = [key for key in missing if key[1] != "from scratch"]
     if not cuts:
         return
     # All cuts of a seed start from the one training at full size.
-    copies = snapshots(new_run(seed, FULL), loss_at, MOMENTS, steps, LEARNING_RATE)
+    copies = snapshots(new_run(family, seed, FULL), loss_at, MOMENTS, steps, LEARNING_RATE)
     batch = sequences(PAIRS[-1], CALIBRATION_ROWS, torch.Generator().manual_seed(seed + 1))
     for key in cuts:
         _, form, size, moment = key
@@ -156,12 +169,13 @@ def results_of_seed(seed: int, missing: Sequence[Key], steps: int) -> Iterator[t
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, and write the table after each run."""
     made = parser(__doc__)
+    made.add_argument("--family", choices=NAMES, default="gated_delta_net", help="the kind of linear attention")
     made.add_argument("--seeds", type=int, default=3, help="models to train of each kind")
     made.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="states to cut to, and to start with")
     made.add_argument("--steps", type=int, default=600, help="training steps of each")
     made.add_argument("--output-dir", type=Path, default=RESULTS, help="where the table goes, and where runs are known")
     options = made.parse_args(arguments)
-    path = options.output_dir / "recall.json"
+    path = options.output_dir / f"{table_name(options.family)}.json"
     runs = json.loads(path.read_text()) if path.exists() else []
     if any(run["steps"] != options.steps for run in runs):
         raise SystemExit(f"{path} has runs of another number of steps than {options.steps}; move it away first.")
@@ -169,13 +183,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     with fast_cpu_scan():
         for seed in range(options.seeds):
-            missing = [key for key in wanted(options.seeds, options.sizes) if key[0] == seed and key not in done]
-            for key, result in results_of_seed(seed, missing, options.steps):
+            missing = [
+                key
+                for key in wanted(options.family, options.seeds, options.sizes)
+                if key[0] == seed and key not in done
+            ]
+            for key, result in results_of_seed(options.family, seed, missing, options.steps):
                 names = ("seed", "form", "size", "moment")
                 runs.append({**dict(zip(names, key)), "steps": options.steps, **result})
                 write(options, runs)
     # Where nothing was missing, the table is written with what this command says.
     write(options, runs)
+
+
+def table_name(family: str) -> str:
+    """The name of the table of a family."""
+    return "recall" if family == "gated_delta_net" else f"recall_{family}"
 
 
 def write(options: Namespace, runs: Sequence[dict[str, Any]]) -> None:
@@ -191,13 +214,13 @@ def write(options: Namespace, runs: Sequence[dict[str, Any]]) -> None:
     kept = [run["default keeps"] for run in runs if "default keeps" in run]
     asked = " and ".join(f"{min(sizes)} to {max(sizes)}" for sizes in zip(*kept)) or "not known"
     write_result(
-        "recall",
-        f"Recall of gated DeltaNet by the number of pairs, d_k = {FULL} and cut",
+        table_name(options.family),
+        f"Recall of {NAMES[options.family]} by the number of pairs, d_k = {FULL} and cut",
         ["model", "d_k", *(f"{pairs} pairs" for pairs in PAIRS), "seeds"],
         rows,
         sorted(runs, key=lambda run: (run["seed"], *_place(run))),
         f"Share of queries answered right ({TEST_ROWS} test sequences; chance: {1 / VALUES:.3f}), mean and standard "
-        f"deviation over seeds. Two layers of Qwen3-Next with one head, values of 32 entries, {KEYS} keys and {VALUES} "
+        f"deviation over seeds. Two layers of {MODELS[options.family]}, {KEYS} keys and {VALUES} "
         f"values to draw from, {options.steps} steps of {QUERIES} queries; {PAIRS[0]} pairs "
         f"in the first {GROWTH[0]:.0%}, then more and more, up to {PAIRS[-1]} after {GROWTH[1]:.0%}. Calibrated on "
         f"{CALIBRATION_ROWS} sequences of {PAIRS[-1]} pairs. Cut at the end: no training after it. The spectra of the "

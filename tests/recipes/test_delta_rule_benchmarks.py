@@ -73,6 +73,16 @@ def test_recall_goes_on_with_the_runs_that_are_missing(few_pairs, tmp_path) -> N
     assert again == runs, "the same data and weights once more"
 
 
+@pytest.mark.parametrize("family", ["kimi_delta", "minimax"])
+def test_families_that_no_stock_class_holds_have_recall_tables_of_their_own(family, few_pairs, tmp_path) -> None:
+    arguments = ["--family", family, "--seeds", "1", "--steps", "2", "--sizes", "8", "--output-dir", str(tmp_path)]
+    recall.main(arguments)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"recall_{family}.json", f"recall_{family}.md"]
+    runs = json.loads((tmp_path / f"recall_{family}.json").read_text())
+    assert {run["form"] for run in runs} == {"full", "from scratch", "mixed"}
+    assert recall.NAMES[family] in (tmp_path / f"recall_{family}.md").read_text()
+
+
 def test_runs_of_another_length_are_not_mixed(few_pairs, tmp_path) -> None:
     (tmp_path / "recall.json").write_text(json.dumps([{"steps": 7}]))
     with pytest.raises(SystemExit, match="another number of steps than 4"):
