@@ -229,6 +229,7 @@ def attempt_cut(
     alternative: str,
     loss: float | None,
     evaluate: Callable[[], float],
+    note: Callable[[Mapping[str, Found]], None],
     step: int | None = None,
 ) -> Attempt:
     """
@@ -240,10 +241,12 @@ def attempt_cut(
         alternative (`str`): The way to truncate.
         loss (`float`, *optional*): The calibration loss before the cut.
         evaluate (`Callable`): Returns the calibration loss; asked where there was one before the cut.
+        note (`Callable`): Takes what the layers were cut with, and looks at the cut model for the record.
         step (`int`, *optional*): The training step.
 
     Raises:
         [`~errors.DisagreementError`]: the processes would cut differently. Nothing was changed.
+        `Exception`: what `evaluate` or `note` raised. The cut was taken back.
     """
     made = prepare_cut(maker, plan, alternative, loss)
     if isinstance(made, Attempt):
@@ -258,7 +261,10 @@ def attempt_cut(
 
     def fit_and_evaluate() -> float | None:
         fitted.update(maker.fit(made))
-        return None if loss is None else evaluate()
+        after = None if loss is None else evaluate()
+        if after is None or math.isfinite(after):
+            note(made.found)
+        return after
 
     after = maker.state.commit(made.reductions, [copy.cut(truncations) for copy in copies], fit_and_evaluate)
     if after is not None and not math.isfinite(after):

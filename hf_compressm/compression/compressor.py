@@ -152,9 +152,9 @@ class Compressor:
             planned = [layer for layer in self._chosen.layers if layer.name in plan]
             outputs = OutputsOf(planned, self.model, others, self._loss_function)
             self._chosen.warn_of_refused_sizes({name: layer.new_size for name, layer in plan.items() if layer.is_cut})
-            result = attempt_cut(maker, plan, alternative, calibration.loss, lambda: self._loss(batches), step)
+            look = (lambda: self._loss(batches), lambda cut: seen.note_cut(cut, outputs.errors(self._processes.sum)))
+            result = attempt_cut(maker, plan, alternative, calibration.loss, *look, step)
             self.pending = result.pending or self.pending
-            seen.note_cut(result.found, outputs.errors(self._processes.sum) if result.outcome == "cut" else {})
         self._scores.update(seen.scores)
         layers = layer_records(self.layers, plan, seen, result.found)
         measured = {"loss_before": calibration.loss, "loss_after": result.loss_after}
@@ -220,7 +220,7 @@ class Compressor:
         """What the calibration says of the layers that may change, the same in every process."""
         gramians = free_to_change(self.layers, calibration.gramians, self._chosen.with_own_size)
         spectra = {name: known.hankel_singular_values() for name, known in gramians.items()}
-        scores = {name: known.state_scores().flatten() for name, known in gramians.items()}
+        scores = {name: known.state_scores().flatten().cpu() for name, known in gramians.items()}
         spectra, scores = self._processes.first((spectra, scores))
         correlations = {name: score_correlation(self._scores.get(name), scores[name]) for name in scores}
         return Seen(gramians, spectra, scores, correlations, calibration.state_bytes, forms_of(self.layers))

@@ -51,9 +51,8 @@ class Seen:
             output_errors (`Mapping[str, float]`): The relative errors of layers' outputs, where they were measured.
         """
         for name, item in cut.items():
-            self.scores[name] = self.gramians[name].scores_after(item.truncation).flatten()
+            self.scores[name] = self.gramians[name].scores_after(item.truncation).flatten().cpu()
             self.lost_energy[name] = self.gramians[name].lost_energy(item.by_gramians)
-        self.scores = {name: scores.cpu() for name, scores in self.scores.items()}
         self.output_errors = output_errors
 
 

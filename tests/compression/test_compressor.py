@@ -165,6 +165,22 @@ def test_an_interruption_after_the_cut_takes_it_back(monkeypatch, failure: BaseE
     assert held == set(before["identities"].values())
 
 
+def test_a_cut_that_cannot_be_recorded_is_taken_back(monkeypatch) -> None:
+    model = tiny_mamba()
+    before = snapshot(model)
+
+    def fail(*args):
+        assert model.config.state_size < before["config"]["state_size"], "it is asked of the model that is cut"
+        raise RuntimeError("no memory for the outputs")
+
+    monkeypatch.setattr(compressor_module.OutputsOf, "errors", fail)
+    compressor = Compressor(model, HALF, progress=False)
+    (record,) = compressor.check_or_skip([token_batch()], step=1, steps=[1])
+    assert record.outcome == "skipped" and "no memory for the outputs" in record.reason
+    assert_unchanged(model, before)
+    assert compressor.pending is None
+
+
 @pytest.mark.parametrize("failing_layer", [0, 1])
 def test_a_truncation_that_fails_leaves_all_layers_whole(monkeypatch, failing_layer: int) -> None:
     model, calls = tiny_mamba(), []
