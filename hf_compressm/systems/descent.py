@@ -11,7 +11,7 @@ from torch import Tensor
 _LEAST_VARIANCE = 1e-2
 MOST_ENTRIES = 2048
 """An eigendecomposition of more entries takes longer than what it saves."""
-_ROUNDS = 6
+_ROUNDS = 12
 _STEPS = 5
 _HISTORY = 20
 # Of the outputs' own energy; a system that is nearer than this is the same one up to rounding.

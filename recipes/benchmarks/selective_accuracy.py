@@ -7,7 +7,7 @@ What a cut costs Mamba-2, FalconMamba, Jamba and a hybrid: right after it, and a
 
 The tables are written anew after every model and seed. Models that they have are not trained again: move the JSON file
 away for figures of the present code. `--refresh FORM ...` measures some of the forms right after the cut again, in
-place of what is known of them, and nothing else.
+place of what is known of them, and nothing else; `--refresh` alone measures all of them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ FORMS = {
     "selection, sum h^2 C^2 (GHOST)": {**SELECTION, "selection_score": "readout_energy"},
     "selection, random": {**SELECTION, "selection_rule": "random"},
 }
-# Two families of which the interpolative choice is the default need no second row for it.
-ALREADY_DEFAULT = {"falcon_mamba": "mixed, interpolative", "jamba": "mixed, interpolative"}
+# Families of which the interpolative choice is the default need no second row for it.
+ALREADY_DEFAULT = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), "mixed, interpolative")
+CALIBRATION_ROWS = 256
 IN_TRAINING = {"mixed": {}, "selection, greedy": FORMS["selection, greedy"]}
 IN_TRAINING_SIZE = 8
 MOMENTS = (0.1, 0.5)
@@ -97,19 +98,19 @@ def measure(work: tuple[str, int], options: Any) -> tuple[str, dict[str, Any]]:
     family, seed = work
     task = make_task(options)
     figures: dict[str, Any] = {"right after": {}, "in training": {}}
-    batch = {name: torch.stack(list(task.train[:128][name])) for name in ("input_ids", "labels")}
+    batch = {name: torch.stack(list(task.train[:CALIBRATION_ROWS][name])) for name in ("input_ids", "labels")}
     with fast_cpu_scan():
         model = train(family, task, seed, options.steps)
         figures["uncut"] = task.judge(model)
-        for form in options.refresh or FORMS:
-            if ALREADY_DEFAULT.get(family) == form:
+        for form in options.refresh or forms_of(family):
+            if form not in forms_of(family):
                 continue
             for kept in KEPT:
                 config = CompreSSMConfig(strategy="fixed", keep_ratio=kept / STATE_SIZE, seed=seed, **FORMS[form])
                 smaller = copy.deepcopy(model)
                 compress(smaller, [batch], config, progress=False)
                 figures["right after"].setdefault(form, {})[str(kept)] = task.judge(smaller)
-        if options.refresh:
+        if options.refresh is not None:
             return family, figures
         for form, settings in IN_TRAINING.items():
             for moment in MOMENTS:
@@ -128,12 +129,21 @@ def append(lists: dict[str, Any], values: dict[str, Any]) -> None:
             lists.setdefault(name, []).append(value)
 
 
-def replace(known: dict[str, Any], seed: int, found: dict[str, Any]) -> None:
-    """Put the figures right after the cut of one seed in the place of those that are known of the same model."""
+def forms_of(family: str) -> list[str]:
+    """The forms that a family has a row for."""
+    return [form for form in FORMS if ALREADY_DEFAULT.get(family) != form]
+
+
+def replace(family: str, known: dict[str, Any], seed: int, found: dict[str, Any]) -> None:
+    """Put the figures right after the cut of one seed in the place of those that are known."""
+    forms = forms_of(family)
+    known["right after"] = {form: known["right after"][form] for form in forms}
+    if set(found["right after"]) == set(forms):
+        known["uncut"][seed] = found["uncut"]
     if not math.isclose(known["uncut"][seed], found["uncut"], rel_tol=1e-4):
         raise SystemExit(
             f"seed {seed} has {found['uncut']} before the cut, and had {known['uncut'][seed]}: this machine trains "
-            "another model. Move the JSON file away."
+            "another model. Give --refresh without a form, so that all of them are measured again."
         )
     for form, by_size in found["right after"].items():
         for kept, value in by_size.items():
@@ -221,7 +231,7 @@ def main() -> None:
     options.add_argument("--data", choices=("digits", "fashion_mnist", "text"), default="digits")
     options.add_argument("--data-dir", help="folder with the IDX files, for --data fashion_mnist; default: the Hub's")
     options.add_argument("--data-files", nargs="+", default=(), help="text files, for --data text")
-    options.add_argument("--refresh", nargs="+", choices=FORMS, metavar="FORM", help="forms to measure again")
+    options.add_argument("--refresh", nargs="*", choices=FORMS, metavar="FORM", help="forms to measure again")
     options = options.parse_args()
     if options.data == "text" and not options.data_files:
         raise SystemExit("--data text needs --data-files")
@@ -232,11 +242,11 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
         # In order, so that the number of figures says which seeds are there.
         work = missing(figures, options)
-        if options.refresh:
+        if options.refresh is not None:
             work = [(family, seed) for family in options.families for seed in range(len(figures[family]["uncut"]))]
         for (family, seed), (_, found) in zip(work, pool.imap(partial(measure, options=options), work)):
-            if options.refresh:
-                replace(figures[family], seed, found)
+            if options.refresh is not None:
+                replace(family, figures[family], seed, found)
             else:
                 append(figures.setdefault(family, {}), found)
             write(options, task, {name: figures[name] for name in FAMILIES if name in figures})
@@ -257,17 +267,18 @@ def write(options: Any, task: Task, figures: dict[str, Any]) -> None:
         ["family", "form", *(f"r = {kept}" for kept in KEPT)],
         _rows_right_after(figures),
         figures,
-        f"{note} No training after the cut; calibrated on 128 training examples.",
+        f"{note} No training after the cut; calibrated on {CALIBRATION_ROWS} training examples.",
     )
-    write_result(
-        f"selective_training_{options.data}",
-        f"{figure.capitalize()} at the end of training, cut from N = 64 to {IN_TRAINING_SIZE} ({options.data})",
-        ["family", "N = 64 throughout", f"N = {IN_TRAINING_SIZE} from scratch", "form"]
-        + [f"cut at {moment:.0%}" for moment in MOMENTS],
-        _rows_in_training(figures),
-        {family: {"in training": found["in training"]} for family, found in figures.items()},
-        note,
-    )
+    if options.refresh is None:
+        write_result(
+            f"selective_training_{options.data}",
+            f"{figure.capitalize()} at the end of training, cut from N = 64 to {IN_TRAINING_SIZE} ({options.data})",
+            ["family", "N = 64 throughout", f"N = {IN_TRAINING_SIZE} from scratch", "form"]
+            + [f"cut at {moment:.0%}" for moment in MOMENTS],
+            _rows_in_training(figures),
+            {family: {"in training": found["in training"]} for family, found in figures.items()},
+            note,
+        )
     is_relative = "perplexity" in figure
     write_result(
         f"selective_differences_{options.data}",

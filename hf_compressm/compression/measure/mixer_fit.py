@@ -22,7 +22,7 @@ from .output_samples import held_out_steps
 logger = logging.getLogger(__name__)
 
 # Of all batches together: so many steps are run again for every step of the descent.
-_STEPS = 2**14
+_STEPS = 2**15
 # Outputs of one layer that are kept, over all batches: 64 MB in single precision.
 _OUTPUTS = 2**24
 
