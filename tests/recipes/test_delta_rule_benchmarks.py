@@ -97,7 +97,7 @@ def test_every_way_to_cut_linear_attention_is_judged(monkeypatch, tmp_path) -> N
         return float(len(judged))
 
     task = dataclasses.replace(digits_task(), judge=judge, batch_size=2)
-    settings = {"KEPT": (8,), "IN_TRAINING_SIZES": (4,), "MOMENTS": (0.5,), "CALIBRATION_ROWS": 4}
+    settings = {"KEPT": (8,), "IN_TRAINING_SIZES": (4,), "MOMENTS": (0.5,), "CALIBRATION_ROWS": {"digits": 4}}
     for name, value in {**settings, "digits_task": lambda: task}.items():
         monkeypatch.setattr(delta_rule_accuracy, name, value)
     arguments = ["--seeds", "1", "--steps", "2", "--output-dir", str(tmp_path)]
@@ -128,7 +128,7 @@ def test_a_new_size_is_cut_to_without_judging_the_known_ones_again(monkeypatch, 
         return 0.5
 
     task = dataclasses.replace(digits_task(), judge=judge, batch_size=2)
-    settings = {"KEPT": (8,), "MOMENTS": (0.5,), "CALIBRATION_ROWS": 4, "digits_task": lambda: task}
+    settings = {"KEPT": (8,), "MOMENTS": (0.5,), "CALIBRATION_ROWS": {"digits": 4}, "digits_task": lambda: task}
     for name, value in settings.items():
         monkeypatch.setattr(delta_rule_accuracy, name, value)
     arguments = ["--seeds", "1", "--steps", "2", "--output-dir", str(tmp_path), "--in-training"]
