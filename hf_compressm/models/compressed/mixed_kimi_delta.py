@@ -4,8 +4,9 @@ The mixed form of Kimi delta attention: fewer keys, queries and decays behind th
 In \\( S_t = (I - \beta_t k_t k_t^\top) \mathrm{diag}(a_t) S_{t-1} + \beta_t k_t v_t^\top \\) every entry of a key has a
 decay of its own, so that only the columns of the identity project the decay exactly: at the cut W picks channels, which
 write, erase and decay as they did, and T rebuilds what the queries read of the others. Training moves both matrices. A
-column of W that has come to hold several channels decays by the mean of their logarithms, weighted by its squares. So
-no decay is above one, and keys stay as short as in [`MixedDeltaRule`]: the state cannot grow, whatever W becomes.
+column of W that has come to hold several channels decays by their mean, weighted by its squares: the diagonal of
+\\( W^\top \mathrm{diag}(a) W \\) for columns of length one. So no decay is above one, and keys stay as short as in
+[`MixedDeltaRule`]: the state cannot grow, whatever W becomes.
 
 Source of the rule: Kimi Team, 2025, "Kimi Linear: An Expressive, Efficient Attention Architecture" (arXiv 2510.26692).
 """
@@ -22,12 +23,15 @@ from .stock_families import ScanCall
 
 # Of the squared length of a column that is divided by; with much less, the gradient of a zero column is no number.
 _SHORTEST = 1e-12
+# Above it a decay is told by what it lacks to one, which has more digits.
+_SLOW = 0.5
 
 
 class MixedKimiDelta(MixedDeltaRule):
     r"""
     What a mixer of the kind `"kimi_delta"` does with `input_mixing` and `readout_mixing`, both `(heads, N, r)`: beside
-    keys and queries, its rule gets \\( \sum_n W_{nj}^2 g_n / \sum_n W_{nj}^2 \\) of the logarithms g of the decays.
+    keys and queries, its rule gets \\( \log \left( \sum_n W_{nj}^2 e^{g_n} / \sum_n W_{nj}^2 \right) \\) of the
+    logarithms g of the decays.
     """
 
     def combined(self, call: ScanCall, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -46,16 +50,22 @@ class MixedKimiDelta(MixedDeltaRule):
 
 def mean_decay(log_decay: Tensor, mixing: Tensor) -> Tensor:
     r"""
-    The logarithms of the decays of mixed channels, \\( \sum_n W_{nj}^2 g_n / \sum_n W_{nj}^2 \\), at least float32.
+    The logarithms of mixed channels' decays, \\( \log \left( \sum_n W_{nj}^2 e^{g_n} / \sum_n W_{nj}^2 \right) \\).
+
+    The mean is one of decays and not of their logarithms: what a column holds little of cannot make it forget
+    everything, and training has no reason to let the decays of such channels run away.
 
     Args:
         log_decay (`torch.Tensor` of shape `(batch, length, heads, N)`): g, not positive.
         mixing (`torch.Tensor` of shape `(heads, N, r)`): W. A channel whose column is zero does not decay.
 
     Returns:
-        `torch.Tensor` of shape `(batch, length, heads, r)`: Not positive.
+        `torch.Tensor` of shape `(batch, length, heads, r)`: Not positive and finite, at least float32.
     """
     log_decay = log_decay.to(torch.promote_types(log_decay.dtype, torch.float32))
     weights = mixing.to(log_decay.dtype).square()
     shares = weights / weights.sum(-2, keepdim=True).clamp_min(_SHORTEST)
-    return torch.einsum("blhn,hnr->blhr", log_decay, shares)
+    decay, lost = (torch.einsum("blhn,hnr->blhr", x, shares) for x in (log_decay.exp(), -log_decay.expm1()))
+    # Each logarithm stays finite where the other one is taken: infinity times zero would be the gradient there.
+    slow = torch.log1p(-lost.clamp(0, _SLOW))
+    return torch.where(lost < _SLOW, slow, decay.clamp(torch.finfo(decay.dtype).tiny, 1).log())

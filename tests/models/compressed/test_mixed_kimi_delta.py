@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,7 +47,7 @@ def by_hand(given: dict[str, Tensor], W: Tensor, T: Tensor) -> Tensor:
     k, q = (torch.stack([x[:, :, h] @ M[h] for h in range(HEADS)], 2) for x, M in ((k, W), (q, T)))
     k = k / k.norm(dim=-1, keepdim=True).clamp_min(1)
     shares = W.square() / W.square().sum(1, keepdim=True)
-    g = torch.stack([given["g"][:, :, h] @ shares[h] for h in range(HEADS)], 2)
+    g = torch.stack([given["g"][:, :, h].exp() @ shares[h] for h in range(HEADS)], 2).log()
     return delta_rule_reference(q * N**-0.5, k, given["value"], g, given["beta"])[0]
 
 
@@ -61,13 +63,44 @@ def test_it_computes_its_equations_in_the_stock_rules(call, trained: bool) -> No
     torch.testing.assert_close(found, by_hand(given, W, T), rtol=1e-4, atol=1e-5)
 
 
-def test_kept_channels_keep_their_decays_to_the_bit() -> None:
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 60.0])
+def test_kept_channels_keep_their_decays(scale: float) -> None:
     kept, W = kept_columns()
-    g = arguments()["g"]
+    g = scale * arguments()["g"]
     picked = torch.stack([g[:, :, head, states] for head, states in enumerate(kept)], 2)
-    assert torch.equal(mean_decay(g, W), picked)
+    # Below that float32 has no decay left.
+    found, picked = (x.clamp_min(-87.0) for x in (mean_decay(g, W), picked))
+    torch.testing.assert_close(found, picked, rtol=2e-6, atol=0)
     # The length of a column, which weight decay makes smaller, does not matter.
-    torch.testing.assert_close(mean_decay(g, 0.1 * W), picked)
+    torch.testing.assert_close(mean_decay(g, 0.1 * W), mean_decay(g, W))
+
+
+def test_a_channel_that_forgets_everything_costs_a_column_no_more_than_its_share() -> None:
+    """A mean of logarithms would be dragged along, and training pushes such decays until stock code overflows."""
+    g = torch.zeros(1, 1, 1, 2)
+    g[..., 1] = -1000.0
+    W = torch.tensor([[[0.99**0.5], [0.01**0.5]]])
+    found = mean_decay(g.requires_grad_(), W)
+    assert found.item() == pytest.approx(math.log(0.99))
+    found.sum().backward()
+    assert g.grad[..., 1].item() == 0.0 and g.grad.isfinite().all()
+
+
+def test_a_column_of_channels_that_forget_everything_is_finite_forward_and_backward() -> None:
+    g = torch.full((1, 1, 1, 2), -1e4, requires_grad=True)
+    W = torch.ones(1, 2, 1, requires_grad=True)
+    found = mean_decay(g, W)
+    assert -88 < found.item() < -87
+    found.sum().backward()
+    assert g.grad.isfinite().all() and W.grad.isfinite().all()
+
+
+def test_gradients_of_mean_decays_are_those_of_finite_differences() -> None:
+    g = (-3 * torch.rand(1, 3, HEADS, N, dtype=torch.float64)).requires_grad_()
+    W = random(HEADS, N, HALF, seed=5).double().requires_grad_()
+    assert bool((mean_decay(g, W) < math.log(0.5)).any()) and bool((mean_decay(0.1 * g, W) > math.log(0.5)).all())
+    assert torch.autograd.gradcheck(mean_decay, (g, W))
+    assert torch.autograd.gradcheck(lambda g, W: mean_decay(0.1 * g, W), (g, W))
 
 
 def test_a_mean_of_decays_lies_between_them_and_has_gradients_everywhere() -> None:
