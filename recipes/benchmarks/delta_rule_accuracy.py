@@ -311,13 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def write(options: Namespace, task: Task, models: Sequence[dict[str, Any]]) -> None:
     """Write the tables of one kind of data."""
-    seeds = {family: sum(model["family"] == family for model in models) for family in FAMILIES}
-    note = (
-        "Two layers of two heads (Qwen3-Next's gated DeltaNet, Kimi Linear's delta attention, MiniMax's lightning "
-        f"attention) or eight (xLSTM, whose cache takes multiples of 8 then), {options.steps} steps of "
-        f"{task.batch_size} examples; mean and standard deviation of the {task.figure} over seeds "
-        f"({', '.join(f'{family}: {count}' for family, count in seeds.items() if count)})."
-    )
+    note = _note(options, task, models)
     rows = []
     for family in FAMILIES:
         members = [model for model in models if model["family"] == family]
@@ -356,10 +350,21 @@ def write(options: Namespace, task: Task, models: Sequence[dict[str, Any]]) -> N
             ["family", "r", f"d_k = {KEY_SIZE} throughout", *columns],
             rows,
             trained,
-            f"{note} Cut in the mixed form, settings as by default.",
+            f"{_note(options, task, trained)} Cut in the mixed form, settings as by default.",
             _makers(trained),
             options.output_dir,
         )
+
+
+def _note(options: Namespace, task: Task, models: Sequence[dict[str, Any]]) -> str:
+    """What the models of a table are."""
+    seeds = {family: sum(model["family"] == family for model in models) for family in FAMILIES}
+    return (
+        "Two layers of two heads (Qwen3-Next's gated DeltaNet, Kimi Linear's delta attention, MiniMax's lightning "
+        f"attention) or eight (xLSTM, whose cache takes multiples of 8 then), {options.steps} steps of "
+        f"{task.batch_size} examples; mean and standard deviation of the {task.figure} over seeds "
+        f"({', '.join(f'{family}: {count}' for family, count in seeds.items() if count)})."
+    )
 
 
 def _makers(models: Sequence[dict[str, Any]]) -> str:
