@@ -151,7 +151,7 @@ class CompreSSMConfig:
             them. Of time-invariant layers the readout is fitted, at the cost of a forward pass a layer and batch. Of
             selective layers and linear attention it is what makes B and C (mixing matrices, or rows of the projection
             that they were folded into), at the cost of up to eighty forward and backward passes of each layer on 32,768
-            steps at most. When unset, layers are fitted where no training goes on, in which a fit gains nothing, and one
+            steps. When unset, layers are fitted where no training goes on, in which a fit gains nothing, and one
             cut in closed form keeps its readout and its error bound. Without effect on `"selection"` and xLSTM.
         compare_truncations (`bool`, *optional*, defaults to `False`):
             Make several truncations of the size that was found, measure the loss of each on batches that it was not
