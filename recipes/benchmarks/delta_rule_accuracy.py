@@ -338,16 +338,18 @@ def write(options: Namespace, task: Task, models: Sequence[dict[str, Any]]) -> N
     columns = ["from scratch", *(f"cut at {moment:.0%}" for moment in MOMENTS)]
     rows = []
     for family in FAMILIES:
-        members = [model for model in trained if model["family"] == family]
-        for size in dict.fromkeys(size for model in members for size in model["in training"]):
+        sizes = {size for model in trained if model["family"] == family for size in model["in training"]}
+        for size in sorted(sizes, key=int, reverse=True):
+            members = [model for model in trained if model["family"] == family and size in model["in training"]]
             figures = [[model["in training"][size].get(column) for model in members] for column in columns]
             cells = ["-" if None in values else _mean_and_spread(values) for values in figures]
-            rows.append([family, size, _mean_and_spread([model["uncut"] for model in members]), *cells])
+            full = _mean_and_spread([model["uncut"] for model in members])
+            rows.append([family, size, full, *cells, str(len(members))])
     if rows:
         write_result(
             f"delta_rule_training_{options.data}",
             f"{task.figure.capitalize()} at the end of training, d_k of linear attention cut in it ({options.data})",
-            ["family", "r", f"d_k = {KEY_SIZE} throughout", *columns],
+            ["family", "r", f"d_k = {KEY_SIZE} throughout", *columns, "seeds"],
             rows,
             trained,
             f"{_note(options, task, trained)} Cut in the mixed form, settings as by default.",

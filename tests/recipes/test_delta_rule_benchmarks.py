@@ -131,14 +131,16 @@ def test_a_new_size_is_cut_to_without_judging_the_known_ones_again(monkeypatch, 
     settings = {"KEPT": (8,), "MOMENTS": (0.5,), "CALIBRATION_ROWS": {"digits": 4}, "digits_task": lambda: task}
     for name, value in settings.items():
         monkeypatch.setattr(delta_rule_accuracy, name, value)
-    arguments = ["--seeds", "1", "--steps", "2", "--output-dir", str(tmp_path), "--in-training"]
-    for sizes in ((4,), (8, 4)):
+    arguments = ["--steps", "2", "--output-dir", str(tmp_path), "--in-training"]
+    for seeds, sizes in ((2, (4,)), (1, (8, 4))):
         monkeypatch.setattr(delta_rule_accuracy, "IN_TRAINING_SIZES", sizes)
         judged.clear()
-        delta_rule_accuracy.main([*arguments, "--families", "kimi_delta"])
+        delta_rule_accuracy.main([*arguments, "--seeds", str(seeds), "--families", "kimi_delta"])
     assert judged == [64, 8]
-    (found,) = json.loads((tmp_path / "delta_rule_cut_digits.json").read_text())
-    assert set(found["in training"]) == {"4", "8"}
+    found = json.loads((tmp_path / "delta_rule_cut_digits.json").read_text())
+    assert [set(model["in training"]) for model in found] == [{"4", "8"}, {"4"}]
+    table = (tmp_path / "delta_rule_training_digits.md").read_text().splitlines()
+    assert [[row.split("|")[2].strip(), row.split("|")[-2].strip()] for row in table[4:6]] == [["8", "1"], ["4", "2"]]
 
 
 def test_channels_are_cut_in_the_stock_class_and_directions_in_a_mixed_one() -> None:
