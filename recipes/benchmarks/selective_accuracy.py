@@ -42,7 +42,8 @@ FORMS = {
 }
 # Families of which the interpolative choice is the default need no second row for it.
 ALREADY_DEFAULT = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), "mixed, interpolative")
-CALIBRATION_ROWS = 256
+# About 16,000 to 32,000 steps.
+CALIBRATION_ROWS = {"digits": 256, "fashion_mnist": 128, "text": 256}
 IN_TRAINING = {"mixed": {}, "selection, greedy": FORMS["selection, greedy"]}
 IN_TRAINING_SIZE = 8
 MOMENTS = (0.1, 0.5)
@@ -98,7 +99,8 @@ def measure(work: tuple[str, int], options: Any) -> tuple[str, dict[str, Any]]:
     family, seed = work
     task = make_task(options)
     figures: dict[str, Any] = {"right after": {}, "in training": {}}
-    batch = {name: torch.stack(list(task.train[:CALIBRATION_ROWS][name])) for name in ("input_ids", "labels")}
+    rows = CALIBRATION_ROWS[options.data]
+    batch = {name: torch.stack(list(task.train[:rows][name])) for name in ("input_ids", "labels")}
     with fast_cpu_scan():
         model = train(family, task, seed, options.steps)
         figures["uncut"] = task.judge(model)
@@ -267,7 +269,7 @@ def write(options: Any, task: Task, figures: dict[str, Any]) -> None:
         ["family", "form", *(f"r = {kept}" for kept in KEPT)],
         _rows_right_after(figures),
         figures,
-        f"{note} No training after the cut; calibrated on {CALIBRATION_ROWS} training examples.",
+        f"{note} No training after the cut; calibrated on {CALIBRATION_ROWS[options.data]} training examples.",
     )
     if options.refresh is None:
         write_result(
