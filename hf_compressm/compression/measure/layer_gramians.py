@@ -292,7 +292,7 @@ def _scores_after(gramians: EmpiricalGramians | WeightedGramians, truncation: Tr
     # diagonal negative: the entries alone are taken, and none below zero.
     pairs = ((truncation.W, gramians.P), (truncation.T, gramians.Q))
     variances = ((X.to(M).conj() * (M @ X.to(M))).sum(-2).real.clamp_min(0) for X, M in pairs)
-    return torch.stack([variance.sqrt() for variance in variances]).prod(dim=0)
+    return diagonal_hankel_scores(*(variance.diag_embed() for variance in variances))
 
 
 def _lost_energy(gramians: EmpiricalGramians | WeightedGramians, truncation: Truncation) -> float:
